@@ -1,0 +1,424 @@
+"""The hyperparameters of a run: CONFIG, the named RECIPES, the command line, the checks and the resume rule.
+
+A run's configuration is CONFIG, overridden by one recipe, overridden by the command line. It is a flat dict and stays
+what the user wrote: numbers derived from it are locals elsewhere. This module needs nothing but the standard library,
+so `--help` and typing errors answer before torch is imported.
+"""
+
+import difflib
+import math
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from engine.errors import UserError
+
+CONFIG = {
+    # The seed's six.
+    "batch_size": 256,  # images per optimizer step; 256 at 224 px fits the 16 GB of a T4
+    "learning_rate": 0.0005,  # peak rate, reached after warmup_epochs; "auto" asks lr_finder.py first
+    "epochs": 100,  # passes over the training images; the whole rate plan stretches with it
+    "weight_decay": 1e-4,  # per step, as the optimizer defines it; norms and biases get none
+    "warmup_epochs": 10,  # epochs in which the rate rises to its peak
+    "grad_clip_value": 1.0,  # largest global L2 norm of the true gradient; inf never clips
+    # Model.
+    "architecture": "resnet50",  # resnet50 is the subject; the smaller ones try an idea quickly
+    "zero_init_residual": True,  # each block starts as the identity: arXiv:1706.02677, section 5.1
+    # Data.
+    "data_dir": "data/imagenet",  # folder with train/<class>/* and val/<class>/*
+    "train_resolution": 224,  # px; side of the random crop that the network sees in training
+    "val_resolution": 224,  # px; side of the centre crop in validation
+    "min_crop_area": 0.08,  # smallest share of the image's area in a training crop; torchvision's default
+    "val_crop_ratio": 0.875,  # centre crop's side over the resized shorter side; 224/256 is the custom
+    "label_smoothing": 0.0,  # share of each label spread evenly over all classes
+    "make_demo_data": False,  # true makes the demo's pictures in data_dir on first use
+    "num_workers": "auto",  # processes that decode images; "auto" is one per CPU core, 0 decodes in the main process
+    "max_bad_images": 100,  # unreadable training images replaced before the run stops; in validation the first one stops it
+    # Optimizer.
+    "optimizer": "adamw",  # adamw, adam (decay inside the gradient) or sgd
+    "momentum": 0.9,  # of sgd; Adam's betas are torch's defaults
+    "decay_norms_and_biases": False,  # true also decays the parameters of one dimension
+    # Rate plan: OneCycleLR, stepped once per optimizer step.
+    "onecycle_anneal": "cos",  # cos or linear: the shape of rise and fall
+    "onecycle_div_factor": 25.0,  # the rate starts at learning_rate / this
+    "onecycle_final_div_factor": 1e4,  # and ends at its start / this
+    # Weight averaging (SWA, arXiv:1803.05407).
+    "swa_start_epoch": 32,  # first epoch, counted from 1, whose final weights enter the average; 0 never averages
+    "swa_learning_rate": 0.00025,  # rate while averaging; 0 leaves OneCycleLR untouched
+    "swa_anneal_epochs": 5,  # epochs of cosine passage from OneCycleLR's rate to swa_learning_rate
+    "swa_batch_norm_batches": 200,  # training batches that give the averaged weights their batch-norm statistics
+    # Numbers and device.
+    "precision": "auto",  # auto, fp32, fp16 (with a GradScaler) or bf16; auto takes bf16 where the hardware has it
+    "device": "auto",  # auto, cuda or cpu
+    "micro_batch_size": 0,  # images per forward pass; 0 is the whole batch, halved when the GPU's memory runs out
+    "max_bad_steps": 20,  # steps in a row with a non-finite loss or gradient before the run stops
+    "seed": 0,  # of weights, order and augmentation; the same seed on the same CPU gives the same bits
+    # Records.
+    "checkpoint_dir": "checkpoints",  # folder of last.pt, best.pt, epoch_005.pt, metrics.jsonl and curves.png
+    "checkpoint_every_epochs": 5,  # epochs between the kept epoch_NNN.pt; 0 keeps none
+    "checkpoint_minutes": 10.0,  # minutes between saves of last.pt inside an epoch; the most that a kill can cost
+    "keep_checkpoints": 0,  # newest epoch_NNN.pt to keep; 0 keeps all (about 0.4 GB each with AdamW and SWA)
+    "log_file": "training.log",  # time-stamped record of everything said, appended to
+    "log_every_steps": 50,  # steps between readings of the loss; each one waits for the device
+    # Interruption.
+    "spot_notice": False,  # true polls the EC2 instance metadata for the two-minute termination notice
+    "spot_notice_url": "http://169.254.169.254",  # address of the instance metadata service (IMDSv2)
+}
+
+RECIPES = {
+    # The run that this project set out to beat: 59.21 % top-1 after about 65 hours on a T4.
+    "seed": {},
+    # A data set that the program makes itself, learned by the same ResNet-50 in minutes on a CPU.
+    "demo": {
+        "data_dir": "data/demo",
+        "make_demo_data": True,
+        "checkpoint_dir": "checkpoints/demo",
+        "batch_size": 32,
+        "learning_rate": 0.001,
+        "epochs": 8,
+        "warmup_epochs": 2,
+        "train_resolution": 64,
+        "val_resolution": 64,
+        "min_crop_area": 0.35,
+        "swa_start_epoch": 6,
+        "swa_learning_rate": 0.0003,
+        "swa_anneal_epochs": 1,
+        "swa_batch_norm_batches": 20,
+        "log_every_steps": 5,
+    },
+}
+
+
+class ConfigError(UserError):
+    """Everything that is wrong with a command line or a configuration, one problem per line."""
+
+    exit_code = 2
+
+    def __init__(self, problems):
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
+
+
+# What each key may hold --------------------------------------------------------------------------------------------
+
+
+class Number(NamedTuple):
+    """An int (whole) or float in [low, high]; `or_auto` also admits the word auto."""
+
+    low: float
+    high: float
+    whole: bool = False
+    or_auto: bool = False
+    above_low: bool = False  # low itself is excluded
+
+    def read(self, text):
+        if self.or_auto and text == "auto":
+            return text
+        try:
+            return int(text) if self.whole else float(text)
+        except ValueError:
+            return text
+
+    def admits(self, value):
+        if self.or_auto and value == "auto":
+            return True
+        kinds = int if self.whole else (int, float)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            return False
+        return (self.low < value if self.above_low else self.low <= value) and value <= self.high
+
+    def describe(self):
+        kind = "a whole number" if self.whole else "a number"
+        if math.isinf(self.high):
+            bounds = f"above {self.low:g}" if self.above_low else f"of at least {self.low:g}"
+        else:
+            bounds = f"{'above' if self.above_low else 'from'} {self.low:g} {'up ' if self.above_low else ''}to {self.high:g}"
+        return f"{kind} {bounds}" + (", or auto" if self.or_auto else "")
+
+
+class Choice(NamedTuple):
+    """One of a few words."""
+
+    words: tuple
+
+    def read(self, text):
+        return text
+
+    def admits(self, value):
+        return isinstance(value, str) and value in self.words
+
+    def describe(self):
+        return "one of " + ", ".join(self.words)
+
+
+class Flag(NamedTuple):
+    """true or false."""
+
+    def read(self, text):
+        return {"true": True, "false": False}.get(text.lower(), text)
+
+    def admits(self, value):
+        return isinstance(value, bool)
+
+    def describe(self):
+        return "true or false"
+
+
+class Text(NamedTuple):
+    """A path or an address."""
+
+    def read(self, text):
+        return text
+
+    def admits(self, value):
+        return isinstance(value, str) and value.strip() != ""
+
+    def describe(self):
+        return "a text that is not empty"
+
+
+ALLOWED = {
+    "batch_size": Number(1, 65536, whole=True),
+    "learning_rate": Number(0, 100, or_auto=True, above_low=True),
+    "epochs": Number(1, 10_000, whole=True),
+    "weight_decay": Number(0, 10),
+    "warmup_epochs": Number(0, 10_000, whole=True),
+    "grad_clip_value": Number(0, math.inf, above_low=True),
+    "architecture": Choice(("resnet18", "resnet34", "resnet50", "resnet101")),
+    "zero_init_residual": Flag(),
+    "data_dir": Text(),
+    "train_resolution": Number(32, 1024, whole=True),
+    "val_resolution": Number(32, 1024, whole=True),
+    "min_crop_area": Number(0, 1, above_low=True),
+    "val_crop_ratio": Number(0.1, 1.0),
+    "label_smoothing": Number(0, 0.99),
+    "make_demo_data": Flag(),
+    "num_workers": Number(0, 256, whole=True, or_auto=True),
+    "max_bad_images": Number(0, 10_000_000, whole=True),
+    "optimizer": Choice(("adamw", "adam", "sgd")),
+    "momentum": Number(0, 0.9999),
+    "decay_norms_and_biases": Flag(),
+    "onecycle_anneal": Choice(("cos", "linear")),
+    "onecycle_div_factor": Number(1, 1e12),
+    "onecycle_final_div_factor": Number(1, 1e12),
+    "swa_start_epoch": Number(0, 10_000, whole=True),
+    "swa_learning_rate": Number(0, 100),
+    "swa_anneal_epochs": Number(0, 10_000, whole=True),
+    "swa_batch_norm_batches": Number(1, 100_000, whole=True),
+    "precision": Choice(("auto", "fp32", "fp16", "bf16")),
+    "device": Choice(("auto", "cuda", "cpu")),
+    "micro_batch_size": Number(0, 65536, whole=True),
+    "max_bad_steps": Number(1, 1_000_000, whole=True),
+    "seed": Number(0, 2**32 - 1, whole=True),
+    "checkpoint_dir": Text(),
+    "checkpoint_every_epochs": Number(0, 10_000, whole=True),
+    "checkpoint_minutes": Number(0, math.inf, above_low=True),
+    "keep_checkpoints": Number(0, 10_000, whole=True),
+    "log_file": Text(),
+    "log_every_steps": Number(1, 1_000_000, whole=True),
+    "spot_notice": Flag(),
+    "spot_notice_url": Text(),
+}
+
+
+def config_problems(config):
+    """Return every problem of a configuration as one clear line each; an empty list means that it can be run."""
+    problems = [
+        f"{key} = {value!r}: must be {ALLOWED[key].describe()}"
+        for key, value in config.items()
+        if not ALLOWED[key].admits(value)
+    ]
+    if problems:  # combinations of values that are wrong by themselves would only repeat them
+        return problems
+
+    def require(holds, problem):
+        if not holds:
+            problems.append(problem)
+
+    require(
+        config["warmup_epochs"] <= config["epochs"],
+        f"warmup_epochs = {config['warmup_epochs']}: longer than the run of epochs = {config['epochs']}; lower it",
+    )
+    require(
+        config["swa_start_epoch"] <= config["epochs"],
+        f"swa_start_epoch = {config['swa_start_epoch']}: after the last of epochs = {config['epochs']}; "
+        "lower it, or set it to 0 for no averaging",
+    )
+    require(
+        config["micro_batch_size"] <= config["batch_size"],
+        f"micro_batch_size = {config['micro_batch_size']}: larger than batch_size = {config['batch_size']}",
+    )
+    require(
+        not (config["precision"] == "fp16" and config["device"] == "cpu"),
+        "precision = 'fp16' with device = 'cpu': a CPU trains in fp32 or bf16",
+    )
+    require(
+        config["swa_start_epoch"] == 0 or config["swa_start_epoch"] > config["warmup_epochs"],
+        f"swa_start_epoch = {config['swa_start_epoch']}: the rate still rises until warmup_epochs = "
+        f"{config['warmup_epochs']}; start the averaging later",
+    )
+    return problems
+
+
+# The resume rule ---------------------------------------------------------------------------------------------------
+
+# On resume the checkpoint's configuration rules. These keys cannot bend the run, so they may change:
+FREE_ON_RESUME = {
+    "data_dir": "the same images elsewhere; their number and classes are checked",
+    "num_workers": "augmentation does not depend on who decodes",
+    "make_demo_data": "the pictures are the same each time",
+    "max_bad_images": "a limit",
+    "device": "the weights move; rounding differs between devices",
+    "precision": "the weights are kept in fp32; rounding differs",
+    "micro_batch_size": "the gradient stays the batch's; only batch norm sees smaller groups",
+    "max_bad_steps": "a limit",
+    "checkpoint_dir": "a place",
+    "checkpoint_every_epochs": "a record",
+    "checkpoint_minutes": "a record",
+    "keep_checkpoints": "a record",
+    "log_file": "a record",
+    "log_every_steps": "a record",
+    "spot_notice": "a way to stop",
+    "spot_notice_url": "a way to stop",
+}
+
+# These follow a rule, which train.py carries out and says aloud:
+RULED_ON_RESUME = {
+    "epochs": "the rate plan is rebuilt over the new length; the steps done keep their place in it",
+    "batch_size": "only between epochs, since a position inside one is counted in batches",
+}
+
+# Every other key is refused; why, where the general reason can be bettered:
+REFUSED_ON_RESUME = {
+    "architecture": "the saved weights belong to another network",
+    "optimizer": "the saved momentum belongs to another optimizer",
+    "seed": "the rest of the run would see other images than the ones not yet seen",
+    "learning_rate": "a jump of the rate in mid-run costs accuracy that nobody can explain later",
+    "train_resolution": "the first part of the run saw another size",
+    "val_resolution": "the best figure so far was measured at another size",
+    "val_crop_ratio": "the best figure so far was measured with another crop",
+}
+
+
+def resumed_config(saved, given, batch):
+    """Return the configuration that a resumed run goes on with.
+
+    Args:
+        saved: the checkpoint's configuration.
+        given: the keys that flags on the command line name, with their values.
+        batch: the batches that the checkpoint's epoch in progress has behind it.
+    Raises:
+        ConfigError: with one line for each given key that would bend the run.
+    """
+    problems = []
+    given = {key: value for key, value in given.items() if value != "auto" or key != "learning_rate"}  # found already
+    if batch and given.get("batch_size", saved["batch_size"]) != saved["batch_size"]:
+        problems.append(
+            f"batch_size = {given['batch_size']}: the checkpoint lies {batch} batches of {saved['batch_size']} into its epoch; "
+            "the batch size may change only between epochs; resume an epoch_NNN.pt, or leave the flag out"
+        )
+    for key, value in given.items():
+        if key not in FREE_ON_RESUME and key not in RULED_ON_RESUME and saved.get(key, CONFIG[key]) != value:
+            reason = REFUSED_ON_RESUME.get(key, "the run would no longer be the one that was started")
+            problems.append(
+                f"{key} = {value!r}: this run was started with {saved.get(key, CONFIG[key])!r}, and a resumed run keeps it "
+                f"({reason}); leave the flag out, or start a new run with another --checkpoint-dir"
+            )
+    config = CONFIG | {key: value for key, value in saved.items() if key in CONFIG} | given
+    problems += config_problems(config)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+# The command line --------------------------------------------------------------------------------------------------
+
+
+class Command(NamedTuple):
+    """What a command line asks for."""
+
+    config: dict
+    given: dict  # only the keys that flags name: what a resumed run is checked against
+    recipe: str | None  # as named on the command line; None means the default, seed
+    options: dict  # the program's own flags, such as resume
+
+
+def key_comments():
+    """Return {key: the comment beside it in CONFIG}; the comment is the key's help."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    block = source[source.index("\nCONFIG = {") : source.index("\n}\n")]
+    return dict(re.findall(r'^    "(\w+)": .*?,  # (.*)$', block, flags=re.MULTILINE))
+
+
+def help_text(program, usage, own_flags):
+    """Return the text of `--help`: the usage, the program's own flags, then every key with default and comment."""
+    lines = [usage.strip(), "", "options:"]
+    lines += [f"  --{flag:<26} {text}" for flag, text in own_flags.items()]
+    lines += [f"  --{'recipe NAME':<26} {', '.join(RECIPES)}; named overrides of the defaults below", ""]
+    lines += [f"configuration ({program} --key value; defaults of the seed recipe in brackets):"]
+    for key, comment in key_comments().items():
+        lines.append(f"  --{key.replace('_', '-'):<26} [{CONFIG[key]}] {comment}")
+    return "\n".join(lines)
+
+
+def parse_command_line(arguments, own_flags=()):
+    """Return the Command that the arguments ask for.
+
+    Args:
+        arguments: list of str, without the program's name.
+        own_flags: the program's flags besides the keys, as in its help: 'resume FILE' takes a value, 'overwrite' none.
+    Raises:
+        ConfigError: with every problem found, not just the first.
+    """
+    takes_value = {flag.split()[0]: " " in flag for flag in own_flags} | {"recipe": True}
+    problems, flags, recipe, options = [], {}, None, {}
+    waiting = list(arguments)
+    while waiting:
+        word = waiting.pop(0)
+        if not word.startswith("--"):
+            problems.append(f"{word}: not a flag; flags look like --learning-rate 0.001")
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name not in CONFIG and name not in takes_value:
+            nearest = difflib.get_close_matches(name, [*CONFIG, *takes_value], n=1, cutoff=0.5)
+            hint = f"; did you mean --{nearest[0].replace('_', '-')}?" if nearest else "; --help lists them all"
+            problems.append(f"{word.partition('=')[0]}: no such flag{hint}")
+            if waiting and not waiting[0].startswith("--"):
+                waiting.pop(0)  # its value, which would only be a second complaint
+            continue
+        if takes_value.get(name, True) and not equals:
+            if not waiting or waiting[0].startswith("--"):
+                problems.append(f"--{name.replace('_', '-')}: a value is missing")
+                continue
+            value = waiting.pop(0)
+        if name == "recipe":
+            recipe = value
+        elif name in takes_value:
+            options[name] = value if takes_value[name] else True
+        else:
+            flags[name] = ALLOWED[name].read(value)
+    if recipe is not None and recipe not in RECIPES:
+        nearest = difflib.get_close_matches(recipe, RECIPES, n=1)
+        problems.append(
+            f"--recipe {recipe}: there are {', '.join(RECIPES)}" + (f"; did you mean {nearest[0]}?" if nearest else "")
+        )
+    config = CONFIG | RECIPES.get(recipe, {}) | flags
+    problems += config_problems(config)
+    if problems:
+        raise ConfigError(problems)
+    return Command(config, flags, recipe, options)
+
+
+def command_from_terminal(program, usage, own_flags):
+    """Return the Command of this process, or leave it: with the help (exit 0), or with all problems (exit 2)."""
+    arguments = sys.argv[1:]
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text(program, usage, own_flags))
+        sys.exit(0)
+    try:
+        return parse_command_line(arguments, own_flags)
+    except ConfigError as error:
+        print("\n".join(f"{program}: {problem}" for problem in error.problems), file=sys.stderr)
+        sys.exit(2)

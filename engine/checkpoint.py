@@ -1,0 +1,320 @@
+"""Checkpoints: whole files or none, verified when read, never lost to a full disk.
+
+A checkpoint is what torch.save writes, a zip archive, whose archive comment holds the SHA-256 of everything before it. So
+torch.load reads it like any other, and a single changed bit is noticed here.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from engine.errors import CheckpointError, TrainingStopped
+
+FORMAT, VERSION = "resnet50-training-run", 1
+LAST, BEST = "last.pt", "best.pt"
+EPOCH_PATTERN = re.compile(r"epoch_(\d{3,})\.pt")
+RECORDS = "metrics.jsonl"
+CURVES = "curves.png"
+
+_COMMENT = re.compile(rb"sha256:([0-9a-f]{64})")
+_COMMENT_BYTES = 7 + 64
+RETRY_SECONDS = 60.0  # after a save that failed
+
+
+def epoch_name(epochs):
+    """Return the name of the checkpoint kept after this many epochs."""
+    return f"epoch_{epochs:03d}.pt"
+
+
+# One file ------------------------------------------------------------------------------------------------------------
+
+
+def write(path, contents):
+    """Write a checkpoint so that at any instant `path` is the old file or the whole new one.
+
+    Raises:
+        OSError: the disk is full or will not be written to; `path` is as it was and nothing is left beside it.
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    try:
+        with open(temporary, "wb") as file:
+            hashing = _HashingFile(file)
+            try:
+                torch.save(contents, hashing)
+            except RuntimeError as error:  # torch's writer turns an OSError of our file into its own kind
+                raise hashing.error or error from error
+            hashing.seal()
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def read(path):
+    """Return the contents of a checkpoint, tensors on the CPU, after verifying its checksum.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or it is no checkpoint of a run.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"no checkpoint at {path}; {_what_is_there(path.parent)}")
+    verify(path)
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path} is not a checkpoint of this program: {_first_line(error)}") from error
+    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of a training run")
+    return contents
+
+
+def verify(path):
+    """Raise CheckpointError unless the file's bytes are those that write() wrote."""
+    size = os.path.getsize(path)
+    covered = size - _COMMENT_BYTES - 2  # before the comment and the two bytes of its length
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        remaining = max(covered, 0)
+        while remaining:
+            block = file.read(min(remaining, 1 << 20))
+            if not block:
+                break
+            digest.update(block)
+            remaining -= len(block)
+        ending = file.read()
+    comment = _COMMENT.fullmatch(ending[2:])
+    if comment is None or int.from_bytes(ending[:2], "little") != _COMMENT_BYTES:
+        if _holds_plain_weights(path):
+            raise CheckpointError(
+                f"{path} holds weights alone, without the optimizer, rate plan and position that a run needs to go on; "
+                "resume from a last.pt or epoch_NNN.pt instead"
+            )
+        raise CheckpointError(f"{path} is damaged or cut short ({size:,} bytes): its checksum is missing")
+    if comment[1].decode() != digest.hexdigest():
+        raise CheckpointError(f"{path} is damaged: its checksum does not match ({size:,} bytes)")
+
+
+def _holds_plain_weights(path):
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:
+        return False
+    return isinstance(contents, dict)
+
+
+def _temporary(path):
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _sync_folder(folder):
+    """Have the folder's entries on disk: without it a power cut may undo a rename."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class _HashingFile:
+    """A writable file for torch.save that hashes what passes, and finally seals the archive with the hash."""
+
+    def __init__(self, file):
+        self.file = file
+        self.error = None
+        self._digest = hashlib.sha256()
+        self._tail = b""  # the last two bytes so far: at the end of the archive the length of its comment
+
+    def write(self, data):
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        view = memoryview(data).cast("B")
+        if len(view) < 2:
+            joined = self._tail + bytes(view)
+            self._digest.update(joined[:-2])
+            self._tail = joined[-2:]
+        else:
+            self._digest.update(self._tail)
+            self._digest.update(view[:-2])
+            self._tail = bytes(view[-2:])
+        return len(view)
+
+    def flush(self):
+        self.file.flush()
+
+    def seal(self):
+        assert self._tail == b"\0\0", "torch.save no longer ends with an archive without comment"
+        self.file.seek(-2, os.SEEK_END)
+        self.file.write(_COMMENT_BYTES.to_bytes(2, "little"))
+        self.file.write(b"sha256:" + self._digest.hexdigest().encode())
+
+
+# The folder of a run -------------------------------------------------------------------------------------------------
+
+
+def checkpoints_in(folder):
+    """Return the paths of the folder's checkpoints, last.pt first, then the newest."""
+    paths = [p for p in Path(folder).glob("*.pt") if p.name in (LAST, BEST) or EPOCH_PATTERN.fullmatch(p.name)]
+    return sorted(paths, key=lambda p: (p.name == LAST, p.stat().st_mtime_ns), reverse=True)
+
+
+def newest_good(folder):
+    """Return (path, contents, problems) of the newest checkpoint that is whole, problems being those of newer ones.
+
+    Raises:
+        CheckpointError: there are checkpoints and none of them is whole.
+    """
+    problems = []
+    candidates = checkpoints_in(folder)
+    for path in candidates:
+        try:
+            return path, read(path), problems
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError("\n".join([*problems, f"no checkpoint in {folder} is whole: start anew with --overwrite"]))
+    return None, None, []
+
+
+def _what_is_there(folder):
+    names = [p.name for p in checkpoints_in(folder)] if folder.is_dir() else []
+    return f"found {', '.join(names)} there" if names else f"there is none in {folder}"
+
+
+def refuse_to_overwrite(folder):
+    """Raise CheckpointError if the folder holds another run's files."""
+    found = [p.name for p in checkpoints_in(folder)] + [p.name for p in Path(folder).glob(RECORDS)]
+    if found:
+        shown = ", ".join(found[:4]) + (", ..." if len(found) > 4 else "")
+        raise CheckpointError(
+            f"{folder} holds another run ({shown}). Go on with it: --resume auto. "
+            "Keep it and start another: --checkpoint-dir OTHER. Delete it and start anew: --overwrite"
+        )
+
+
+def delete_run(folder):
+    """Delete a run's files, and nothing else, from the folder."""
+    folder = Path(folder)
+    for path in [*checkpoints_in(folder), folder / RECORDS, folder / CURVES]:
+        path.unlink(missing_ok=True)
+
+
+class CheckpointFolder:
+    """Saves a run's state as last.pt, and under other names when they are due.
+
+    Args:
+        config: the run's configuration; its checkpoint_dir is created if it is missing.
+        facts: dict of what each checkpoint says about its run besides the state.
+        say: called with each message for the user.
+    """
+
+    def __init__(self, config, facts, say):
+        self.folder = Path(config["checkpoint_dir"])
+        self.facts = {"format": FORMAT, "version": VERSION} | facts
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(".*.pt.tmp"):  # of a kill in the middle of a save
+            leftover.unlink()
+        self.every_epochs = config["checkpoint_every_epochs"]
+        self.interval_seconds = 60 * config["checkpoint_minutes"]
+        self.keep = config["keep_checkpoints"]
+        self.say = say
+        self._next_save = time.monotonic() + self.interval_seconds
+
+    def save_if_due(self, state):
+        """Save as last.pt if checkpoint_minutes have passed since the last save."""
+        if time.monotonic() >= self._next_save:
+            self.save(state)
+
+    def save(self, state, is_best=False):
+        """Save as last.pt; after a whole epoch also as epoch_NNN.pt when one is due, and as best.pt when it is the best.
+
+        A full disk is said aloud and does not end the run: the files on disk stay, and the next save is tried again.
+
+        Returns:
+            True if everything is on disk.
+        Raises:
+            TrainingStopped: the state holds numbers that are not finite; the files on disk stay.
+        """
+        contents = self.facts | state.state_dict()
+        if not all_finite(contents):
+            raise TrainingStopped(
+                f"weights or optimizer state are no longer finite: not saved. The last good checkpoint is "
+                f"{self.folder / LAST}; resume it, or start anew with a lower --learning-rate"
+            )
+        last = self.folder / LAST
+        try:
+            write(last, contents)
+            if is_best:
+                _link(last, self.folder / BEST)
+            whole_epoch = contents["batch"] == 0
+            if whole_epoch and self.every_epochs and contents["epoch"] % self.every_epochs == 0 and contents["epoch"]:
+                _link(last, self.folder / epoch_name(contents["epoch"]))
+                self._prune()
+        except OSError as error:
+            self._next_save = time.monotonic() + min(RETRY_SECONDS, self.interval_seconds)
+            self.say(
+                f"WARNING: the checkpoint could not be saved to {self.folder}: {error}. The run goes on and the earlier "
+                "checkpoint stays; make room, the next save is tried again"
+            )
+            return False
+        self._next_save = time.monotonic() + self.interval_seconds
+        return True
+
+    def _prune(self):
+        kept = sorted(p for p in self.folder.glob("epoch_*.pt") if EPOCH_PATTERN.fullmatch(p.name))
+        for path in kept[: -self.keep] if self.keep else []:
+            path.unlink()
+
+
+def _link(source, target):
+    """Make `target` another name of the file `source`, atomically; a copy where the file system knows no hard links.
+
+    A checkpoint is never changed in place, so that the names do not disturb each other.
+    """
+    temporary = _temporary(target)
+    temporary.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def all_finite(contents):
+    """Return whether every floating-point tensor inside nested dicts and lists is finite; waits for the device once."""
+    tensors = [t for t in _tensors(contents) if t.is_floating_point() and t.numel()]
+    return not tensors or bool(torch.isfinite(torch.nn.utils.get_total_norm(tensors, float("inf"))))
+
+
+def _tensors(contents):
+    if isinstance(contents, torch.Tensor):
+        yield contents
+    elif isinstance(contents, dict):
+        for value in contents.values():
+            yield from _tensors(value)
+    elif isinstance(contents, (list, tuple)):
+        for value in contents:
+            yield from _tensors(value)

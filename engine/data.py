@@ -1,0 +1,452 @@
+"""Images from disk to normalised batches on the device.
+
+A worker process makes a whole batch at a time: the crop is chosen from the file's header, the JPEG is decoded at the
+smallest DCT scale that still covers the crop, then cropped, resized with antialiasing and flipped. What happens to an
+image is a pure function of (seed, epoch, index), so neither the number of workers nor a resumption changes it.
+"""
+
+import io
+import os
+import signal
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from engine.errors import DataError, UserError
+from engine.interruption import ignore_signals
+
+try:
+    import simplejpeg
+except ImportError:  # Pillow decodes everything then, more slowly
+    simplejpeg = None
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's list
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
+IMAGENET_STD = (0.229, 0.224, 0.225)
+LARGEST_IMAGE_PIXELS = 20_000 * 20_000  # 1.2 GB decoded; above it an image counts as unreadable
+TRIES_TO_REPLACE = 100  # images drawn for an unreadable one before the data set itself is called unreadable
+
+
+class WorkerDied(UserError):
+    """A worker process ended unasked."""
+
+
+# The images on disk --------------------------------------------------------------------------------------------------
+
+
+class ImageFolder:
+    """One split of an ImageFolder tree, `folder/<class>/<image>`, classes and files in sorted order.
+
+    The paths lie in one byte array: a list of 1.28 million str would grow every worker's memory, page by page, as its
+    reference counts are touched (pytorch issue 13246).
+
+    Attributes:
+        classes: sorted list of str.
+        labels: int64 [N].
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        names, labels = [], []
+        for label, name in enumerate(self.classes):
+            files = sorted(e.name for e in os.scandir(self.folder / name) if e.name.lower().endswith(IMAGE_SUFFIXES))
+            names += [f"{name}/{file}".encode() for file in files]
+            labels.append(np.full(len(files), label, dtype=np.int64))
+        self.labels = np.concatenate(labels) if labels else np.empty(0, dtype=np.int64)
+        self._names = np.frombuffer(b"".join(names), dtype=np.uint8)
+        self._ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def name(self, index):
+        """Return the image's path below the split's folder, `class/file`."""
+        start = self._ends[index - 1] if index else 0
+        return os.fsdecode(self._names[start : self._ends[index]].tobytes())
+
+    def read(self, index):
+        """Return the bytes of the image's file."""
+        return (self.folder / self.name(index)).read_bytes()
+
+
+def open_splits(data_dir):
+    """Return {'train': ..., 'val': ...} of the images in data_dir.
+
+    Raises:
+        DataError: with all that is wrong with the folder, and what to run instead.
+    """
+    data_dir = Path(data_dir)
+    advice = (
+        "Put images there as train/<class>/*.jpg and val/<class>/*.jpg, name another folder with --data-dir, "
+        "or see a network learn without any download: python train.py --recipe demo"
+    )
+    missing = [name for name in ("train", "val") if not (data_dir / name).is_dir()]
+    if missing:
+        what = "does not exist" if not data_dir.is_dir() else f"has no folder {' and no folder '.join(missing)}"
+        raise DataError(f"data_dir = {str(data_dir)!r} {what}. {advice}")
+    splits = {name: ImageFolder(data_dir / name) for name in ("train", "val")}
+    for name, split in splits.items():
+        if not split.classes:
+            raise DataError(f"{data_dir / name} holds no class folders. {advice}")
+        counts = np.bincount(split.labels, minlength=len(split.classes))
+        empty = [split.classes[label] for label in np.flatnonzero(counts == 0)]
+        if empty:
+            raise DataError(f"{data_dir / name} has class folders without images: {_some(empty)}. {advice}")
+    train, val = (set(splits[name].classes) for name in ("train", "val"))
+    if train != val:
+        only = [f"only in {a}: {_some(sorted(b))}" for a, b in (("train", train - val), ("val", val - train)) if b]
+        raise DataError(f"train and val of {data_dir} hold different classes ({'; '.join(only)}). {advice}")
+    return splits
+
+
+def _some(names):
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+# Decoding ------------------------------------------------------------------------------------------------------------
+
+
+def image_size(data):
+    """Return (height, width) in pixels from an image file's header; EXIF rotation is ignored, as everywhere here."""
+    if simplejpeg is not None and data[:2] == b"\xff\xd8":
+        try:
+            return simplejpeg.decode_jpeg_header(data, strict=False)[:2]
+        except ValueError:
+            pass  # an exotic JPEG: Pillow knows more kinds
+    with _open_with_pillow(data) as image:
+        return image.height, image.width
+
+
+def decode_rgb(data, scale=1):
+    """Return an image file's pixels, uint8 [h, w, 3], each side the ceiling of its original over `scale`.
+
+    Args:
+        data: bytes of a file in any format that Pillow reads; a plain JPEG takes the fast path.
+        scale: 1, 2, 4 or 8. A JPEG is decoded at that DCT scale, at a fraction of the work; anything else is reduced.
+    Raises:
+        ValueError, OSError: the bytes are no image, or a damaged one.
+    """
+    if simplejpeg is not None and data[:2] == b"\xff\xd8":
+        try:
+            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+            sides = {"min_height": -(-height // scale), "min_width": -(-width // scale)} if scale > 1 else {}
+            return simplejpeg.decode_jpeg(data, "RGB", min_factor=min(scale, 2), **sides)
+        except ValueError:
+            pass  # CMYK, or damaged: Pillow converts the one and refuses the other
+    with _open_with_pillow(data) as image:
+        width, height = -(-image.width // scale), -(-image.height // scale)
+        image.draft("RGB", (width, height))
+        if image.mode.startswith(("I", "F")):  # 16 bits a pixel: Pillow's own conversion would clip instead of scaling
+            pixels = np.asarray(image, dtype=np.float64) / 257
+            image = Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
+        image = image.convert("RGB")
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.BOX)
+        return np.array(image)
+
+
+def _open_with_pillow(data):
+    Image.MAX_IMAGE_PIXELS = None  # our own limit instead, which names the size
+    image = Image.open(io.BytesIO(data))
+    if image.width * image.height > LARGEST_IMAGE_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are more than this program decodes")
+    return image
+
+
+def _as_bchw(pixels):
+    """View uint8 [h, w, 3] as a channels-last tensor [1, 3, h, w]."""
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+
+
+def _resize(pixels, height, width):
+    """Return uint8 [h, w, 3] resized to [height, width, 3], bilinear with antialiasing (Pillow's and torchvision's)."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    resized = F.interpolate(_as_bchw(pixels), size=(height, width), mode="bilinear", antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
+
+
+def random_resized_crop_box(height, width, rng, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
+    """Return (top, left, height, width) of a random crop, drawn as torchvision's RandomResizedCrop draws it."""
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = np.exp(rng.uniform(np.log(ratio[0]), np.log(ratio[1])))
+        w, h = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    # the image is too long for all ten: its largest central crop within the ratio
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = max(1, round(width / ratio[0]))
+    elif width / height > ratio[1]:
+        w = max(1, round(height * ratio[1]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def training_view(data, resolution, min_crop_area, rng):
+    """Return the training view of an image file, uint8 [resolution, resolution, 3]: random crop, resize, flip.
+
+    The crop is drawn from the size in the header, before decoding; it is then rounded to the grid of the DCT scale, so
+    that it moves by at most half of 8 px in an image that is at least 8 times too large.
+    """
+    top, left, height, width = random_resized_crop_box(*image_size(data), rng, scale=(min_crop_area, 1.0))
+    flip = rng.random() < 0.5
+    scale = next((s for s in (8, 4, 2) if min(height, width) >= s * resolution), 1)
+    pixels = decode_rgb(data, scale)
+    top, left, height, width = (round(side / scale) for side in (top, left, height, width))
+    crop = _resize(pixels[top : top + height, left : left + width], resolution, resolution)
+    return crop[:, ::-1] if flip else crop
+
+
+def validation_view(data, resolution, crop_ratio):
+    """Return the validation view, uint8 [resolution, resolution, 3]: shorter side resized, then the centre crop.
+
+    Decoded at full scale unless the image is at least twice too large, so that the figure stays the customary one.
+    """
+    short = round(resolution / crop_ratio)
+    height, width = image_size(data)
+    pixels = decode_rgb(data, next((s for s in (8, 4, 2) if min(height, width) >= 2 * s * short), 1))
+    height, width = pixels.shape[:2]
+    factor = short / min(height, width)  # the longer side is cut off, not rounded up: torchvision's Resize
+    pixels = _resize(pixels, max(short, int(height * factor)), max(short, int(width * factor)))
+    top, left = ((side - resolution) / 2 for side in pixels.shape[:2])
+    top, left = round(top), round(left)
+    return pixels[top : top + resolution, left : left + resolution]
+
+
+# Batches -------------------------------------------------------------------------------------------------------------
+
+
+class BatchRequest(NamedTuple):
+    """One batch to make: everything that its content depends on, besides the files and the seed."""
+
+    split: str  # 'train' draws random views, 'val' the centre crop
+    epoch: int  # counted from 0
+    resolution: int  # px
+    indices: np.ndarray  # int64 [B], into the split
+
+
+class Batch(NamedTuple):
+    images: torch.Tensor  # uint8 [B, H, W, 3]
+    labels: torch.Tensor  # int64 [B]
+    bad_images: list  # (index, reason) of each image that could not be read
+
+
+def epoch_order(num_images, seed, epoch):
+    """Return the epoch's order of the training images, int64 [N], a pure function of its arguments."""
+    return np.random.default_rng([seed, epoch]).permutation(num_images)
+
+
+def training_requests(split, config, epoch, start_batch=0):
+    """Yield the epoch's BatchRequests from start_batch on; the last, incomplete batch is left out."""
+    order = epoch_order(len(split), config["seed"], epoch)
+    size = config["batch_size"]
+    for batch in range(start_batch, len(order) // size):
+        yield BatchRequest("train", epoch, config["train_resolution"], order[batch * size : (batch + 1) * size])
+
+
+def validation_requests(split, config):
+    """Yield the BatchRequests that cover every validation image exactly once, in order."""
+    for indices in np.split(np.arange(len(split)), range(config["batch_size"], len(split), config["batch_size"])):
+        yield BatchRequest("val", 0, config["val_resolution"], indices)
+
+
+class BatchMaker(Dataset):
+    """Turns a BatchRequest into a Batch; runs inside the workers."""
+
+    def __init__(self, splits, config):
+        self.splits = splits
+        self.seed = config["seed"]
+        self.min_crop_area = config["min_crop_area"]
+        self.val_crop_ratio = config["val_crop_ratio"]
+
+    def __getitem__(self, request):
+        size = request.resolution
+        images = torch.empty(len(request.indices), size, size, 3, dtype=torch.uint8)
+        labels = torch.empty(len(request.indices), dtype=torch.int64)
+        bad_images = []
+        pixels = images.numpy()
+        for slot, index in enumerate(request.indices):
+            pixels[slot], labels[slot] = self._view(request, int(index), bad_images)
+        return Batch(images, labels, bad_images)
+
+    def _view(self, request, index, bad_images):
+        """Return (uint8 [H, W, 3], label); an unreadable training image is replaced by one drawn from the same RNG."""
+        split = self.splits[request.split]
+        rng = np.random.default_rng([self.seed, request.epoch, index])
+        for _ in range(TRIES_TO_REPLACE):
+            try:
+                data = split.read(index)
+                if request.split == "val":
+                    return validation_view(data, request.resolution, self.val_crop_ratio), split.labels[index]
+                return training_view(data, request.resolution, self.min_crop_area, rng), split.labels[index]
+            except Exception as error:  # decoders fail in their own ways: each is the image's fault, not the run's
+                bad_images.append((index, f"{type(error).__name__}: {error}"))
+                if request.split == "val":
+                    return 0, split.labels[index]  # the reader of the batch stops the run
+                index = int(rng.integers(len(split)))
+        raise DataError(f"{TRIES_TO_REPLACE} images in a row could not be read, the last: {bad_images[-1]}")
+
+
+def report_bad_images(batches, split, known, limit, say):
+    """Yield the training batches; say each unreadable image's name once.
+
+    Args:
+        known: set of the indices found bad so far; grows.
+        limit: DataError is raised when more than this many are known.
+    """
+    for batch in batches:
+        for index, reason in batch.bad_images:
+            if index not in known:
+                known.add(index)
+                say(f"bad image {split.name(index)} ({reason}): another one takes its place; {len(known)} so far")
+        if len(known) > limit:
+            raise DataError(f"{len(known)} training images cannot be read, more than max_bad_images = {limit}: see the log")
+        yield batch
+
+
+def refuse_bad_images(batches, split):
+    """Yield the validation batches; raise DataError at an unreadable image: accuracy is never that of fewer images."""
+    for batch in batches:
+        for index, reason in batch.bad_images:
+            raise DataError(f"validation image {split.name(index)} cannot be read ({reason}); mend or remove it")
+        yield batch
+
+
+class BatchServer:
+    """Serves batches on the device, made by one pool of worker processes that lives as long as the run.
+
+    The workers are forked at the first batch and then only told what to make, so that nothing is reloaded between epochs,
+    and so that one pool serves training, validation and the statistics of averaged weights. One pass at a time.
+
+    Args:
+        splits: {'train': ..., 'val': ...}.
+        device, dtype: of the images handed out, see to_device.
+        guard: wraps each pass's iterator; may raise between two batches, as StopRequest.between does.
+        say: called with each message for the user.
+    """
+
+    def __init__(self, splits, config, device, dtype, guard, say):
+        workers = worker_count(config, device)
+        self.splits = splits
+        self.config = config
+        self.device, self.dtype = device, dtype
+        self.guard, self.say = guard, say
+        self._queue = _Requests()
+        self._iterator = None
+        self._loader = DataLoader(
+            BatchMaker(splits, config),
+            sampler=self._queue,
+            batch_size=None,  # the requests are batches already
+            collate_fn=_unchanged,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            prefetch_factor=2 if workers else None,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_start_worker,
+            generator=torch.Generator().manual_seed(0),  # else each pass would draw from the run's random state
+        )
+
+    def training(self, requests, bad_images):
+        """Yield (images, labels) of each training request; unreadable images are replaced, named and added to bad_images."""
+        batches = self.guard(self.serve(requests))
+        limit = self.config["max_bad_images"]
+        batches = report_bad_images(batches, self.splits["train"], bad_images, limit, self.say)
+        return to_device(batches, self.device, self.dtype)
+
+    def validation(self):
+        """Yield (images, labels) of every validation image, each exactly once."""
+        batches = self.guard(self.serve(validation_requests(self.splits["val"], self.config)))
+        return to_device(refuse_bad_images(batches, self.splits["val"]), self.device, self.dtype)
+
+    def serve(self, requests):
+        """Yield a Batch for each request, in main memory.
+
+        Raises:
+            WorkerDied: a worker process ended, for example killed by the OS for its memory; between two batches.
+        """
+        self._queue.requests = requests
+        self._iterator = iter(self._loader)
+        # The DataLoader's handler of a worker's death would raise in the middle of a training step. Without it the death
+        # is noticed at the next batch, within 5 seconds.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        try:
+            yield from self._iterator
+        except RuntimeError as error:
+            dead = [worker for worker in getattr(self._iterator, "_workers", []) if not worker.is_alive()]
+            if not dead:
+                raise
+            raise WorkerDied(
+                f"a data worker died: process {dead[0].pid}, {_how_it_ended(dead[0].exitcode)}. "
+                "Out of memory? Fewer --num-workers need less; so does a smaller --batch-size"
+            ) from error
+
+    def close(self):
+        """End the worker processes."""
+        shut_down = getattr(self._iterator, "_shutdown_workers", None)  # absent where the main process decodes
+        if shut_down is not None:
+            shut_down()
+        self._iterator = None
+
+
+def _how_it_ended(exit_code):
+    if exit_code is not None and exit_code < 0:
+        return f"killed by {signal.Signals(-exit_code).name}"
+    return f"exit code {exit_code}"
+
+
+class _Requests:
+    requests = ()
+
+    def __iter__(self):
+        return iter(self.requests)
+
+
+def _unchanged(batch):
+    return batch
+
+
+def _start_worker(worker_id):
+    ignore_signals()  # a Ctrl-C reaches the whole process group: the main process decides when the workers end
+
+
+def worker_count(config, device):
+    """Return the number of worker processes: one per core that this process may use, for 'auto'."""
+    if config["num_workers"] != "auto":
+        return config["num_workers"]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return cores if device.type == "cuda" else 1  # on a CPU run the cores are busy training
+
+
+def to_device(batches, device, dtype):
+    """Yield (images, labels) of each Batch on the device, ready for the network.
+
+    The copy from pinned memory and the normalisation run on a side stream, while the device still computes the
+    previous step.
+
+    Args:
+        batches: iterable of Batch.
+        dtype: of the images; the autocast dtype, since the first convolution would cast them to it anyway.
+    Yields:
+        images [B, 3, H, W] channels-last, zero mean and unit variance per channel over ImageNet; labels int64 [B].
+    """
+    mean = torch.tensor(IMAGENET_MEAN, device=device).mul(255).view(1, 3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=device).mul(255).view(1, 3, 1, 1)
+    side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    for batch in batches:
+        with torch.cuda.stream(side_stream):  # None leaves everything as it is
+            images = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2)  # [B, 3, H, W], channels-last
+            images = images.float().sub_(mean).div_(std).to(dtype)
+            labels = batch.labels.to(device, non_blocking=True)
+        if side_stream is not None:
+            stream = torch.cuda.current_stream(device)
+            stream.wait_stream(side_stream)
+            images.record_stream(stream)  # else the side stream's allocator could hand the memory out again too early
+            labels.record_stream(stream)
+        yield images, labels

@@ -1,0 +1,152 @@
+"""The demo's data set: real JPEG files of procedural pictures, made once, learned in minutes on a CPU.
+
+A class is a shape filled with a texture; each of the 5 textures comes in 2 shapes, each of the 5 shapes in 2 textures.
+Colours, size, place, rotation, background, clutter and noise are random, so that single pixels say next to nothing and the
+network has to find both form and pattern.
+"""
+
+import os
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+CLASSES = (
+    "checks_disc",
+    "checks_triangle",
+    "dots_disc",
+    "dots_star",
+    "circles_square",
+    "circles_star",
+    "stripes_ring",
+    "stripes_square",
+    "waves_ring",
+    "waves_triangle",
+)
+TRAIN_IMAGES = 2000
+VAL_IMAGES = 500
+COMPLETE = "complete.txt"  # written last: a folder without it is the remains of an interrupted making
+
+
+def make_demo_data(folder, train_images=TRAIN_IMAGES, val_images=VAL_IMAGES, seed=0):
+    """Make the demo's ImageFolder tree at `folder`, unless it is there already.
+
+    The tree is built beside its place and renamed, so that an interrupted making leaves nothing half-done.
+
+    Returns:
+        True if it was made now, False if it was there.
+    Raises:
+        FileExistsError: the folder holds something else.
+    """
+    folder = Path(folder)
+    if (folder / COMPLETE).exists():
+        return False
+    if folder.exists():
+        raise FileExistsError(f"{folder} holds something else than the demo's data; name another folder with --data-dir")
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    jobs = []
+    for split_number, (split, count) in enumerate((("train", train_images), ("val", val_images))):
+        for name in CLASSES:
+            (unfinished / split / name).mkdir(parents=True)
+        for number in range(count):
+            name = CLASSES[number % len(CLASSES)]
+            jobs.append((unfinished / split / name / f"{number:05d}.jpg", name, (seed, split_number, number)))
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(_write_picture, *zip(*jobs, strict=True), chunksize=50):
+            pass
+    (unfinished / COMPLETE).write_text(f"{train_images} training and {val_images} validation pictures, seed {seed}\n")
+    unfinished.rename(folder)
+    return True
+
+
+def _write_picture(path, class_name, seed):
+    Image.fromarray(picture(class_name, np.random.default_rng(seed))).save(path, quality=90)
+
+
+def picture(class_name, rng):
+    """Return a random picture of the class, uint8 [h, w, 3], sides from 80 to 128 px."""
+    texture, shape = class_name.split("_")
+    height, width = rng.integers(80, 129, size=2)
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    image = _background(x, y, rng)
+    _add_clutter(image, x, y, rng)
+
+    radius = rng.uniform(0.28, 0.46) * min(height, width)
+    center_x = rng.uniform(0.8 * radius, width - 0.8 * radius)
+    center_y = rng.uniform(0.8 * radius, height - 0.8 * radius)
+    u, v = _rotated((x - center_x) / radius, (y - center_y) / radius, rng.uniform(0, 2 * np.pi))
+    inside = _shape_mask(shape, u, v)
+    s, t = _rotated(x - center_x, y - center_y, rng.uniform(0, 2 * np.pi))
+    pattern = _texture_mask(texture, s, t, period=rng.uniform(9, 14), phase=rng.uniform(0, 2 * np.pi))
+    bright, dark = _contrasting_colours(rng)
+    image[inside & pattern] = bright
+    image[inside & ~pattern] = dark
+
+    image += rng.normal(0, rng.uniform(2, 14), size=image.shape)
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+def _rotated(x, y, angle):
+    return x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+
+
+def _background(x, y, rng):
+    """Return a smooth passage between two random colours, float32 [h, w, 3]."""
+    along, _ = _rotated(x / x.max() - 0.5, y / y.max() - 0.5, rng.uniform(0, 2 * np.pi))
+    share = (along[..., None] + 0.75) / 1.5
+    return (share * rng.uniform(0, 255, 3) + (1 - share) * rng.uniform(0, 255, 3)).astype(np.float32)
+
+
+def _add_clutter(image, x, y, rng):
+    """Draw a few small blobs and lines of random colours, in place."""
+    height, width = x.shape
+    for _ in range(rng.integers(3, 9)):
+        u, v = _rotated(x - rng.uniform(0, width), y - rng.uniform(0, height), rng.uniform(0, 2 * np.pi))
+        if rng.random() < 0.5:
+            spot = (np.abs(v) < rng.uniform(0.7, 2)) & (np.abs(u) < rng.uniform(10, 60))
+        else:
+            spot = (u / rng.uniform(2, 8)) ** 2 + (v / rng.uniform(2, 8)) ** 2 < 1
+        image[spot] = rng.uniform(0, 255, 3)
+
+
+def _contrasting_colours(rng):
+    """Return two random colours whose brightness differs by at least 70 of 255."""
+    while True:
+        first, second = rng.uniform(0, 255, (2, 3))
+        if abs(first.mean() - second.mean()) >= 70:
+            return first, second
+
+
+def _shape_mask(shape, u, v):
+    """Return where (u, v) lies inside the shape of about unit radius."""
+    distance, angle = np.hypot(u, v), np.arctan2(v, u)
+    if shape == "disc":
+        return distance < 0.9
+    if shape == "ring":
+        return (distance < 1) & (distance > 0.55)
+    if shape == "square":
+        return np.maximum(np.abs(u), np.abs(v)) < 0.78
+    if shape == "star":
+        return distance < 0.68 + 0.38 * np.cos(5 * angle)
+    if shape == "triangle":
+        return np.maximum.reduce([u * np.cos(a) + v * np.sin(a) for a in (0, 2 * np.pi / 3, 4 * np.pi / 3)]) < 0.55
+    raise ValueError(f"no shape {shape!r}")
+
+
+def _texture_mask(texture, s, t, period, phase):
+    """Return where (s, t), in px from the shape's centre, lies on the brighter part of the texture."""
+    if texture == "circles":
+        return np.sin(2 * np.pi * np.hypot(s, t) / period + phase) > 0
+    s, t = 2 * np.pi * s / period + phase, 2 * np.pi * t / period + phase
+    if texture == "checks":
+        return np.sin(s) * np.sin(t) > 0
+    if texture == "dots":
+        return np.sin(s) + np.sin(t) > 0.75
+    if texture == "stripes":
+        return np.sin(s) > 0
+    if texture == "waves":
+        return np.sin(s + 1.6 * np.sin(0.6 * t)) > 0
+    raise ValueError(f"no texture {texture!r}")

@@ -1,0 +1,33 @@
+"""How a program ends when something is wrong that its user can mend: one clear message, no traceback."""
+
+import sys
+
+
+class UserError(ValueError):
+    """Something that the user can mend; the message says what is wrong, the value and what to do."""
+
+    exit_code = 1
+
+
+class DataError(UserError):
+    """The data set cannot be used as it is."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be used, or a folder of checkpoints must not be written to."""
+
+
+class TrainingStopped(UserError):
+    """The run cannot go on; what is on disk is good."""
+
+
+def run_program(name, main, *arguments):
+    """Return the exit status of main(*arguments): its own, or that of the UserError that ended it."""
+    try:
+        return main(*arguments) or 0
+    except UserError as error:
+        print("\n".join(f"{name}: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped before there was anything to save", file=sys.stderr)
+        return 130

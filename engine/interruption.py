@@ -1,0 +1,123 @@
+"""Signals and spot notices: they raise a flag, and the run stops between two batches."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import urllib.error
+import urllib.request
+
+SPOT_POLL_SECONDS = 5.0  # as AWS recommends; the notice comes two minutes ahead
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; raised between two batches, where its state is whole."""
+
+    def __init__(self, cause, exit_code):
+        super().__init__(cause)
+        self.exit_code = exit_code
+
+
+class StopRequest:
+    """Remembers that somebody asked the run to stop.
+
+    Inside `with StopRequest() as stop:` SIGTERM and SIGINT raise a flag instead of ending the process; a second SIGINT
+    ends it at once. `stop.between(batches)` yields the batches and raises Interrupted once the flag is up.
+    """
+
+    def __init__(self):
+        self.cause = None
+        self.exit_code = 0
+        self._previous = {}
+
+    def __enter__(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number, frame):
+        if self.cause is not None and number == signal.SIGINT:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            os.write(2, b"\nstopped at once, on the second Ctrl-C; the last checkpoint on disk is whole\n")
+            os._exit(130)
+        self.request(signal.Signals(number).name, 128 + number)
+
+    def request(self, cause, exit_code):
+        """Ask the run to stop; only the first cause counts."""
+        if self.cause is None:
+            self.exit_code = exit_code
+            self.cause = cause
+
+    def check(self):
+        """Raise Interrupted if somebody asked the run to stop."""
+        if self.cause is not None:
+            raise Interrupted(self.cause, self.exit_code)
+
+    def between(self, batches):
+        """Yield the batches; raise Interrupted before the next one once somebody asked the run to stop."""
+        self.check()
+        for batch in batches:
+            yield batch
+            self.check()
+
+
+def ignore_signals():
+    """Make this process deaf to SIGINT and SIGTERM: its parent ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def watch_spot_notice(stop, url, say, poll_seconds=SPOT_POLL_SECONDS):
+    """Start a daemon thread that turns an EC2 spot termination notice into a stop request, exit code 143.
+
+    Args:
+        stop: the StopRequest.
+        url: root of the instance metadata service, e.g. http://169.254.169.254; IMDSv2 tokens are used.
+        say: called with a text when the service cannot be reached, once.
+    Returns:
+        the thread's stop event.
+    """
+    ended = threading.Event()
+
+    def poll():
+        complained = False
+        while not ended.is_set():
+            try:
+                notice = _spot_notice(url)
+            except (OSError, ValueError) as error:
+                notice = None
+                if not complained:
+                    say(f"spot_notice: the instance metadata service at {url} does not answer ({error}); still polling")
+                    complained = True
+            if notice:
+                stop.request(f"spot termination notice ({notice})", 128 + signal.SIGTERM)
+                return
+            ended.wait(poll_seconds)
+
+    threading.Thread(target=poll, name="spot-notice", daemon=True).start()
+    return ended
+
+
+def _spot_notice(url):
+    """Return the text of the spot instance action, or None while there is none."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # link-local: never through a proxy
+    token_request = urllib.request.Request(
+        f"{url}/latest/api/token", method="PUT", headers={"X-aws-ec2-metadata-token-ttl-seconds": "60"}
+    )
+    with opener.open(token_request, timeout=2) as answer:
+        token = answer.read().decode()
+    notice_request = urllib.request.Request(
+        f"{url}/latest/meta-data/spot/instance-action", headers={"X-aws-ec2-metadata-token": token}
+    )
+    try:
+        with opener.open(notice_request, timeout=2) as answer:
+            return answer.read().decode()
+    except urllib.error.HTTPError as error:
+        if error.code == 404:  # no notice
+            return None
+        raise

@@ -1,0 +1,115 @@
+"""Counting on the device, and the record of a run's epochs."""
+
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+
+def topk_correct(logits, labels, k):
+    """Count the images whose label is among the k highest logits.
+
+    Args:
+        logits: float [B, C].
+        labels: int64 [B], each in [0, C).
+        k: at most C counts; with fewer classes every image is correct.
+    Returns:
+        int64 scalar on the device of logits; a sum, so that batches add exactly.
+    """
+    top = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    return (top == labels[:, None]).sum()
+
+
+class TrainingMetrics(NamedTuple):
+    """Figures of the epoch so far."""
+
+    loss: float  # mean over the images of the steps that counted
+    top1: float  # percent, of the augmented training images
+    grad_norm: float  # mean over the steps that counted, before clipping
+    images: int
+    skipped_steps: int  # loss or gradient not finite: the weights stayed as they were
+    skipped_in_a_row: int  # the current row
+    longest_skipped_row: int
+
+
+class TrainingSums:
+    """Sums over the epoch's steps, kept on the device and read by the host only when asked.
+
+    `values` is float64 [8] and is all of it: it goes into the checkpoint, so that a resumed epoch ends with the figures of
+    the whole epoch.
+    """
+
+    def __init__(self, device):
+        self.values = torch.zeros(8, dtype=torch.float64, device=device)
+
+    def reset(self):
+        self.values.zero_()
+
+    def add(self, loss, correct, grad_norm, images):
+        """Add one step; the first three are scalars on the device, which is not waited for."""
+        counts = torch.isfinite(loss) & torch.isfinite(grad_norm)
+        zero = torch.zeros_like(loss)
+        step = torch.stack(
+            [
+                torch.where(counts, loss * images, zero),
+                torch.where(counts, correct, zero),
+                torch.where(counts, grad_norm, zero),
+                torch.full_like(loss, images),
+                counts.to(loss.dtype),
+                (~counts).to(loss.dtype),
+            ]
+        )
+        self.values[:6] += step
+        row = (self.values[6] + 1) * ~counts
+        self.values[6] = row
+        self.values[7] = torch.maximum(self.values[7], row)
+
+    def read(self):
+        """Return the TrainingMetrics so far; waits for the device."""
+        loss, correct, grad_norm, images, steps, skipped, row, longest = self.values.tolist()
+        counted = images * steps / max(steps + skipped, 1)  # every step has the same number of images
+        return TrainingMetrics(
+            loss=loss / counted if counted else float("nan"),
+            top1=100 * correct / counted if counted else float("nan"),
+            grad_norm=grad_norm / steps if steps else float("nan"),
+            images=int(images),
+            skipped_steps=int(skipped),
+            skipped_in_a_row=int(row),
+            longest_skipped_row=int(longest),
+        )
+
+
+# metrics.jsonl: one JSON object per finished epoch -------------------------------------------------------------------
+
+
+def append_record(path, record):
+    """Append the record as one line and have it on disk before returning."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_records(path):
+    """Return the records of metrics.jsonl; a line cut short by a kill is passed over."""
+    if not Path(path).exists():
+        return []
+    records = []
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("epoch"), int):
+            records.append(record)
+    return records
+
+
+def keep_records_up_to(path, epochs):
+    """Drop the records of epochs after `epochs`: a run resumed from there will write them again."""
+    kept = {record["epoch"]: record for record in read_records(path) if record["epoch"] <= epochs}
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text("".join(json.dumps(kept[epoch]) + "\n" for epoch in sorted(kept)), encoding="utf-8")
+    os.replace(temporary, path)

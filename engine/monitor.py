@@ -1,0 +1,198 @@
+"""What a run shows: the progress bar, the log, the GPU's figures."""
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from engine.checkpoint import CURVES, RECORDS
+from engine.curves import draw_curves
+from engine.metrics import append_record, keep_records_up_to, read_records
+
+PLAIN_LINE_SECONDS = 30.0  # between progress lines where the output is no terminal
+
+
+class Monitor:
+    """Shows a run to people: a bar on a terminal, plain lines elsewhere, everything said also in the log file.
+
+    Args:
+        config: for epochs and log_file; with None there nothing is logged.
+        device: torch.device whose figures the bar shows.
+    """
+
+    def __init__(self, config, device):
+        self.epochs = config["epochs"]
+        self.gpu = GpuFigures(device)
+        self._log = logging.Logger("training")  # not from the registry: each run has its own file
+        if config["log_file"] is not None:
+            Path(config["log_file"]).parent.mkdir(parents=True, exist_ok=True)
+            handler = logging.FileHandler(config["log_file"], encoding="utf-8")
+            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S%z"))
+            self._log.addHandler(handler)
+        self._terminal = sys.stderr.isatty()
+        self._bar = None
+        self._next_plain_line = 0.0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.finish()
+        for handler in self._log.handlers:
+            handler.close()
+
+    def say(self, text):
+        """Print a line above the bar, if there is one, and log it."""
+        self.log(text)
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def log(self, text):
+        """Write a line to the log file alone."""
+        for line in text.splitlines():
+            try:
+                self._log.info(line)
+            except OSError as error:  # a full disk must not end the run
+                print(f"log: {error}", file=sys.stderr)
+
+    def start(self, what, total, done=0):
+        """Begin a phase of `total` batches, `done` of which a resumed run has behind it."""
+        self.finish()
+        self._what, self._total, self._done = what, total, done
+        self._next_plain_line = time.monotonic() + PLAIN_LINE_SECONDS
+        if self._terminal:
+            self._bar = tqdm(total=total, initial=done, desc=what, unit="batch", leave=False, dynamic_ncols=True)
+
+    def advance(self, metrics=None, learning_rate=None, speed=None):
+        """Count one batch; show the TrainingMetrics, the rate and the Throughput where they are given."""
+        self._done += 1
+        figures = None
+        if metrics is not None:
+            figures = {
+                "loss": f"{metrics.loss:.3f}",
+                "top1": f"{metrics.top1:.1f}%",
+                "lr": f"{learning_rate:.2e}",
+                "img/s": f"{speed.recent():.0f}",
+                **self.gpu.text(),
+            }
+        if self._bar is not None:
+            if figures is not None:
+                self._bar.set_postfix(figures, refresh=False)
+            self._bar.update()
+        elif figures is not None and time.monotonic() >= self._next_plain_line:
+            self._next_plain_line = time.monotonic() + PLAIN_LINE_SECONDS
+            shown = ", ".join(f"{name} {text}" for name, text in figures.items())
+            print(f"{self._what}: batch {self._done}/{self._total}, {shown}", flush=True)
+
+    def watch(self, batches):
+        """Yield the batches and count each."""
+        for batch in batches:
+            yield batch
+            self.advance()
+        self.finish()
+
+    def finish(self):
+        """End the phase."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def open_records(self, folder, epochs_done):
+        """Begin or go on with metrics.jsonl; the records of epochs that will be trained again are dropped."""
+        self._folder = folder
+        keep_records_up_to(folder / RECORDS, epochs_done)
+
+    def record_epoch(self, record):
+        """Write the epoch's record to metrics.jsonl, say its line and draw the curves anew."""
+        self.finish()
+        record = {name: None if value != value else value for name, value in record.items()}  # JSON knows no NaN
+        path = self._folder / RECORDS
+        try:
+            append_record(path, record)
+            if not draw_curves(read_records(path), self._folder / CURVES) and record["epoch"] == 1:
+                self.say("matplotlib is not installed: no curves.png (pip install matplotlib)")
+        except OSError as error:  # a full disk must not end the run
+            self.say(f"WARNING: the record of epoch {record['epoch']} could not be written: {error}")
+        self.say(epoch_line(record, self.epochs))
+
+
+def epoch_line(record, epochs):
+    """Return the line that a run prints for an epoch's record."""
+    text = f"epoch {record['epoch']}/{epochs}: "
+    if record["train_loss"] is not None:
+        text += f"train loss {record['train_loss']:.3f}, top-1 {record['train_top1']:.2f} %; "
+    text += f"val loss {record['val_loss']:.3f}, top-1 {record['val_top1']:.2f} %, top-5 {record['val_top5']:.2f} %"
+    if "averaged_val_top1" in record:
+        text += f"; averaged top-1 {record['averaged_val_top1']:.2f} %"
+    text += f"; lr {record['learning_rate']:.2e}, {record['images_per_s']:.0f} images/s, {record['seconds']:.0f} s"
+    if record["skipped_steps"]:
+        text += f"; {record['skipped_steps']} steps skipped"
+    return text
+
+
+class Throughput:
+    """Images per second, since the last reading and over all."""
+
+    def __init__(self):
+        self.images = 0
+        self.started = self._read_at = time.perf_counter()
+        self._read_images = 0
+
+    def add(self, images):
+        self.images += images
+
+    def recent(self):
+        """Return images/s since the last call."""
+        now = time.perf_counter()
+        rate = (self.images - self._read_images) / max(now - self._read_at, 1e-9)
+        self._read_at, self._read_images = now, self.images
+        return rate
+
+    def seconds(self):
+        return time.perf_counter() - self.started
+
+    def overall(self):
+        return self.images / max(self.seconds(), 1e-9)
+
+
+class GpuFigures:
+    """Memory and utilisation of the run's GPU by NVML; without a GPU, or without NVML, there are simply none."""
+
+    def __init__(self, device):
+        self._handle = None
+        if device.type != "cuda":
+            return
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            uuid = torch.cuda.get_device_properties(device).uuid  # NVML ignores CUDA_VISIBLE_DEVICES: no index
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+            self._nvml = pynvml
+        except Exception:  # no nvidia-ml-py, no driver access, a container without NVML: the bar does without
+            self._handle = None
+
+    def read(self):
+        """Return {'memory_mib', 'memory_total_mib', 'utilization_percent'}, or {} where nothing can be read."""
+        if self._handle is None:
+            return {}
+        try:
+            memory = self._nvml.nvmlDeviceGetMemoryInfo(self._handle)
+            busy = self._nvml.nvmlDeviceGetUtilizationRates(self._handle)
+        except self._nvml.NVMLError:
+            return {}
+        return {
+            "memory_mib": memory.used // 2**20,
+            "memory_total_mib": memory.total // 2**20,
+            "utilization_percent": busy.gpu,
+        }
+
+    def text(self):
+        """Return the figures for the bar, {'GPU': '11,701 MiB 98 %'} or {}."""
+        figures = self.read()
+        if not figures:
+            return {}
+        return {"GPU": f"{figures['memory_mib']:,} MiB {figures['utilization_percent']} %"}

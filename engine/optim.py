@@ -1,0 +1,93 @@
+"""Optimizer and rate plan."""
+
+import math
+
+import torch
+from torch.optim.lr_scheduler import OneCycleLR
+
+
+def parameter_groups(model, weight_decay, decay_norms_and_biases):
+    """Return the optimizer's parameter groups: what has one dimension (norms, biases) gets no weight decay."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if decay_norms_and_biases:
+        return [{"params": parameters, "weight_decay": weight_decay}]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(model, config):
+    """Return the optimizer that the configuration names, fused.
+
+    Fused optimizers take the GradScaler's verdict on the device; the others make the host wait for it at each step.
+    """
+    groups = parameter_groups(model, config["weight_decay"], config["decay_norms_and_biases"])
+    rate = config["learning_rate"]
+    if config["optimizer"] == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=rate, momentum=config["momentum"], fused=True)
+        # If the first step overflows, fused SGD leaves its new momentum as uninitialised memory (torch 2.11 to 2.14).
+        # Zeros beforehand give the same first step, since momentum * 0 + gradient is the gradient.
+        for group in optimizer.param_groups:
+            for parameter in group["params"] if config["momentum"] else ():
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config["optimizer"]]
+    return kind(groups, lr=rate, fused=True)
+
+
+class OneCycleThenConstantLR(OneCycleLR):
+    """OneCycleLR whose rate passes, from a step on, along a half cosine to a constant and stays there (as SWALR does).
+
+    The rate is a pure function of `last_epoch`, the count of steps, so that a resumed run only has to set it.
+    """
+
+    def __init__(self, optimizer, *, constant_from_step, constant_rate, passage_steps, **one_cycle):
+        self.constant_from_step = constant_from_step
+        self.constant_rate = constant_rate
+        self.passage_steps = passage_steps
+        super().__init__(optimizer, **one_cycle)
+
+    def get_lr(self):
+        """Return the rate of each parameter group at step `last_epoch`."""
+        rates = super().get_lr()
+        if self.last_epoch < self.constant_from_step:
+            return rates
+        passed = min(1.0, (self.last_epoch - self.constant_from_step + 1) / (self.passage_steps + 1))
+        share = (1 - math.cos(math.pi * passed)) / 2
+        return [rate + (self.constant_rate - rate) * share for rate in rates]
+
+    def move_to(self, step):
+        """Set the optimizer's rates to those of `step`, counted from 0."""
+        self.last_epoch = step
+        self._get_lr_called_within_step = True  # get_lr warns its callers otherwise
+        self._last_lr = self.get_lr()
+        self._get_lr_called_within_step = False
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
+
+
+def build_schedule(optimizer, config, steps_per_epoch):
+    """Return the run's rate plan, at step 0, to be stepped once after each optimizer step.
+
+    OneCycleLR over the whole run, its peak at config['learning_rate'] at the end of the warm-up; with averaging at a rate
+    of its own, the passage to that rate begins with epoch swa_start_epoch.
+    """
+    total_steps = config["epochs"] * steps_per_epoch
+    warmup_steps = config["warmup_epochs"] * steps_per_epoch
+    if warmup_steps:
+        warmup_steps = min(max(warmup_steps, 2), total_steps - 1)  # OneCycleLR divides by the length of either phase
+    averages = config["swa_start_epoch"] > 0 and config["swa_learning_rate"] > 0
+    return OneCycleThenConstantLR(
+        optimizer,
+        max_lr=config["learning_rate"],
+        total_steps=total_steps,
+        pct_start=max(warmup_steps, 0) / total_steps,
+        anneal_strategy=config["onecycle_anneal"],
+        cycle_momentum=False,  # it would overwrite the optimizer's momentum
+        div_factor=config["onecycle_div_factor"],
+        final_div_factor=config["onecycle_final_div_factor"],
+        constant_from_step=(config["swa_start_epoch"] - 1) * steps_per_epoch if averages else math.inf,
+        constant_rate=config["swa_learning_rate"],
+        passage_steps=config["swa_anneal_epochs"] * steps_per_epoch,
+    )

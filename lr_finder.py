@@ -1,0 +1,85 @@
+"""Find a learning rate before training: python lr_finder.py [--recipe NAME] [--KEY VALUE ...]
+
+Runs the learning-rate range test (arXiv:1506.01186) with train.py's own step on the same images, prints a suggestion for
+`learning_rate` and writes lr_finder.png and lr_finder.json. It touches no run and no checkpoint.
+"""
+
+import sys
+
+from config import ConfigError, command_from_terminal
+
+OWN_FLAGS = {
+    "lowest-rate RATE": "where the test begins; default 1e-6",
+    "highest-rate RATE": "where it ends unless the loss diverges before; default 1, or 10 for sgd",
+    "steps N": "optimizer steps of the test; default 120",
+    "output PREFIX": "of the two files; default lr_finder",
+}
+if __name__ == "__main__":  # before torch is imported: --help and typing errors answer at once
+    COMMAND = command_from_terminal("lr_finder.py", __doc__, OWN_FLAGS)
+
+import json
+from pathlib import Path
+
+import torch
+
+from engine import data
+from engine.curves import draw_range_test
+from engine.device import AUTOCAST_DTYPES, choose_device, choose_precision, describe_device
+from engine.errors import run_program
+from engine.interruption import Interrupted, StopRequest
+from engine.monitor import Monitor
+from train import describe_rates, find_learning_rate, open_images
+
+
+def range_from(options, config):
+    """Return (lowest rate, highest rate, steps) as the command line asks for."""
+    values, problems = [], []
+    highest = 10.0 if config["optimizer"] == "sgd" else 1.0
+    for name, kind, default in (("lowest_rate", float, 1e-6), ("highest_rate", float, highest), ("steps", int, 120)):
+        text = options.get(name, default)
+        try:
+            values.append(kind(text))
+        except ValueError:
+            problems.append(f"--{name.replace('_', '-')} {text}: not a number")
+    if not problems:
+        lowest, highest, steps = values
+        if not 0 < lowest < highest < float("inf"):
+            problems.append(f"rates from {lowest:g} to {highest:g}: they must be above 0 and rise")
+        if not 20 <= steps <= 100_000:
+            problems.append(f"--steps {steps}: from 20 to 100000 steps tell a curve")
+    if problems:
+        raise ConfigError(problems)
+    return values
+
+
+def main(command):
+    config = command.config
+    lowest, highest, steps = range_from(command.options, config)
+    device = choose_device(config)
+    precision = choose_precision(config, device)
+    torch.backends.cudnn.benchmark = True
+    with Monitor(config | {"log_file": None}, device) as monitor, StopRequest() as stop:
+        splits = open_images(config, None, monitor.say)
+        monitor.say(f"range test from {lowest:g} to {highest:g} in {steps} steps; {describe_device(device)}, {precision}")
+        batches = data.BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], stop.between, monitor.say)
+        try:
+            result = find_learning_rate(config, batches, precision, monitor, lowest, highest, steps)
+        except Interrupted as cause:
+            monitor.say(f"stopped by {cause}; nothing was written")
+            return cause.exit_code
+        finally:
+            batches.close()
+        prefix = command.options.get("output", "lr_finder")
+        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{prefix}.json").write_text(json.dumps(result | {"config": config}) + "\n", encoding="utf-8")
+        written = f"{prefix}.json"
+        if draw_range_test(result, f"{prefix}.png"):
+            written += f" and {prefix}.png"
+        else:
+            written += "; matplotlib is not installed, so no picture"
+        monitor.say(f"{describe_rates(result)}\nwrote {written}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program("lr_finder.py", main, COMMAND))

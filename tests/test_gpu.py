@@ -1,0 +1,108 @@
+"""What only a GPU can show: python -m pytest -m gpu"""
+
+import pytest
+import torch
+
+from config import CONFIG
+from engine import data
+from engine.device import AUTOCAST_DTYPES, build_scaler
+from engine.metrics import TrainingSums
+from train import find_learning_rate, new_state, train_step, train_step_within_memory  # noqa: F401
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def small_state(precision, **changes):
+    config = CONFIG | {"batch_size": 16, "epochs": 4, "warmup_epochs": 1, "swa_start_epoch": 3} | changes
+    return config, new_state(config, 10, 50, torch.device("cuda"), precision)
+
+
+def random_batch(config, dtype, resolution=64):
+    generator = torch.Generator("cuda").manual_seed(1)
+    size = (config["batch_size"], 3, resolution, resolution)
+    images = torch.randn(size, device="cuda", generator=generator).to(dtype, memory_format=torch.channels_last)
+    return images, torch.randint(10, (config["batch_size"],), device="cuda", generator=generator)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_train_step_never_waits_for_the_device(precision, optimizer):
+    config, state = small_state(precision, optimizer=optimizer, micro_batch_size=8)
+    sums = TrainingSums(torch.device("cuda"))
+    images, labels = random_batch(config, AUTOCAST_DTYPES[precision])
+    train_step(state, images, labels, config)  # the first step allocates and loads
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            result = train_step(state, images, labels, config)
+            sums.add(result.loss, result.correct, result.grad_norm, len(labels))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sums.read().images == 3 * config["batch_size"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_every_precision_learns_a_batch_by_heart(precision):
+    config, state = small_state(precision, learning_rate=0.003)
+    images, labels = random_batch(config, AUTOCAST_DTYPES[precision])
+    state.model.train()
+    losses = [train_step(state, images, labels, config).loss.item() for _ in range(60)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_fused_sgd_has_no_wild_momentum_after_an_overflow_in_the_first_step():
+    config, state = small_state("fp16", optimizer="sgd")
+    state.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**60)
+    before = [p.detach().clone() for p in state.model.parameters()]
+    images, labels = random_batch(config, torch.float16)
+    result = train_step(state, images, labels, config)
+    assert not torch.isfinite(result.grad_norm)
+    for parameter, old in zip(state.model.parameters(), before, strict=True):
+        assert torch.equal(parameter, old)
+        assert not state.optimizer.state[parameter]["momentum_buffer"].any()
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_in_bf16_too():
+    config, state = small_state("bf16")
+    before = [p.detach().clone() for p in state.model.parameters()]
+    images, labels = random_batch(config, torch.bfloat16)
+    result = train_step(state, images * float("nan"), labels, config)
+    assert not torch.isfinite(result.loss)
+    assert all(torch.equal(p, old) for p, old in zip(state.model.parameters(), before, strict=True))
+
+
+def test_batches_arrive_normalised_channels_last_and_in_the_autocast_dtype():
+    pixels = torch.randint(256, (4, 32, 48, 3), dtype=torch.uint8).pin_memory()
+    batch = data.Batch(pixels, torch.arange(4).pin_memory(), [])
+    (images, labels), *_ = data.to_device([batch], torch.device("cuda"), torch.float16)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert images.dtype == torch.float16
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+    expected = (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
+    torch.testing.assert_close(images.cpu().float(), expected, atol=2e-3, rtol=1e-3)
+    assert labels.tolist() == [0, 1, 2, 3]
+
+
+def test_out_of_gpu_memory_halves_the_micro_batch_and_goes_on():
+    config, state = small_state("bf16", batch_size=64)
+    images, labels = random_batch(config, torch.bfloat16, resolution=128)
+    said = []
+    state.model.train()
+    torch.cuda.synchronize()
+    reserved = torch.cuda.memory_allocated() + 500 * 2**20
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(reserved / total)
+    try:
+        result = train_step_within_memory(state, images, labels, config, said.append)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.isfinite(result.loss)
+    assert 1 <= state.micro_batch_size < 64
+    assert "micro-batches" in said[0]
+
+
+def test_scaler_only_rescales_in_fp16():
+    assert build_scaler(torch.device("cuda"), "fp16").get_scale() > 1
+    assert build_scaler(torch.device("cuda"), "bf16").get_scale() == 1

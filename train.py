@@ -1,0 +1,432 @@
+"""Train ResNet-50 on ImageNet, or on any folder of images, on one GPU.
+
+python train.py                                the seed's run on data/imagenet
+python train.py --recipe demo                  minutes on a CPU, no download
+python train.py --resume checkpoints/last.pt   go on where a run was stopped; --resume auto takes the newest good file
+"""
+
+import sys
+
+from config import RULED_ON_RESUME, ConfigError, command_from_terminal, resumed_config
+
+OWN_FLAGS = {
+    "resume FILE": "checkpoint to go on from; auto: the newest whole one in checkpoint_dir, or a new run if there is none",
+    "overwrite": "delete the run that checkpoint_dir holds and start anew",
+}
+if __name__ == "__main__":  # before torch is imported: --help and typing errors answer at once
+    COMMAND = command_from_terminal("train.py", __doc__, OWN_FLAGS)
+
+import itertools
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.optim.lr_scheduler import LambdaLR
+
+from engine import averaging, checkpoint, data, metrics
+from engine.demo import make_demo_data
+from engine.device import AUTOCAST_DTYPES, autocast, build_scaler, choose_device, choose_precision, describe_device
+from engine.errors import TrainingStopped, UserError, run_program
+from engine.interruption import Interrupted, StopRequest, watch_spot_notice
+from engine.monitor import Monitor, Throughput
+from engine.optim import build_optimizer, build_schedule
+from engine.range_test import range_test
+from evaluate import evaluate
+from model import build_model
+
+# The state and the step ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainState:
+    """Exactly what a resumed run needs."""
+
+    model: torch.nn.Module
+    averaged_model: torch.nn.Module | None
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+    precision: str
+    micro_batch_size: int  # images per forward pass
+    sums: metrics.TrainingSums  # of the epoch in progress
+    epoch: int = 0  # whole epochs done
+    batch: int = 0  # batches of the next one done
+    best: dict = field(default_factory=lambda: {"top1": 0.0, "epoch": 0, "weights": "raw"})
+    bad_images: set = field(default_factory=set)  # indices of training images that could not be read
+
+    @property
+    def device(self):
+        return next(self.model.parameters()).device
+
+    def state_dict(self):
+        """Return everything as a dict of tensors and plain values, for a checkpoint."""
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "best": dict(self.best),
+            "model": self.model.state_dict(),
+            "averaged_model": self.averaged_model.state_dict() if self.averaged_model is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": {"step": self.schedule.last_epoch},  # the rate plan itself follows from the configuration
+            "scaler": self.scaler.state_dict(),
+            "sums": self.sums.values,
+            "micro_batch_size": self.micro_batch_size,
+            "bad_images": sorted(self.bad_images),
+            "rng": {
+                "cpu": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+            },
+        }
+
+    def load_state_dict(self, saved, config, steps_per_epoch):
+        """Take over a checkpoint's contents; the rate plan is built from the configuration and moved to its step."""
+        self.model.load_state_dict(saved["model"])
+        if self.averaged_model is not None:
+            self.averaged_model.load_state_dict(saved["averaged_model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.schedule = build_schedule(self.optimizer, config, steps_per_epoch)
+        self.schedule.move_to(saved["epoch"] * steps_per_epoch + saved["batch"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.sums.values.copy_(saved["sums"])
+        self.epoch, self.batch, self.best = saved["epoch"], saved["batch"], dict(saved["best"])
+        self.micro_batch_size = saved["micro_batch_size"]
+        self.bad_images = set(saved["bad_images"])
+        torch.set_rng_state(saved["rng"]["cpu"])
+        if self.device.type == "cuda" and saved["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(saved["rng"]["cuda"])
+
+
+def new_state(config, num_classes, steps_per_epoch, device, precision):
+    """Return the TrainState at the start of a run."""
+    model = build_model(config, num_classes).to(device)
+    optimizer = build_optimizer(model, config)
+    return TrainState(
+        model=model,
+        averaged_model=averaging.build_average(model) if config["swa_start_epoch"] else None,
+        optimizer=optimizer,
+        schedule=build_schedule(optimizer, config, steps_per_epoch),
+        scaler=build_scaler(device, precision),
+        precision=precision,
+        micro_batch_size=config["micro_batch_size"] or config["batch_size"],
+        sums=metrics.TrainingSums(device),
+    )
+
+
+class StepResult(NamedTuple):
+    """Scalars on the device: reading one makes the host wait."""
+
+    loss: torch.Tensor
+    grad_norm: torch.Tensor  # before clipping; not finite if the step was skipped
+    correct: torch.Tensor
+
+
+def train_step(state, images, labels, config):
+    """Take one optimizer step on a batch, in micro-batches whose gradients add up to the batch's mean gradient.
+
+    A gradient that is not finite leaves the weights as they were. The host never waits for the device.
+
+    Args:
+        images: [B, 3, H, W], ready for the network, on its device.
+        labels: int64 [B].
+    Returns:
+        StepResult; the loss is the batch's mean.
+    """
+    state.optimizer.zero_grad(set_to_none=True)
+    loss = torch.zeros((), device=images.device)
+    correct = torch.zeros((), device=images.device)
+    for some_images, some_labels in zip(
+        images.split(state.micro_batch_size), labels.split(state.micro_batch_size), strict=True
+    ):
+        with autocast(images.device, state.precision):
+            logits = state.model(some_images)
+            part = F.cross_entropy(logits.float(), some_labels, label_smoothing=config["label_smoothing"])
+            part = part * (len(some_labels) / len(labels))
+        state.scaler.scale(part).backward()
+        loss += part.detach()
+        correct += metrics.topk_correct(logits.detach(), some_labels, 1)
+    state.scaler.unscale_(state.optimizer)  # clip the true gradient, not the scaled one
+    grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config["grad_clip_value"])
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.schedule.step()
+    return StepResult(loss, grad_norm, correct)
+
+
+def train_step_within_memory(state, images, labels, config, say):
+    """Take a train_step; when the GPU's memory does not suffice, halve the micro-batch and take it again."""
+    while True:
+        try:
+            return train_step(state, images, labels, config)
+        except torch.OutOfMemoryError:
+            if state.micro_batch_size == 1:
+                raise TrainingStopped("out of GPU memory with a single image: lower --train-resolution") from None
+        # outside the handler, where the failed step's tensors are no longer referenced
+        state.optimizer.zero_grad(set_to_none=True)
+        state.micro_batch_size = math.ceil(min(state.micro_batch_size, len(labels)) / 2)
+        torch.cuda.empty_cache()
+        say(f"out of GPU memory: the batch of {len(labels)} now goes in micro-batches of {state.micro_batch_size}")
+
+
+# The loop ------------------------------------------------------------------------------------------------------------
+
+
+def train(state, config, batches, checkpoints, monitor):
+    """Train what is left of the run."""
+    images = batches.splits["train"]
+    while state.epoch < config["epochs"]:
+        requests = data.training_requests(images, config, state.epoch, state.batch)
+        monitor.start(f"epoch {state.epoch + 1}/{config['epochs']}", len(images) // config["batch_size"], state.batch)
+        trained = train_one_epoch(state, batches.training(requests, state.bad_images), config, checkpoints, monitor)
+        validated = average_and_validate(state, batches, config, monitor)
+        is_best = note_best(state, validated)
+        monitor.record_epoch(epoch_record(state, config, trained, validated))
+        state.epoch, state.batch = state.epoch + 1, 0
+        state.sums.reset()
+        checkpoints.save(state, is_best)
+
+
+def train_one_epoch(state, device_batches, config, checkpoints, monitor):
+    """Train on the batches, the rest of the epoch in progress; return its figures."""
+    state.model.train()
+    speed = Throughput()
+    for images, labels in device_batches:
+        result = train_step_within_memory(state, images, labels, config, monitor.say)
+        state.sums.add(result.loss, result.correct, result.grad_norm, len(labels))
+        state.batch += 1
+        speed.add(len(labels))
+        figures = None
+        if state.batch % config["log_every_steps"] == 0:
+            figures = state.sums.read()  # here, and only here, the host waits for the device
+            stop_if_diverged(figures, state, config)
+        monitor.advance(figures, state.schedule.get_last_lr()[0], speed)
+        checkpoints.save_if_due(state)
+    figures = state.sums.read()
+    stop_if_diverged(figures, state, config)
+    return figures, speed
+
+
+def average_and_validate(state, batches, config, monitor):
+    """Bring the averaged weights up to date and validate; return {'raw': ..., 'averaged': ...} of evaluate()'s figures."""
+    models = {"raw": state.model}
+    context = autocast(state.device, state.precision)
+    if averaging.bring_average_up_to_date(state.averaged_model, state.model, config, state.epoch + 1):
+        requests = data.training_requests(batches.splits["train"], config, state.epoch)
+        requests = itertools.islice(requests, config["swa_batch_norm_batches"])
+        averaging.refresh_batch_norm(state.averaged_model, batches.training(requests, state.bad_images), context)
+        models["averaged"] = state.averaged_model
+    num_images = len(batches.splits["val"])
+    monitor.start(f"epoch {state.epoch + 1}: validation", math.ceil(num_images / config["batch_size"]))
+    return evaluate(models, monitor.watch(batches.validation()), num_images, context)
+
+
+def note_best(state, validated):
+    """Remember the better of the raw and the averaged weights if it is the run's best; return whether it is."""
+    weights = max(validated, key=lambda name: validated[name]["top1"])
+    is_best = state.best["epoch"] == 0 or validated[weights]["top1"] > state.best["top1"]
+    if is_best:
+        state.best = {"top1": validated[weights]["top1"], "epoch": state.epoch + 1, "weights": weights}
+    return is_best
+
+
+def epoch_record(state, config, trained, validated):
+    """Return the epoch's line of metrics.jsonl: loss in nats, accuracy in percent, sizes in px."""
+    figures, speed = trained
+    record = {
+        "epoch": state.epoch + 1,
+        "train_loss": figures.loss,
+        "train_top1": figures.top1,
+        "train_images": figures.images,
+        "train_resolution": config["train_resolution"],
+        "grad_norm": figures.grad_norm,
+        "skipped_steps": figures.skipped_steps,
+        "learning_rate": state.schedule.get_last_lr()[0],
+    }
+    for weights, result in validated.items():
+        prefix = "val" if weights == "raw" else f"{weights}_val"
+        record |= {f"{prefix}_{name}": result[name] for name in ("loss", "top1", "top5")}
+    record |= {
+        "val_images": validated["raw"]["images"],
+        "val_resolution": config["val_resolution"],
+        "test_time_augmentation": "none",
+        "best_top1": state.best["top1"],
+        "bad_images": len(state.bad_images),
+    }
+    # what follows depends on the machine and on interruptions, what precedes does not
+    record |= {"images_per_s": speed.overall(), "seconds": speed.seconds(), "time": time.time()}
+    if state.device.type == "cuda":
+        record["gpu_memory_peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    return record
+
+
+def stop_if_diverged(figures, state, config):
+    """Raise TrainingStopped if max_bad_steps steps in a row gave a loss or gradient that is not finite."""
+    if figures.longest_skipped_row < config["max_bad_steps"]:
+        return
+    raise TrainingStopped(
+        f"{figures.longest_skipped_row} steps in a row without a finite loss and gradient, in epoch {state.epoch + 1} before "
+        f"step {state.batch}, at rate {state.schedule.get_last_lr()[0]:.3g}: stopped. The last good checkpoint is "
+        f"{Path(config['checkpoint_dir']) / checkpoint.LAST}; try a lower --learning-rate, or --precision fp32"
+    )
+
+
+# The rate ------------------------------------------------------------------------------------------------------------
+
+
+def find_learning_rate(config, batches, precision, monitor, lowest=1e-6, highest=1.0, steps=120):
+    """Return the result of a range test with this run's own step, on weights of its own that are then forgotten."""
+    images = batches.splits["train"]
+    config = config | {"learning_rate": lowest}
+    state = new_state(config, len(images.classes), len(images) // config["batch_size"], batches.device, precision)
+    state.schedule = LambdaLR(state.optimizer, lambda step: 1.0)  # the test sets the rate itself
+    state.model.train()
+
+    def step(rate, batch):
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        result = train_step_within_memory(state, *batch, config, monitor.say)
+        return result.loss.item(), math.isfinite(result.grad_norm.item())
+
+    epochs = (data.training_requests(images, config, epoch) for epoch in itertools.count())
+    requests = itertools.chain.from_iterable(epochs)
+    monitor.start("learning-rate range test", steps)
+    result = range_test(step, monitor.watch(batches.training(requests, set())), lowest, highest, steps)
+    monitor.finish()
+    return result
+
+
+def describe_rates(result):
+    """Return the sentence that a range test's result amounts to."""
+    divergence = f"{result['divergence']:.2g}" if result["divergence"] else f"not reached up to {result['rates'][-1]:.2g}"
+    return (
+        f"suggested learning_rate: {result['suggestion']:g} ({result['reason']}; steepest descent {result['steepest']:.2g}, "
+        f"valley {result['valley']:.2g}, divergence {divergence})"
+    )
+
+
+# From the command line to the loop -----------------------------------------------------------------------------------
+
+
+def open_checkpoint(command):
+    """Return (config, recipe, contents, remarks): the configuration to run with, and the checkpoint to go on from or None."""
+    config, folder = command.config, command.config["checkpoint_dir"]
+    source = command.options.get("resume")
+    if source is None:
+        if not command.options.get("overwrite"):
+            checkpoint.refuse_to_overwrite(folder)
+        return config, command.recipe or "seed", None, []
+    if command.options.get("overwrite"):
+        raise ConfigError(["--resume and --overwrite: the one goes on with a run, the other deletes it"])
+    remarks = []
+    if source == "auto":
+        path, contents, problems = checkpoint.newest_good(folder)
+        remarks += [f"WARNING: {problem}" for problem in problems]
+        if path is None:
+            return config, command.recipe or "seed", None, [f"nothing to resume in {folder}: a new run starts"]
+    else:
+        path = Path(source)
+        contents, folder = checkpoint.read(path), command.given.get("checkpoint_dir", str(path.parent))
+    if command.recipe not in (None, contents["recipe"]):
+        raise ConfigError([f"--recipe {command.recipe}: {path} is a run of the recipe {contents['recipe']}; leave it out"])
+    config = resumed_config(contents["config"], command.given | {"checkpoint_dir": folder}, contents["batch"])
+    position = f"after epoch {contents['epoch']}" + (f" and {contents['batch']} batches" if contents["batch"] else "")
+    remarks.append(f"resumed {path}, {position} (best so far {contents['best']['top1']:.2f} %)")
+    if path.name != checkpoint.LAST:
+        remarks.append(f"note: {path.name} instead of {checkpoint.LAST}: whatever the run did after it is done again")
+    for key in config:
+        if config[key] != contents["config"].get(key):
+            rule = f" ({RULED_ON_RESUME[key]})" if key in RULED_ON_RESUME else ""
+            remarks.append(f"changed on resume: {key} = {config[key]!r}, was {contents['config'].get(key)!r}{rule}")
+    return config, contents["recipe"], contents, remarks
+
+
+def open_images(config, contents, say):
+    """Return the splits; raise DataError if they are not those of the checkpoint, or too few for a batch."""
+    if config["make_demo_data"] and make_demo_data(config["data_dir"]):
+        say(f"made the demo's pictures in {config['data_dir']}")
+    splits = data.open_splits(config["data_dir"])
+    images = splits["train"]
+    if contents is not None and (images.classes, len(images)) != (contents["classes"], contents["train_images"]):
+        raise data.DataError(
+            f"{config['data_dir']} holds {len(images):,} training images of {len(images.classes)} classes; the run to resume "
+            f"saw {contents['train_images']:,} of {len(contents['classes'])}. Name its images with --data-dir"
+        )
+    if len(images) < config["batch_size"]:
+        raise data.DataError(
+            f"{len(images)} training images make no batch of batch_size = {config['batch_size']}: lower --batch-size"
+        )
+    return splits
+
+
+def main(command):
+    config, recipe, contents, remarks = open_checkpoint(command)
+    device = choose_device(config)
+    precision = choose_precision(config, device)
+    torch.backends.cudnn.benchmark = True  # the sizes are fixed: let cuDNN try its algorithms once
+    with Monitor(config, device) as monitor, StopRequest() as stop:
+        splits = open_images(config, contents, monitor.say)
+        images = splits["train"]
+        steps_per_epoch = len(images) // config["batch_size"]
+        if contents is None:
+            checkpoint.delete_run(config["checkpoint_dir"])  # refused above unless it is asked for or there is none
+        monitor.log(f"configuration: {config}")
+        monitor.say(
+            f"recipe {recipe}: {config['architecture']} on {len(images):,} images of {len(images.classes)} classes, "
+            f"{steps_per_epoch} steps an epoch; {describe_device(device)}, {precision}, PyTorch {torch.__version__}"
+        )
+        for remark in remarks:
+            monitor.say(remark)
+        batches = data.BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], stop.between, monitor.say)
+        if config["spot_notice"]:
+            watch_spot_notice(stop, config["spot_notice_url"], monitor.say)
+        checkpoints = None
+        try:
+            if config["learning_rate"] == "auto":
+                found = find_learning_rate(config, batches, precision, monitor)
+                monitor.say(describe_rates(found))
+                config = config | {"learning_rate": found["suggestion"]}
+            state = new_state(config, len(images.classes), steps_per_epoch, device, precision)
+            if contents is not None:
+                state.load_state_dict(contents, config, steps_per_epoch)
+                contents = None  # hundreds of megabytes
+            facts = {"config": config, "recipe": recipe, "classes": images.classes, "train_images": len(images)}
+            checkpoints = checkpoint.CheckpointFolder(config, facts, monitor.say)
+            monitor.open_records(checkpoints.folder, state.epoch)
+            train(state, config, batches, checkpoints, monitor)
+            best = state.best
+            monitor.say(
+                f"finished {config['epochs']} epochs: best validation top-1 {best['top1']:.2f} % in epoch {best['epoch']} "
+                f"({best['weights']} weights, {config['val_resolution']} px, no test-time augmentation), "
+                f"in {checkpoints.folder / checkpoint.BEST}"
+            )
+        except (Interrupted, data.WorkerDied) as cause:
+            return save_and_leave(cause, checkpoints, state if checkpoints else None, monitor)
+        except UserError as error:
+            monitor.log(f"stopped: {error}")
+            raise
+        finally:
+            batches.close()
+    return 0
+
+
+def save_and_leave(cause, checkpoints, state, monitor):
+    """Save the state of a run that is asked to stop, say how to go on, and return the exit status."""
+    exit_code = getattr(cause, "exit_code", 1)
+    if checkpoints is None:
+        monitor.say(f"stopped by {cause}, before the training began")
+        return exit_code
+    where = f"in epoch {state.epoch + 1} after {state.batch} batches"
+    if checkpoints.save(state):
+        monitor.say(
+            f"stopped by {cause} {where}; saved. Go on with: python train.py --resume {checkpoints.folder / checkpoint.LAST}"
+        )
+    else:
+        monitor.say(f"stopped by {cause} {where}; NOT saved, an earlier checkpoint may be in {checkpoints.folder}")
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(run_program("train.py", main, COMMAND))
