@@ -74,18 +74,18 @@ def picture(class_name, rng):
     image = _background(x, y, rng)
     _add_clutter(image, x, y, rng)
 
-    radius = rng.uniform(0.28, 0.46) * min(height, width)
+    radius = rng.uniform(0.32, 0.46) * min(height, width)
     center_x = rng.uniform(0.8 * radius, width - 0.8 * radius)
     center_y = rng.uniform(0.8 * radius, height - 0.8 * radius)
     u, v = _rotated((x - center_x) / radius, (y - center_y) / radius, rng.uniform(0, 2 * np.pi))
     inside = _shape_mask(shape, u, v)
     s, t = _rotated(x - center_x, y - center_y, rng.uniform(0, 2 * np.pi))
-    pattern = _texture_mask(texture, s, t, period=rng.uniform(9, 14), phase=rng.uniform(0, 2 * np.pi))
+    pattern = _texture_mask(texture, s, t, period=radius * rng.uniform(0.4, 0.55), phase=rng.uniform(0, 2 * np.pi))
     bright, dark = _contrasting_colours(rng)
     image[inside & pattern] = bright
     image[inside & ~pattern] = dark
 
-    image += rng.normal(0, rng.uniform(2, 14), size=image.shape)
+    image += rng.normal(0, rng.uniform(2, 10), size=image.shape)
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
@@ -103,7 +103,7 @@ def _background(x, y, rng):
 def _add_clutter(image, x, y, rng):
     """Draw a few small blobs and lines of random colours, in place."""
     height, width = x.shape
-    for _ in range(rng.integers(3, 9)):
+    for _ in range(rng.integers(2, 7)):
         u, v = _rotated(x - rng.uniform(0, width), y - rng.uniform(0, height), rng.uniform(0, 2 * np.pi))
         if rng.random() < 0.5:
             spot = (np.abs(v) < rng.uniform(0.7, 2)) & (np.abs(u) < rng.uniform(10, 60))

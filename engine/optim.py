@@ -37,7 +37,7 @@ def build_optimizer(model, config):
 
 
 class OneCycleThenConstantLR(OneCycleLR):
-    """OneCycleLR whose rate passes, from a step on, along a half cosine to a constant and stays there (as SWALR does).
+    """OneCycleLR whose rate passes, from a step on, along a half cosine to a constant and stays there, as SWALR does.
 
     The rate is a pure function of `last_epoch`, the count of steps, so that a resumed run only has to set it.
     """
@@ -50,10 +50,13 @@ class OneCycleThenConstantLR(OneCycleLR):
 
     def get_lr(self):
         """Return the rate of each parameter group at step `last_epoch`."""
+        step = self.last_epoch
+        if step < self.constant_from_step:
+            return super().get_lr()
+        self.last_epoch = self.constant_from_step  # where the passage starts, whatever OneCycleLR would do after it
         rates = super().get_lr()
-        if self.last_epoch < self.constant_from_step:
-            return rates
-        passed = min(1.0, (self.last_epoch - self.constant_from_step + 1) / (self.passage_steps + 1))
+        self.last_epoch = step
+        passed = min(1.0, (step - self.constant_from_step) / self.passage_steps) if self.passage_steps else 1.0
         share = (1 - math.cos(math.pi * passed)) / 2
         return [rate + (self.constant_rate - rate) * share for rate in rates]
 
@@ -75,14 +78,14 @@ def build_schedule(optimizer, config, steps_per_epoch):
     """
     total_steps = config["epochs"] * steps_per_epoch
     warmup_steps = config["warmup_epochs"] * steps_per_epoch
-    if warmup_steps:
-        warmup_steps = min(max(warmup_steps, 2), total_steps - 1)  # OneCycleLR divides by the length of either phase
+    if warmup_steps:  # OneCycleLR divides by each phase's length less one: neither may be a single step
+        warmup_steps = min(max(warmup_steps, 2), total_steps - 1) if total_steps > 2 else 0
     averages = config["swa_start_epoch"] > 0 and config["swa_learning_rate"] > 0
     return OneCycleThenConstantLR(
         optimizer,
         max_lr=config["learning_rate"],
         total_steps=total_steps,
-        pct_start=max(warmup_steps, 0) / total_steps,
+        pct_start=warmup_steps / total_steps,
         anneal_strategy=config["onecycle_anneal"],
         cycle_momentum=False,  # it would overwrite the optimizer's momentum
         div_factor=config["onecycle_div_factor"],

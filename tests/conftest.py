@@ -1,0 +1,75 @@
+"""What the tests share: small trees of real JPEG files, tiny runs of train.py in this process or in one of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+from config import parse_command_line
+from engine.demo import make_demo_data
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def image_tree(tmp_path_factory):
+    """An ImageFolder tree of 60 training and 20 validation pictures in 10 classes."""
+    folder = tmp_path_factory.mktemp("images") / "tree"
+    make_demo_data(folder, train_images=60, val_images=20)
+    return folder
+
+
+@pytest.fixture
+def tiny_arguments(image_tree, tmp_path):
+    """The command line of a run of 3 epochs of 7 steps on a CPU in fp32, with averaging, in a folder of its own."""
+    return tiny_run(image_tree, tmp_path / "run")
+
+
+def tiny_run(image_tree, folder, **changes):
+    settings = {
+        "data_dir": image_tree,
+        "checkpoint_dir": folder,
+        "log_file": folder.with_suffix(".log"),
+        "architecture": "resnet18",
+        "train_resolution": 32,
+        "val_resolution": 32,
+        "batch_size": 8,
+        "epochs": 3,
+        "warmup_epochs": 1,
+        "swa_start_epoch": 2,
+        "swa_anneal_epochs": 1,
+        "swa_batch_norm_batches": 3,
+        "device": "cpu",
+        "precision": "fp32",
+        "num_workers": 0,
+        "log_every_steps": 2,
+    } | changes
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def run_here(arguments):
+    """Run train.py's main in this process; return its exit status."""
+    return train.main(parse_command_line(arguments, train.OWN_FLAGS))
+
+
+def start_program(program, arguments, cwd=REPOSITORY, environment=None, **options):
+    """Start one of the scripts in a process of its own, its output piped as text."""
+    return subprocess.Popen(
+        [sys.executable, str(REPOSITORY / program), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=cwd,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {}),
+        **options,
+    )
+
+
+def run_program(program, arguments, **options):
+    """Run one of the scripts to its end; return (exit status, output)."""
+    process = start_program(program, arguments, **options)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output

@@ -1,0 +1,371 @@
+import io
+import re
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torchvision.transforms import v2
+
+from config import CONFIG
+from engine import data
+from engine.demo import picture
+from engine.errors import DataError
+
+CPU = torch.device("cpu")
+SMALL = CONFIG | {"train_resolution": 32, "val_resolution": 32, "batch_size": 8, "num_workers": 0}
+
+
+def photo(height=375, width=500, seed=0):
+    """A picture with smooth colours and with detail of brightness at every scale, uint8 [h, w, 3]."""
+    rng = np.random.default_rng(seed)
+
+    def layer(cells, channels):
+        grid = Image.fromarray(rng.integers(0, 256, (cells, cells, channels), dtype=np.uint8).squeeze())
+        return np.asarray(grid.resize((width, height), Image.Resampling.BICUBIC), dtype=float).reshape(height, width, channels)
+
+    return (0.6 * layer(4, 3) + 0.25 * layer(16, 1) + 0.15 * layer(64, 1)).astype(np.uint8)
+
+
+def encoded(pixels, kind="JPEG", **options):
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **({"quality": 95} if kind == "JPEG" else {}) | options)
+    return buffer.getvalue()
+
+
+def psnr(first, second):
+    error = np.mean((np.asarray(first, dtype=float) - np.asarray(second, dtype=float)) ** 2)
+    return 10 * np.log10(255**2 / max(error, 1e-9))
+
+
+def server(splits, config=SMALL, said=None):
+    say = (said if said is not None else []).append
+    return data.BatchServer(splits, config, CPU, torch.float32, iter, say)
+
+
+def served(splits, requests, config=SMALL):
+    batches = server(splits, config)
+    try:
+        return [batch.images for batch in batches.serve(requests)]
+    finally:
+        batches.close()
+
+
+# The images on disk --------------------------------------------------------------------------------------------------
+
+
+def test_classes_images_and_labels_are_torchvisions_imagefolder(image_tree):
+    ours = data.open_splits(image_tree)["train"]
+    theirs = torchvision.datasets.ImageFolder(image_tree / "train")
+    assert ours.classes == theirs.classes
+    assert [str(image_tree / "train" / ours.name(i)) for i in range(len(ours))] == [path for path, _ in theirs.samples]
+    assert ours.labels.tolist() == theirs.targets
+    assert ours.read(3) == (image_tree / "train" / ours.name(3)).read_bytes()
+
+
+def test_paths_and_labels_are_arrays_not_python_objects(image_tree):
+    split = data.open_splits(image_tree)["train"]
+    big = [value for value in vars(split).values() if hasattr(value, "__len__") and len(value) >= len(split)]
+    assert big
+    assert all(isinstance(value, np.ndarray) and value.dtype != object for value in big)
+
+
+def test_a_missing_folder_is_said_with_what_to_run_instead(tmp_path):
+    with pytest.raises(DataError, match=r"does not exist.*--data-dir.*--recipe demo"):
+        data.open_splits(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("missing", ["train", "val"])
+def test_a_missing_split_is_named(tmp_path, missing):
+    (tmp_path / {"train": "val", "val": "train"}[missing]).mkdir()
+    with pytest.raises(DataError, match=f"has no folder {missing}"):
+        data.open_splits(tmp_path)
+
+
+def test_an_empty_split_an_empty_class_and_a_class_of_one_split_only_are_named(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+    with pytest.raises(DataError, match="holds no class folders"):
+        data.open_splits(tmp_path)
+    jpeg = encoded(photo(40, 40))
+    for folder in ("train/cat", "train/dog", "val/cat", "val/emu"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.jpg").write_bytes(jpeg)
+    with pytest.raises(DataError, match=r"different classes.*only in train: dog; only in val: emu"):
+        data.open_splits(tmp_path)
+    (tmp_path / "val/dog").mkdir()
+    with pytest.raises(DataError, match="without images: dog"):
+        data.open_splits(tmp_path)
+
+
+# Decoding and views --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4, 8])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_scaled_decoding_gives_the_ceiling_of_each_side(scale, kind):
+    pixels = photo(203, 309)
+    decoded = data.decode_rgb(encoded(pixels, kind), scale)
+    assert decoded.shape == (-(-203 // scale), -(-309 // scale), 3)
+    exact = Image.fromarray(pixels).resize(decoded.shape[1::-1], Image.Resampling.BOX)
+    assert psnr(decoded, exact) > 30
+
+
+def odd_files():
+    pixels = photo(60, 90)
+    image = Image.fromarray(pixels)
+    deep = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    gray = np.repeat(np.asarray(image.convert("L"))[..., None], 3, axis=2)
+    return {
+        "cmyk JPEG": (encoded(image.convert("CMYK")), pixels),
+        "gray JPEG": (encoded(image.convert("L")), gray),
+        "progressive JPEG": (encoded(image, progressive=True), pixels),
+        "EXIF-rotated JPEG": (encoded(image, exif=exif), pixels),
+        "JPEG with bytes after its end": (encoded(image) + b"\0" * 100, pixels),
+        "PNG": (encoded(image, "PNG"), pixels),
+        "16-bit PNG": (encoded(deep, "PNG"), np.repeat(pixels[..., :1], 3, axis=2)),
+        "RGBA PNG": (encoded(image.convert("RGBA"), "PNG"), pixels),
+        "palette PNG": (encoded(image.quantize(256), "PNG"), np.asarray(image.quantize(256).convert("RGB"))),
+        "bilevel PNG": (encoded(image.convert("1"), "PNG"), np.asarray(image.convert("1").convert("RGB"))),
+        "WebP": (encoded(image, "WEBP", quality=95), pixels),
+    }
+
+
+@pytest.mark.parametrize("name", odd_files())
+def test_every_kind_of_image_is_decoded_to_its_pixels(name):
+    content, pixels = odd_files()[name]
+    assert data.image_size(content) == pixels.shape[:2]
+    assert psnr(data.decode_rgb(content), pixels) > 30
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 700), (3000, 2)])
+def test_images_of_any_shape_give_both_views(size):
+    content = encoded(np.full((*size, 3), 200, dtype=np.uint8))
+    for view in (
+        data.training_view(content, 64, 0.08, np.random.default_rng(0)),
+        data.validation_view(content, 64, 0.875),
+    ):
+        assert view.shape == (64, 64, 3)
+        assert abs(view.mean() - 200) < 3
+
+
+def test_a_20000_px_jpeg_is_decoded_at_a_small_scale():
+    content = encoded(np.full((2000, 20000, 3), 90, dtype=np.uint8))
+    assert data.training_view(content, 64, 0.5, np.random.default_rng(0)).shape == (64, 64, 3)
+    assert data.validation_view(content, 64, 0.875).shape == (64, 64, 3)
+
+
+def broken_files():
+    jpeg = encoded(photo(100, 100))
+    return {
+        "empty": b"",
+        "text": b"<html>404 Not Found</html>",
+        "truncated": jpeg[: len(jpeg) // 2],
+        "header alone": jpeg[:100],
+        "truncated PNG": encoded(photo(100, 100), "PNG")[:5000],
+    }
+
+
+@pytest.mark.parametrize("name", broken_files())
+def test_a_damaged_file_is_refused(name):
+    with pytest.raises((ValueError, OSError)):
+        data.decode_rgb(broken_files()[name])
+
+
+def test_pillow_takes_over_where_simplejpeg_is_missing(monkeypatch):
+    content = encoded(photo())
+    fast = [data.training_view(content, 96, 0.08, np.random.default_rng(s)) for s in range(5)]
+    monkeypatch.setattr(data, "simplejpeg", None)
+    slow = [data.training_view(content, 96, 0.08, np.random.default_rng(s)) for s in range(5)]
+    assert min(psnr(a, b) for a, b in zip(fast, slow, strict=True)) > 33
+
+
+def test_the_validation_view_is_torchvisions_resize_and_centre_crop():
+    reference = v2.Compose([v2.Resize(73, antialias=True), v2.CenterCrop(64)])
+    for height, width in ((375, 500), (500, 333), (80, 81), (64, 200), (1200, 1600)):
+        content = encoded(photo(height, width))
+        expected = reference(Image.fromarray(data.decode_rgb(content)))
+        assert psnr(data.validation_view(content, 64, 64 / 73), expected) > (45 if min(height, width) < 1000 else 35)
+
+
+def test_random_crops_are_distributed_as_torchvisions():
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    for height, width in ((375, 500), (100, 900)):
+        ours = np.array([data.random_resized_crop_box(height, width, rng) for _ in range(4000)])
+        image = torch.empty(3, height, width)
+        scale, ratio = (0.08, 1.0), (3 / 4, 4 / 3)
+        theirs = np.array([torchvision.transforms.RandomResizedCrop.get_params(image, scale, ratio) for _ in range(4000)])
+        for column in range(4):
+            quantiles = np.linspace(0.02, 0.98, 13)
+            gap = np.abs(np.quantile(ours[:, column], quantiles) - np.quantile(theirs[:, column], quantiles)).max()
+            assert gap < 0.06 * max(height, width)
+
+
+def test_the_scaled_training_view_is_close_to_the_exact_one_on_the_same_crop():
+    content = encoded(photo(1500, 2000))
+    exact_pixels = data.decode_rgb(content)
+    quality = []
+    for seed in range(40):
+        box = data.random_resized_crop_box(1500, 2000, np.random.default_rng(seed))
+        view = data.training_view(content, 128, 0.08, np.random.default_rng(seed))
+        scale = next((s for s in (8, 4, 2) if min(box[2:]) >= s * 128), 1)
+        top, left, height, width = (round(side / scale) * scale for side in box)
+        crop = Image.fromarray(exact_pixels[top : top + height, left : left + width])
+        exact = np.asarray(crop.resize((128, 128), Image.Resampling.BILINEAR))
+        quality.append(max(psnr(view, exact), psnr(view[:, ::-1], exact)))
+    assert np.median(quality) > 35
+
+
+def test_half_of_the_training_views_are_flipped():
+    half = np.zeros((64, 64, 3), dtype=np.uint8)
+    half[:, 32:] = 255
+    content = encoded(half)
+    views = [data.training_view(content, 32, 0.999, np.random.default_rng(seed)) for seed in range(200)]
+    assert 70 < sum(view[:, 0].mean() > view[:, -1].mean() for view in views) < 130
+
+
+# Batches -------------------------------------------------------------------------------------------------------------
+
+
+def test_samples_do_not_depend_on_num_workers(image_tree):
+    splits = data.open_splits(image_tree)
+    alone = served(splits, data.training_requests(splits["train"], SMALL, epoch=1))
+    for workers in (1, 3):
+        config = SMALL | {"num_workers": workers}
+        others = served(splits, data.training_requests(splits["train"], config, epoch=1), config)
+        assert len(alone) == len(others) == 7
+        assert all(torch.equal(a, b) for a, b in zip(alone, others, strict=True))
+
+
+def test_persistent_workers_augment_each_epoch_anew_and_the_same_epoch_the_same(image_tree):
+    config = SMALL | {"num_workers": 2}
+    splits = data.open_splits(image_tree)
+    batches = server(splits, config)
+    order = np.arange(8)
+    requests = [data.BatchRequest("train", epoch, 32, order) for epoch in (0, 1, 0)]
+    first, second, again = (next(iter([*batches.serve([request])])).images for request in requests)
+    batches.close()
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+
+
+def test_a_view_depends_on_seed_epoch_and_index_alone(image_tree):
+    splits = data.open_splits(image_tree)
+    request = data.BatchRequest("train", 3, 32, np.array([5, 9, 5]))
+    images = data.BatchMaker(splits, SMALL)[request].images
+    assert torch.equal(images[0], images[2])
+    assert torch.equal(images[1], data.BatchMaker(splits, SMALL)[request._replace(indices=np.array([9]))].images[0])
+    assert not torch.equal(images[0], data.BatchMaker(splits, SMALL | {"seed": 1})[request].images[0])
+
+
+def test_an_epoch_shows_no_image_twice_and_each_epoch_has_its_order(image_tree):
+    split = data.open_splits(image_tree)["train"]
+    epochs = [np.concatenate([r.indices for r in data.training_requests(split, SMALL, epoch)]) for epoch in range(3)]
+    assert all(len(set(epoch.tolist())) == len(epoch) == 56 for epoch in epochs)
+    assert not np.array_equal(epochs[0], epochs[1])
+    assert np.array_equal(epochs[2], np.concatenate([r.indices for r in data.training_requests(split, SMALL, 2)]))
+
+
+def test_a_resumed_epoch_reads_none_of_the_images_before_its_position(image_tree, monkeypatch):
+    splits = data.open_splits(image_tree)
+    read = []
+    original = data.ImageFolder.read
+    monkeypatch.setattr(data.ImageFolder, "read", lambda split, index: read.append(index) or original(split, index))
+    whole = served(splits, data.training_requests(splits["train"], SMALL, epoch=0))
+    order, read[:] = list(read), []
+    rest = served(splits, data.training_requests(splits["train"], SMALL, epoch=0, start_batch=4))
+    assert read == order[32:]
+    assert all(torch.equal(a, b) for a, b in zip(whole[4:], rest, strict=True))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 20, 64])
+def test_validation_requests_cover_every_image_exactly_once(image_tree, batch_size):
+    split = data.open_splits(image_tree)["val"]
+    requests = list(data.validation_requests(split, SMALL | {"batch_size": batch_size}))
+    assert np.concatenate([r.indices for r in requests]).tolist() == list(range(20))
+    assert all(0 < len(r.indices) <= batch_size for r in requests)
+
+
+def test_batches_reach_the_network_normalised_and_channels_last(image_tree):
+    splits = data.open_splits(image_tree)
+    requests = list(data.training_requests(splits["train"], SMALL, 0))
+    (raw,) = server(splits).serve(requests[:1])
+    ((images, labels),) = server(splits).training(requests[:1], set())
+    assert raw.images.dtype == torch.uint8
+    assert raw.images.shape == (8, 32, 32, 3)
+    assert images.shape == (8, 3, 32, 32)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    normalise = v2.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD)
+    torch.testing.assert_close(images, normalise(raw.images.permute(0, 3, 1, 2) / 255), atol=1e-5, rtol=1e-5)
+    assert torch.equal(labels, raw.labels)
+    assert labels.tolist() == splits["train"].labels[requests[0].indices].tolist()
+
+
+def test_serving_leaves_the_runs_random_state_alone(image_tree):
+    splits = data.open_splits(image_tree)
+    before = torch.get_rng_state()
+    served(splits, data.training_requests(splits["train"], SMALL, 0), SMALL | {"num_workers": 1})
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# Bad images ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged_tree(tmp_path):
+    """A tree whose training files 3 and 7 are unreadable."""
+    for split, count in (("train", 24), ("val", 6)):
+        for number in range(count):
+            folder = tmp_path / split / f"class{number % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = picture("dots_disc", np.random.default_rng(number))
+            (folder / f"{number:03d}.jpg").write_bytes(encoded(pixels))
+    files = sorted((tmp_path / "train").rglob("*.jpg"))
+    files[3].write_bytes(b"")
+    files[7].write_bytes(files[8].read_bytes()[:700])
+    return tmp_path
+
+
+def test_a_bad_image_is_named_once_counted_and_replaced_deterministically(damaged_tree):
+    splits = data.open_splits(damaged_tree)
+    requests = [r for epoch in range(3) for r in data.training_requests(splits["train"], SMALL, epoch)]
+    runs = []
+    for workers in (0, 2):
+        said, bad = [], set()
+        batches = server(splits, SMALL | {"num_workers": workers}, said)
+        runs.append([(images.clone(), labels) for images, labels in batches.training(requests, bad)])
+        batches.close()
+        assert bad == {3, 7}
+        assert sorted(re.findall(r"bad image (\S+)", "\n".join(said))) == ["class0/006.jpg", "class0/014.jpg"]
+        assert len(said) == 2
+    for (images, labels), (others, other_labels) in zip(*runs, strict=True):
+        assert torch.equal(images, others)
+        assert torch.equal(labels, other_labels)
+
+
+def test_too_many_bad_images_stop_the_run(damaged_tree):
+    splits = data.open_splits(damaged_tree)
+    requests = data.training_requests(splits["train"], SMALL, 0)
+    with pytest.raises(DataError, match="2 training images cannot be read, more than max_bad_images = 1"):
+        list(server(splits, SMALL | {"max_bad_images": 1}).training(requests, set()))
+
+
+def test_a_bad_validation_image_stops_the_run_and_is_named(damaged_tree):
+    (damaged_tree / "val/class0/004.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"class0/004\.jpg cannot be read"):
+        list(server(data.open_splits(damaged_tree)).validation())
+
+
+def test_a_data_set_of_nothing_readable_is_called_so(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        for number in range(8):
+            (tmp_path / split / "a" / f"{number}.jpg").write_bytes(b"no image")
+    splits = data.open_splits(tmp_path)
+    with pytest.raises(DataError, match="in a row could not be read"):
+        list(server(splits).training(data.training_requests(splits["train"], SMALL, 0), set()))
