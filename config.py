@@ -77,10 +77,10 @@ RECIPES = {
         "batch_size": 32,
         "learning_rate": 0.001,
         "epochs": 8,
-        "warmup_epochs": 2,
-        "train_resolution": 64,
-        "val_resolution": 64,
-        "min_crop_area": 0.35,
+        "warmup_epochs": 1,
+        "train_resolution": 48,
+        "val_resolution": 48,
+        "min_crop_area": 0.6,
         "swa_start_epoch": 6,
         "swa_learning_rate": 0.0003,
         "swa_anneal_epochs": 1,
@@ -222,13 +222,18 @@ ALLOWED = {
 }
 
 
-def config_problems(config):
-    """Return every problem of a configuration as one clear line each; an empty list means that it can be run."""
-    problems = [
+def value_problems(config):
+    """Return one clear line for each value that is wrong by itself."""
+    return [
         f"{key} = {value!r}: must be {ALLOWED[key].describe()}"
         for key, value in config.items()
         if not ALLOWED[key].admits(value)
     ]
+
+
+def config_problems(config):
+    """Return every problem of a configuration as one clear line each; an empty list means that it can be run."""
+    problems = value_problems(config)
     if problems:  # combinations of values that are wrong by themselves would only repeat them
         return problems
 
@@ -338,7 +343,7 @@ def resumed_config(saved, given, batch):
 class Command(NamedTuple):
     """What a command line asks for."""
 
-    config: dict
+    config: dict  # of a new run
     given: dict  # only the keys that flags name: what a resumed run is checked against
     recipe: str | None  # as named on the command line; None means the default, seed
     options: dict  # the program's own flags, such as resume
@@ -405,7 +410,8 @@ def parse_command_line(arguments, own_flags=()):
             f"--recipe {recipe}: there are {', '.join(RECIPES)}" + (f"; did you mean {nearest[0]}?" if nearest else "")
         )
     config = CONFIG | RECIPES.get(recipe, {}) | flags
-    problems += config_problems(config)
+    # with --resume the flags join the checkpoint's configuration, and only that can tell whether they go together
+    problems += value_problems(config) if "resume" in options else config_problems(config)
     if problems:
         raise ConfigError(problems)
     return Command(config, flags, recipe, options)

@@ -7,7 +7,7 @@ python train.py --resume checkpoints/last.pt   go on where a run was stopped; --
 
 import sys
 
-from config import RULED_ON_RESUME, ConfigError, command_from_terminal, resumed_config
+from config import RULED_ON_RESUME, ConfigError, command_from_terminal, config_problems, resumed_config
 
 OWN_FLAGS = {
     "resume FILE": "checkpoint to go on from; auto: the newest whole one in checkpoint_dir, or a new run if there is none",
@@ -325,6 +325,8 @@ def open_checkpoint(command):
         path, contents, problems = checkpoint.newest_good(folder)
         remarks += [f"WARNING: {problem}" for problem in problems]
         if path is None:
+            if config_problems(config):
+                raise ConfigError(config_problems(config))
             return config, command.recipe or "seed", None, [f"nothing to resume in {folder}: a new run starts"]
     else:
         path = Path(source)
@@ -388,6 +390,7 @@ def main(command):
                 found = find_learning_rate(config, batches, precision, monitor)
                 monitor.say(describe_rates(found))
                 config = config | {"learning_rate": found["suggestion"]}
+            torch.manual_seed(config["seed"])
             state = new_state(config, len(images.classes), steps_per_epoch, device, precision)
             if contents is not None:
                 state.load_state_dict(contents, config, steps_per_epoch)

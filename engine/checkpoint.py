@@ -23,6 +23,7 @@ CURVES = "curves.png"
 
 _COMMENT = re.compile(rb"sha256:([0-9a-f]{64})")
 _COMMENT_BYTES = 7 + 64
+_ADVICE = "--resume auto takes the newest whole one beside it"
 RETRY_SECONDS = 60.0  # after a save that failed
 
 
@@ -99,9 +100,9 @@ def verify(path):
                 f"{path} holds weights alone, without the optimizer, rate plan and position that a run needs to go on; "
                 "resume from a last.pt or epoch_NNN.pt instead"
             )
-        raise CheckpointError(f"{path} is damaged or cut short ({size:,} bytes): its checksum is missing")
+        raise CheckpointError(f"{path} is damaged or cut short ({size:,} bytes): its checksum is missing; {_ADVICE}")
     if comment[1].decode() != digest.hexdigest():
-        raise CheckpointError(f"{path} is damaged: its checksum does not match ({size:,} bytes)")
+        raise CheckpointError(f"{path} is damaged: its checksum does not match ({size:,} bytes); {_ADVICE}")
 
 
 def _holds_plain_weights(path):

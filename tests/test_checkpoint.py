@@ -1,0 +1,257 @@
+import hashlib
+import os
+import pickle
+import resource
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from config import CONFIG
+from engine import checkpoint
+from engine.errors import CheckpointError, TrainingStopped
+
+CONTENTS = {"format": checkpoint.FORMAT, "epoch": 3, "batch": 0, "weights": {"a": torch.arange(1000.0), "b": torch.ones(3, 4)}}
+
+
+class State:
+    """What CheckpointFolder asks of a TrainState."""
+
+    def __init__(self, epoch=1, batch=0, value=1.0):
+        self.contents = {"epoch": epoch, "batch": batch, "model": {"weight": torch.full((50,), value)}}
+
+    def state_dict(self):
+        return self.contents
+
+
+def folder_for(path, said=None, **changes):
+    say = (said if said is not None else []).append
+    return checkpoint.CheckpointFolder(CONFIG | {"checkpoint_dir": str(path)} | changes, {"recipe": "seed"}, say)
+
+
+@pytest.fixture
+def written(tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoint.write(path, CONTENTS)
+    return path
+
+
+def test_what_is_written_is_read_back(written):
+    contents = checkpoint.read(written)
+    assert contents["epoch"] == 3
+    assert torch.equal(contents["weights"]["a"], CONTENTS["weights"]["a"])
+    assert [p.name for p in written.parent.iterdir()] == ["last.pt"]
+
+
+def test_anybody_can_load_it_with_torch_load_weights_only(written):
+    assert torch.load(written, weights_only=True)["epoch"] == 3
+
+
+def test_the_checksum_is_the_archives_comment(written):
+    comment = zipfile.ZipFile(written).comment
+    covered = written.read_bytes()[: -len(comment) - 2]
+    assert comment == b"sha256:" + hashlib.sha256(covered).hexdigest().encode()
+
+
+def test_every_truncation_is_detected(written):
+    whole = written.read_bytes()
+    lengths = {0, 1, 2, 72, 73, 74, *range(len(whole) - 120, len(whole)), *range(100, len(whole), 397)}
+    for length in sorted(lengths):
+        written.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError):
+            checkpoint.read(written)
+
+
+def test_every_changed_byte_is_detected(written):
+    whole = written.read_bytes()
+    rng = np.random.default_rng(0)
+    places = [0, 1, len(whole) - 1, len(whole) - 72, len(whole) - 73, *rng.integers(len(whole), size=200)]
+    accepted = []
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(rng.integers(8))
+        written.write_bytes(damaged)
+        try:
+            checkpoint.read(written)
+            accepted.append(place)
+        except CheckpointError:
+            pass
+    assert accepted == []
+
+
+def test_a_missing_checkpoint_is_said_with_what_is_there(written):
+    checkpoint.write(written.parent / "epoch_005.pt", CONTENTS)
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*lst\.pt; found last\.pt, epoch_005\.pt there|epoch_005"):
+        checkpoint.read(written.parent / "lst.pt")
+
+
+def test_weights_alone_are_refused_with_what_to_do_instead(tmp_path):
+    torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match=r"holds weights alone.*resume from a last\.pt"):
+        checkpoint.read(tmp_path / "weights.pt")
+
+
+def test_a_foreign_file_is_refused(tmp_path):
+    (tmp_path / "last.pt").write_bytes(os.urandom(5000))
+    with pytest.raises(CheckpointError, match="checksum is missing"):
+        checkpoint.read(tmp_path / "last.pt")
+
+
+class Attack:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_an_unpickling_attack_does_nothing(tmp_path, sealed):
+    path, target = tmp_path / "last.pt", str(tmp_path / "attacked")
+    if sealed:
+        checkpoint.write(path, CONTENTS | {"attack": Attack(target)})
+    else:
+        path.write_bytes(pickle.dumps(Attack(target)))
+    with pytest.raises(CheckpointError):
+        checkpoint.read(path)
+    assert not os.path.exists(target)
+    with path.open("rb"):  # the same file does attack whoever loads it without care
+        if sealed:
+            torch.load(path, weights_only=False)
+            assert os.path.exists(target)
+
+
+def test_a_damaged_last_is_passed_over_for_the_newest_good_one(tmp_path):
+    for number, name in enumerate(("epoch_005.pt", "epoch_010.pt", "last.pt")):
+        checkpoint.write(tmp_path / name, CONTENTS | {"epoch": number})
+        os.utime(tmp_path / name, (1000 + number, 1000 + number))
+    assert checkpoint.newest_good(tmp_path)[0].name == "last.pt"
+    (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:-500])
+    path, contents, problems = checkpoint.newest_good(tmp_path)
+    assert (path.name, contents["epoch"]) == ("epoch_010.pt", 1)
+    assert "last.pt is damaged" in problems[0]
+    for name in ("epoch_005.pt", "epoch_010.pt"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no checkpoint in .* is whole"):
+        checkpoint.newest_good(tmp_path)
+    assert checkpoint.newest_good(tmp_path / "empty") == (None, None, [])
+
+
+# The folder of a run -------------------------------------------------------------------------------------------------
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_last_every_time_epoch_every_fifth_and_best_when_it_is(tmp_path):
+    folder = folder_for(tmp_path)
+    for epoch in range(1, 11):
+        assert folder.save(State(epoch), is_best=epoch == 7)
+    folder.save(State(10, batch=3))
+    assert names(tmp_path) == ["best.pt", "epoch_005.pt", "epoch_010.pt", "last.pt"]
+    assert checkpoint.read(tmp_path / "best.pt")["epoch"] == 7
+    assert checkpoint.read(tmp_path / "epoch_005.pt")["epoch"] == 5
+    assert checkpoint.read(tmp_path / "last.pt")["batch"] == 3
+    assert checkpoint.read(tmp_path / "last.pt")["recipe"] == "seed"
+
+
+def test_no_epoch_file_is_written_in_the_middle_of_an_epoch(tmp_path):
+    folder_for(tmp_path).save(State(5, batch=2))
+    assert names(tmp_path) == ["last.pt"]
+
+
+def test_keep_checkpoints_keeps_the_newest(tmp_path):
+    folder = folder_for(tmp_path, keep_checkpoints=2, checkpoint_every_epochs=1)
+    for epoch in range(1, 6):
+        folder.save(State(epoch), is_best=epoch == 1)
+    assert names(tmp_path) == ["best.pt", "epoch_004.pt", "epoch_005.pt", "last.pt"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nothing_that_is_not_finite_is_saved_over_a_good_checkpoint(tmp_path, value):
+    folder = folder_for(tmp_path)
+    folder.save(State(1))
+    with pytest.raises(TrainingStopped, match=r"no longer finite: not saved.*last\.pt"):
+        folder.save(State(2, value=value))
+    assert checkpoint.read(tmp_path / "last.pt")["epoch"] == 1
+
+
+def test_saves_inside_an_epoch_come_after_checkpoint_minutes(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+    folder = folder_for(tmp_path, checkpoint_minutes=2.0)
+    for seconds, saved in ((119, False), (2, True), (119, False), (2, True)):
+        now[0] += seconds
+        (tmp_path / "last.pt").unlink(missing_ok=True)
+        folder.save_if_due(State(0, batch=1))
+        assert (tmp_path / "last.pt").exists() == saved
+
+
+def test_a_folder_that_holds_another_run_is_refused_and_its_other_files_are_never_deleted(tmp_path):
+    checkpoint.refuse_to_overwrite(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "mine.pt").write_text("mine")
+    checkpoint.refuse_to_overwrite(tmp_path)
+    folder_for(tmp_path).save(State(5), is_best=True)
+    with pytest.raises(CheckpointError, match=r"holds another run.*--resume auto.*--checkpoint-dir.*--overwrite"):
+        checkpoint.refuse_to_overwrite(tmp_path)
+    checkpoint.delete_run(tmp_path)
+    assert names(tmp_path) == ["mine.pt", "notes.txt"]
+
+
+def test_the_remains_of_a_kill_in_the_middle_of_a_save_are_cleared_away(tmp_path):
+    (tmp_path / ".last.pt.tmp").write_bytes(b"half a checkpoint")
+    folder_for(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_where_hard_links_are_impossible_the_other_names_are_copies(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("operation not supported")
+
+    monkeypatch.setattr(checkpoint.os, "link", refuse)
+    folder_for(tmp_path).save(State(5), is_best=True)
+    assert checkpoint.read(tmp_path / "best.pt")["epoch"] == checkpoint.read(tmp_path / "epoch_005.pt")["epoch"] == 5
+
+
+FULL_DISK = """
+import resource, sys
+sys.path[:0] = {paths!r}
+from test_checkpoint import State, folder_for
+said = []
+folder = folder_for({folder!r}, said)
+assert folder.save(State(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
+assert not folder.save(State(2), is_best=True)
+assert "could not be saved" in said[0] and "the next save is tried again" in said[0], said
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert folder.save(State(3))
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 100, 1000])
+def test_a_full_disk_leaves_the_old_checkpoint_and_the_next_save_is_tried_again(tmp_path, limit):
+    here = os.path.dirname(__file__)
+    paths = [here, os.path.dirname(here)]
+    script = FULL_DISK.format(paths=paths, folder=str(tmp_path), limit=limit)
+    before = script.index("resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM")
+    check = "from engine import checkpoint\nassert checkpoint.read({!r})['epoch'] == 1\n".format(str(tmp_path / "last.pt"))
+    check += f"import os\nassert os.listdir({str(tmp_path)!r}) == ['last.pt'], os.listdir({str(tmp_path)!r})\n"
+    done = subprocess.run([sys.executable, "-c", script[:before] + check + script[before:]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.read(tmp_path / "last.pt")["epoch"] == 3
+
+
+def test_rlimit_is_the_real_thing():
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
+
+
+def test_all_finite_looks_into_nested_state():
+    good = {"a": [torch.ones(2), {"b": torch.zeros(0)}], "n": 3, "i": torch.tensor([1]), "none": None}
+    assert checkpoint.all_finite(good)
+    assert not checkpoint.all_finite(good | {"c": ({"d": torch.tensor([1.0, float("nan")])},)})
+    assert checkpoint.all_finite({})

@@ -1,0 +1,440 @@
+"""Promises 1 and 2: interrupted at any instant, a run goes on as if nothing had happened.
+
+Real processes, real signals. The runs compared are of the same command, one of them never interrupted.
+"""
+
+import http.server
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY, run_here, run_program, start_program, tiny_run
+
+from config import ConfigError
+from engine import checkpoint
+from engine.errors import CheckpointError, DataError
+from engine.interruption import Interrupted, StopRequest, watch_spot_notice
+
+NOT_REPEATABLE = ("images_per_s", "seconds", "time")
+
+
+def assert_same_run(folder, reference):
+    """Compare two finished runs bit by bit: weights, averages, optimizer state, best, and every repeatable figure."""
+    for name in ("last.pt", "best.pt"):
+        ours, theirs = checkpoint.read(folder / name), checkpoint.read(reference / name)
+        for contents in (ours, theirs):
+            contents["config"] = {
+                k: v
+                for k, v in contents["config"].items()
+                if k not in ("checkpoint_dir", "log_file", "num_workers", "checkpoint_minutes")
+            }
+        assert_same(ours, theirs, name)
+    assert figures(folder) == figures(reference)
+
+
+def assert_same(ours, theirs, where):
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, torch.Tensor):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), where
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{where}[{key!r}]")
+    elif isinstance(ours, list):
+        assert len(ours) == len(theirs), where
+        for number, pair in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(*pair, f"{where}[{number}]")
+    else:
+        assert ours == theirs, where
+
+
+def figures(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in NOT_REPEATABLE} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def reference(image_tree, tmp_path_factory):
+    """A run that nobody interrupts; the runs of this module are compared with it."""
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    status, output = run_program("train.py", tiny_run(image_tree, folder))
+    assert status == 0, output
+    return folder
+
+
+# train.py in a process of its own that sends itself a signal when it enters `function` of `module` for the n-th time, and
+# that writes down each step it takes.
+DRIVER = """
+import importlib, os, signal, sys
+sys.path.insert(0, {repository!r})
+import train
+from config import parse_command_line
+from engine.errors import run_program
+
+def wrap(module, function, before):
+    module = importlib.import_module(module)
+    original = getattr(module, function)
+    def wrapped(*args, **kwargs):
+        before(*args)
+        return original(*args, **kwargs)
+    setattr(module, function, wrapped)
+
+steps = os.open({steps!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+wrap("train", "train_step", lambda state, *rest: os.write(steps, f"{{state.epoch * 7 + state.batch}}\\n".encode()))
+calls = []
+def send(*_):
+    calls.append(1)
+    if len(calls) == {call}:
+        for number in {signals!r}:
+            os.kill(os.getpid(), number)
+if {function!r}:
+    wrap({module!r}, {function!r}, send)
+sys.exit(run_program("train.py", train.main, parse_command_line(sys.argv[1:], train.OWN_FLAGS)))
+"""
+
+
+def start_driver(arguments, steps, at=(None, None), call=1, signals=(signal.SIGTERM,)):
+    source = DRIVER.format(
+        repository=str(REPOSITORY), steps=str(steps), module=at[0], function=at[1], call=call, signals=[int(s) for s in signals]
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", source, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+# Signals -------------------------------------------------------------------------------------------------------------
+
+MOMENTS = {
+    "a training step": ("train", "train_step", 11),
+    "the recomputation of batch norm": ("engine.averaging", "update_bn", 1),
+    "validation": ("train", "evaluate", 2),
+    "the writing of a checkpoint": ("engine.checkpoint", "write", 2),
+    "the writing of the records": ("engine.monitor", "append_record", 2),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_sigterm_saves_everything_and_the_resumed_run_equals_the_uninterrupted_one(moment, image_tree, reference, tmp_path):
+    module, function, call = MOMENTS[moment]
+    arguments = tiny_run(image_tree, tmp_path / "run")
+    status, output = finish(start_driver(arguments, tmp_path / "steps", (module, function), call))
+    assert status == 143, output
+    assert re.search(
+        r"stopped by SIGTERM in epoch \d after \d batches; saved\. Go on with: \S+ \S+ --resume \S+last\.pt", output
+    ), output
+    status, output = run_program("train.py", [*arguments, "--resume=auto", "--num-workers=2"])
+    assert status == 0, output
+    assert "resumed" in output
+    assert_same_run(tmp_path / "run", reference)
+
+
+def test_resnet50_killed_in_mid_epoch_and_resumed_ends_with_the_same_bits(image_tree, tmp_path):
+    changes = {"architecture": "resnet50", "epochs": 2, "batch_size": 10, "swa_batch_norm_batches": 2}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    status, output = run_program("train.py", tiny_run(image_tree, whole, **changes))
+    assert status == 0, output
+    arguments = tiny_run(image_tree, killed, **changes, checkpoint_minutes=1e-6)  # last.pt after every step
+    status, output = finish(start_driver(arguments, tmp_path / "steps", ("train", "train_step"), 9, [signal.SIGKILL]))
+    assert status == -signal.SIGKILL, output
+    saved = checkpoint.read(killed / "last.pt")
+    assert (saved["epoch"], saved["batch"]) == (1, 2)
+    status, output = run_program("train.py", [f"--resume={killed}/last.pt"])
+    assert status == 0, output
+    assert_same_run(killed, whole)
+
+
+def test_ctrl_c_reaches_the_whole_process_group_and_the_workers_outlive_it(image_tree, reference, tmp_path):
+    arguments = tiny_run(image_tree, tmp_path / "run", num_workers=2)
+    process = start_program("train.py", arguments, start_new_session=True)
+    wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists() and (tmp_path / "run/last.pt").exists())
+    os.killpg(process.pid, signal.SIGINT)
+    status, output = finish(process)
+    assert status == 130, output
+    assert "stopped by SIGINT" in output
+    assert "Traceback" not in output
+    assert processes_of_group(process.pid) == []
+    assert run_program("train.py", [*arguments, "--resume=auto"])[0] == 0
+    assert_same_run(tmp_path / "run", reference)
+
+
+def test_a_second_ctrl_c_exits_at_once_and_leaves_the_old_last_pt_whole(image_tree, tmp_path):
+    arguments = tiny_run(image_tree, tmp_path / "run", num_workers=1)
+    process = start_driver(arguments, tmp_path / "steps", ("torch", "save"), 2, [signal.SIGINT, signal.SIGINT])
+    status, output = finish(process)
+    assert status == 130, output
+    assert "second Ctrl-C" in output
+    assert checkpoint.read(tmp_path / "run/last.pt")["epoch"] == 1
+
+
+def test_a_run_stopped_before_its_first_step_can_be_resumed(image_tree, reference, tmp_path):
+    arguments = tiny_run(image_tree, tmp_path / "run")
+    status, output = finish(start_driver(arguments, tmp_path / "steps", ("train", "new_state"), 1))
+    assert status == 143, output
+    assert checkpoint.read(tmp_path / "run/last.pt")["batch"] == 0
+    assert run_program("train.py", [*arguments, "--resume=auto"])[0] == 0
+    assert_same_run(tmp_path / "run", reference)
+
+
+def test_a_worker_killed_by_the_system_is_said_and_the_state_saved(image_tree, reference, tmp_path):
+    arguments = tiny_run(image_tree, tmp_path / "run", num_workers=1)
+    process = start_program("train.py", arguments)
+    wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists() and children_of(process.pid))
+    os.kill(children_of(process.pid)[0], signal.SIGKILL)
+    status, output = finish(process)
+    assert status == 1, output
+    assert "a data worker died: process" in output
+    assert "killed by SIGKILL" in output
+    assert "Traceback" not in output
+    assert run_program("train.py", [*arguments, "--resume=auto"])[0] == 0
+    assert_same_run(tmp_path / "run", reference)
+
+
+def test_the_range_test_can_be_stopped_and_leaves_no_trace(image_tree, tmp_path):
+    arguments = [a for a in tiny_run(image_tree, tmp_path / "run") if "log_file" not in a]
+    arguments += [f"--output={tmp_path}/found", "--steps=5000"]
+    process = start_program("lr_finder.py", arguments, cwd=tmp_path)
+    wait_for(lambda: "range test" in process.stdout.readline())
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    status, output = finish(process)
+    assert status == 143, output
+    assert list(tmp_path.iterdir()) == []
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def children_of(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def processes_of_group(group):
+    alive = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group and fields[0] != "Z":
+            alive.append(stat.parent.name)
+    return alive
+
+
+# SIGKILL at random instants ------------------------------------------------------------------------------------------
+
+
+def kill_again_and_again(image_tree, folder, kills, seed):
+    """Kill a run that often at random instants, resume it each time, and let it end; return what happened.
+
+    Returns:
+        dict: `kills`; `in_writing`, those that hit the writing of a checkpoint; `steps_lost`, of each kill.
+    """
+    rng = random.Random(seed)
+    steps = folder.with_suffix(".steps")
+    # last.pt after every step that ends more than 0.3 s after the save before
+    arguments = [*tiny_run(image_tree, folder, checkpoint_minutes=0.005), "--resume=auto"]
+    happened = {"kills": 0, "in_writing": 0, "steps_lost": []}
+    while happened["kills"] < kills:
+        steps.unlink(missing_ok=True)
+        process = start_driver(arguments, steps)
+        wait_for(lambda process=process: steps.exists() or process.poll() is not None)
+        time.sleep(rng.uniform(0, 2.0))
+        if process.poll() is not None:  # it came to its end first: begin anew, the kills are not done
+            assert process.returncode == 0, process.communicate()[0]
+            assert happened["kills"], "the run ends before the first kill"
+            shutil.rmtree(folder)
+            continue
+        process.kill()
+        process.communicate()
+        happened["kills"] += 1
+        happened["in_writing"] += bool(list(folder.glob(".*.tmp")))
+        taken = [int(line) + 1 for line in steps.read_text().split()] if steps.exists() else []
+        saved = checkpoint.read(folder / "last.pt") if (folder / "last.pt").exists() else {"epoch": 0, "batch": 0}
+        happened["steps_lost"].append(max(0, (taken or [0])[-1] - saved["epoch"] * 7 - saved["batch"]))
+    status, output = finish(start_driver(arguments, steps))
+    assert status == 0, output
+    return happened
+
+
+def test_a_run_killed_at_random_instants_ends_with_the_same_bits(image_tree, reference, tmp_path):
+    happened = kill_again_and_again(image_tree, tmp_path / "run", kills=3, seed=1)
+    print(happened)
+    assert_same_run(tmp_path / "run", reference)
+
+
+@pytest.mark.slow
+def test_a_run_killed_thirty_times_ends_with_the_same_bits(image_tree, reference, tmp_path):
+    happened = kill_again_and_again(image_tree, tmp_path / "run", kills=30, seed=2)
+    print(happened, "worst case in steps:", max(happened["steps_lost"]))
+    assert happened["kills"] == 30
+    assert happened["in_writing"] > 0
+    assert_same_run(tmp_path / "run", reference)
+
+
+# The resume rule -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(reference, tmp_path):
+    """A copy of the reference run's folder, whose epochs can be raised."""
+    shutil.copytree(reference, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_finished_run_says_so_when_it_is_resumed(finished, capfd):
+    assert run_here([f"--resume={finished}/last.pt"]) == 0
+    assert "finished 3 epochs" in capfd.readouterr().out
+
+
+def test_epochs_may_be_raised_and_the_rate_plan_is_rebuilt(finished, image_tree, capfd):
+    assert run_here([f"--resume={finished}/last.pt", "--epochs=4"]) == 0
+    assert "changed on resume: epochs = 4, was 3 (the rate plan is rebuilt" in capfd.readouterr().out
+    assert [record["epoch"] for record in figures(finished)] == [1, 2, 3, 4]
+    assert checkpoint.read(finished / "last.pt")["schedule"]["step"] == 28
+
+
+def test_a_flag_that_bends_the_run_is_refused_with_the_reason(finished):
+    with pytest.raises(ConfigError, match=r"learning_rate = 0\.1: this run was started with 0\.0005"):
+        run_here([f"--resume={finished}/last.pt", "--learning-rate=0.1"])
+    with pytest.raises(ConfigError, match="a run of the recipe seed"):
+        run_here([f"--resume={finished}/last.pt", "--recipe=demo"])
+
+
+def test_other_images_are_refused(finished, tmp_path):
+    from engine.demo import make_demo_data
+
+    make_demo_data(tmp_path / "others", 50, 20)
+    with pytest.raises(DataError, match="holds 50 training images"):
+        run_here([f"--resume={finished}/last.pt", f"--data-dir={tmp_path}/others"])
+
+
+def test_resuming_best_is_allowed_and_said_aloud(finished, capfd):
+    assert run_here([f"--resume={finished}/best.pt"]) == 0
+    assert "note: best.pt instead of last.pt" in capfd.readouterr().out
+    assert [record["epoch"] for record in figures(finished)] == [1, 2, 3]
+
+
+def test_a_resumed_run_goes_on_where_its_file_lies(finished, tmp_path):
+    moved = tmp_path / "moved"
+    finished.rename(moved)
+    assert run_here([f"--resume={moved}/last.pt", "--epochs=4"]) == 0
+    assert checkpoint.read(moved / "last.pt")["epoch"] == 4
+    assert not finished.exists()
+
+
+def test_resume_auto_without_a_checkpoint_starts_a_new_run(image_tree, reference, tmp_path, capfd):
+    assert run_here([*tiny_run(image_tree, tmp_path / "run"), "--resume=auto"]) == 0
+    assert "nothing to resume" in capfd.readouterr().out
+    assert_same_run(tmp_path / "run", reference)
+
+
+def test_a_damaged_last_pt_is_said_and_the_newest_good_one_used(image_tree, reference, tmp_path, capfd):
+    arguments = tiny_run(image_tree, tmp_path / "run", checkpoint_every_epochs=1)
+    assert run_here(arguments) == 0
+    (tmp_path / "run/epoch_003.pt").unlink()
+    (tmp_path / "run/best.pt").unlink()
+    damaged = tmp_path / "run/last.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=r"last\.pt is damaged.*--resume auto"):
+        run_here([f"--resume={damaged}"])
+    assert run_here([*arguments, "--resume=auto"]) == 0
+    said = capfd.readouterr().out
+    assert "WARNING" in said and "last.pt is damaged" in said and "resumed" in said and "epoch_002.pt" in said
+    assert figures(tmp_path / "run") == figures(reference)
+
+
+# Spot notices --------------------------------------------------------------------------------------------------------
+
+
+class MetadataService(http.server.BaseHTTPRequestHandler):
+    """IMDSv2 as EC2 answers: a token by PUT, 401 without it, 404 while there is no notice."""
+
+    notice = None
+
+    def do_PUT(self):
+        self._answer(
+            200 if self.path == "/latest/api/token" and self.headers["X-aws-ec2-metadata-token-ttl-seconds"] else 400, "secret"
+        )
+
+    def do_GET(self):
+        if self.headers["X-aws-ec2-metadata-token"] != "secret":
+            return self._answer(401, "")
+        if self.path != "/latest/meta-data/spot/instance-action" or self.server.notice is None:
+            return self._answer(404, "")
+        return self._answer(200, self.server.notice)
+
+    def _answer(self, status, text):
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def metadata_service():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), MetadataService)
+    server.notice = None
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+NOTICE = '{"action": "terminate", "time": "2026-01-01T00:00:00Z"}'
+
+
+def test_a_spot_notice_stops_the_run_as_sigterm_does(metadata_service, image_tree, reference, tmp_path):
+    arguments = tiny_run(image_tree, tmp_path / "run", spot_notice="true")
+    arguments += [f"--spot-notice-url=http://127.0.0.1:{metadata_service.server_port}"]
+    metadata_service.notice = NOTICE
+    status, output = run_program("train.py", arguments)
+    assert status == 143, output
+    assert "spot termination notice" in output and "terminate" in output and "saved. Go on with" in output
+    assert run_here([f"--resume={tmp_path}/run/last.pt", "--spot-notice=false"]) == 0
+    assert figures(tmp_path / "run") == figures(reference)
+
+
+def test_without_a_notice_the_poll_asks_for_nothing(metadata_service):
+    stop, said = StopRequest(), []
+    ended = watch_spot_notice(stop, f"http://127.0.0.1:{metadata_service.server_port}", said.append, poll_seconds=0.01)
+    time.sleep(0.3)
+    stop.check()
+    metadata_service.notice = NOTICE
+    wait_for(lambda: stop.cause is not None, seconds=10)
+    with pytest.raises(Interrupted):
+        stop.check()
+    assert stop.exit_code == 143
+    assert said == []
+    ended.set()
+
+
+def test_a_metadata_service_that_does_not_answer_is_said_once(metadata_service):
+    metadata_service.server_close()
+    stop, said = StopRequest(), []
+    ended = watch_spot_notice(stop, f"http://127.0.0.1:{metadata_service.server_port}", said.append, poll_seconds=0.01)
+    wait_for(lambda: said, seconds=20)
+    time.sleep(0.2)
+    ended.set()
+    assert len(said) == 1
+    assert "does not answer" in said[0]
+    stop.check()

@@ -1,0 +1,280 @@
+"""The step, the loop, and what a run leaves behind; all in this process."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run_here, tiny_run
+from torch.optim.lr_scheduler import OneCycleLR
+
+import train
+from config import CONFIG, ConfigError
+from engine import checkpoint
+from engine.device import build_scaler, choose_precision
+from engine.errors import CheckpointError, DataError, TrainingStopped, UserError
+
+CPU = torch.device("cpu")
+QUICK = CONFIG | {"batch_size": 8, "epochs": 4, "warmup_epochs": 1, "swa_start_epoch": 0, "architecture": "resnet18"}
+
+
+def state_for(config, precision="fp32"):
+    return train.new_state(config, 5, 10, CPU, precision)
+
+
+def some_batch(images=8, resolution=32, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(images, 3, resolution, resolution, generator=generator), torch.arange(images) % 5
+
+
+class WithoutBatchNorm(torch.nn.Module):
+    """A network whose images do not see each other, so that micro-batches must add up exactly."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 8, 3, stride=2)
+        self.norm = torch.nn.GroupNorm(2, 8)
+        self.fc = torch.nn.Linear(8, 5)
+
+    def forward(self, images):
+        return self.fc(F.relu(self.norm(self.conv(images))).mean((2, 3)))
+
+
+def state_without_batch_norm(config):
+    state = state_for(config)
+    torch.manual_seed(0)
+    state.model = WithoutBatchNorm()
+    state.optimizer = train.build_optimizer(state.model, config)
+    state.schedule = train.build_schedule(state.optimizer, config, 10)
+    return state
+
+
+# The step ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_the_step_is_the_plain_one_of_a_textbook(name):
+    config = QUICK | {"optimizer": name, "grad_clip_value": 0.5, "label_smoothing": 0.1}
+    state = state_for(config)
+    twin = copy.deepcopy(state.model)
+    groups = train.build_optimizer(twin, config).param_groups
+    kind = {"adamw": lambda: torch.optim.AdamW(groups, foreach=False, fused=False),
+            "sgd": lambda: torch.optim.SGD(groups, momentum=0.9, foreach=False, fused=False)}[name]  # fmt: skip
+    plain = kind()
+    schedule = OneCycleLR(plain, max_lr=0.0005, total_steps=40, pct_start=0.25, cycle_momentum=False)
+    for number in range(5):
+        images, labels = some_batch(seed=number)
+        result = train.train_step(state, images, labels, config)
+        plain.zero_grad()
+        logits = twin(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
+        plain.step()
+        schedule.step()
+        assert result.loss.item() == pytest.approx(loss.item(), rel=1e-4)
+        assert result.grad_norm.item() == pytest.approx(norm.item(), rel=1e-3)
+        assert result.correct.item() == (logits.argmax(1) == labels).sum().item()
+
+
+GOLDEN_LOSSES = [1.62997, 1.66440, 1.60163, 1.63284, 1.52215]  # torch 2.14.1, fp32, an AVX-512 CPU
+
+
+def test_five_golden_losses_do_not_move():
+    state = state_for(QUICK | {"architecture": "resnet50"})
+    state.model.train()
+    losses = [train.train_step(state, *some_batch(seed=s), QUICK).loss.item() for s in range(5)]
+    assert losses == pytest.approx(GOLDEN_LOSSES, rel=2e-3)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 4, 7, 8, 100])
+def test_micro_batches_add_up_to_the_batchs_gradient(micro_batch_size):
+    config = QUICK | {"grad_clip_value": math.inf}
+    whole, parts = state_without_batch_norm(config), state_without_batch_norm(config)
+    parts.micro_batch_size = micro_batch_size
+    expected = train.train_step(whole, *some_batch(), config)
+    result = train.train_step(parts, *some_batch(), config)
+    for ours, theirs in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-6)
+    assert result.loss.item() == pytest.approx(expected.loss.item(), abs=1e-6)
+    assert result.correct.item() == expected.correct.item()
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**10])
+def test_the_true_gradient_is_clipped_whatever_the_loss_scale(scale):
+    config = QUICK | {"grad_clip_value": 0.01}
+    state = state_without_batch_norm(config)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    result = train.train_step(state, *some_batch(), config)
+    assert result.grad_norm.item() == pytest.approx(0.3, rel=0.9)
+    clipped = torch.nn.utils.get_total_norm([p.grad for p in state.model.parameters()]).item()
+    assert clipped == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gradient_that_is_not_finite_leaves_the_weights_as_they_were(precision):
+    state = state_for(QUICK, precision)
+    images, labels = some_batch()
+    train.train_step(state, images, labels, QUICK)
+    before = [p.detach().clone() for p in state.model.parameters()]
+    rate = state.schedule.get_last_lr()[0]
+    result = train.train_step(state, images * math.nan, labels, QUICK)
+    assert not torch.isfinite(result.loss)
+    assert all(torch.equal(p, old) for p, old in zip(state.model.parameters(), before, strict=True))
+    assert state.schedule.get_last_lr()[0] > rate  # the plan counts steps, not successes
+
+
+def test_the_loss_scale_is_sought_in_fp16_only():
+    assert build_scaler(CPU, "fp16").get_scale() == 2.0**16
+    assert build_scaler(CPU, "bf16").get_scale() == build_scaler(CPU, "fp32").get_scale() == 1.0
+
+
+def test_fp16_on_a_cpu_is_refused():
+    with pytest.raises(UserError, match="fp32 or bf16"):
+        choose_precision({"precision": "fp16"}, CPU)
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+
+class NeedsMemory(WithoutBatchNorm):
+    """Runs out of memory with more than `room` images at once, in the forward pass or in the backward pass."""
+
+    room = 3
+    fails_in_backward = False
+
+    def forward(self, images):
+        logits = super().forward(images)
+        if len(images) > self.room:
+            if not self.fails_in_backward:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            logits.register_hook(self._fail)
+        return logits
+
+    @staticmethod
+    def _fail(gradient):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("fails_in_backward", [False, True])
+def test_out_of_memory_halves_the_micro_batch_and_the_step_is_the_same(fails_in_backward):
+    config = QUICK
+    whole, tight = state_without_batch_norm(config), state_without_batch_norm(config)
+    tight.model.__class__ = NeedsMemory
+    tight.model.fails_in_backward = fails_in_backward
+    said = []
+    train.train_step(whole, *some_batch(), config)
+    train.train_step_within_memory(tight, *some_batch(), config, said.append)
+    assert tight.micro_batch_size == 2
+    assert [text[-16:] for text in said] == ["micro-batches of 4"[-16:], "micro-batches of 2"[-16:]]
+    for ours, theirs in zip(tight.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    assert tight.schedule.last_epoch == whole.schedule.last_epoch == 1
+
+
+def test_out_of_memory_with_a_single_image_stops_the_run():
+    state = state_without_batch_norm(QUICK)
+    state.model.__class__ = NeedsMemory
+    state.model.room = 0
+    with pytest.raises(TrainingStopped, match="lower --train-resolution"):
+        train.train_step_within_memory(state, *some_batch(), QUICK, lambda text: None)
+
+
+def test_the_micro_batch_is_remembered_in_the_checkpoint(tiny_arguments, tmp_path):
+    assert run_here([*tiny_arguments, "--epochs=2", "--micro-batch-size=3"]) == 0
+    assert checkpoint.read(tmp_path / "run/last.pt")["micro_batch_size"] == 3
+
+
+# A whole run ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_checkpoints_records_log_and_curves(tiny_arguments, tmp_path, capfd):
+    assert run_here([*tiny_arguments, "--checkpoint-every-epochs=2"]) == 0
+    folder = tmp_path / "run"
+    assert sorted(p.name for p in folder.iterdir()) == ["best.pt", "curves.png", "epoch_002.pt", "last.pt", "metrics.jsonl"]
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [1, 2, 3]
+    assert all(record["val_images"] == 20 and record["train_images"] == 56 for record in records)
+    assert all(0 <= record[key] <= 100 for record in records for key in ("train_top1", "val_top1", "val_top5"))
+    assert ["averaged_val_top1" in record for record in records] == [False, True, True]
+    best = max(max(r["val_top1"], r.get("averaged_val_top1", 0)) for r in records)
+    assert records[-1]["best_top1"] == checkpoint.read(folder / "best.pt")["best"]["top1"] == best
+
+    log = (tmp_path / "run.log").read_text().splitlines()
+    assert all(line[:4].isdigit() and line[10] == "T" for line in log)
+    text = "\n".join(log)
+    for said in ("configuration: {'batch_size': 8", "recipe seed: resnet18", "epoch 1/3:", "epoch 3/3:", "finished 3 epochs"):
+        assert said in text
+    printed = capfd.readouterr()
+    assert "epoch 3/3:" in printed.out
+    assert "\r" not in printed.out + printed.err  # no bar debris where the output is no terminal
+
+
+def test_the_last_state_is_complete(tiny_arguments, tmp_path):
+    assert run_here(tiny_arguments) == 0
+    last = checkpoint.read(tmp_path / "run/last.pt")
+    assert (last["epoch"], last["batch"], last["schedule"]["step"]) == (3, 0, 21)
+    assert last["averaged_model"]["n_averaged"] == 2
+    assert last["config"]["batch_size"] == 8
+    assert last["classes"] == sorted(last["classes"])
+    assert set(last) >= {"model", "optimizer", "scaler", "rng", "best", "recipe"}
+
+
+def test_the_averaged_weights_are_the_mean_of_the_epochs_final_weights(tiny_arguments, tmp_path):
+    assert run_here([*tiny_arguments, "--checkpoint-every-epochs=1"]) == 0
+    second, third = (checkpoint.read(tmp_path / f"run/epoch_00{n}.pt")["model"] for n in (2, 3))
+    averaged = checkpoint.read(tmp_path / "run/last.pt")["averaged_model"]
+    for name in ("conv1.weight", "fc.bias", "layer4.1.bn2.weight"):
+        torch.testing.assert_close(averaged[f"module.{name}"], (second[name] + third[name]) / 2, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(averaged["module.bn1.running_mean"], third["bn1.running_mean"])
+
+
+def test_a_new_run_never_overwrites_an_earlier_one_unless_told_to(tiny_arguments, tmp_path):
+    assert run_here([*tiny_arguments, "--epochs=2"]) == 0
+    before = (tmp_path / "run/last.pt").read_bytes()
+    with pytest.raises(CheckpointError, match=r"holds another run.*--resume auto.*--overwrite"):
+        run_here([*tiny_arguments, "--epochs=2"])
+    assert (tmp_path / "run/last.pt").read_bytes() == before
+    assert run_here([*tiny_arguments, "--epochs=2", "--overwrite", "--seed=1"]) == 0
+    assert checkpoint.read(tmp_path / "run/last.pt")["config"]["seed"] == 1
+    with pytest.raises(ConfigError, match="--resume and --overwrite"):
+        run_here([*tiny_arguments, "--resume=auto", "--overwrite"])
+
+
+def test_too_few_images_for_a_batch_are_said(tiny_arguments):
+    with pytest.raises(DataError, match=r"60 training images make no batch of batch_size = 64"):
+        run_here([*tiny_arguments, "--batch-size=64"])
+
+
+def test_an_exploding_run_stops_with_step_rate_and_last_good_checkpoint(image_tree, tmp_path):
+    arguments = tiny_run(
+        image_tree, tmp_path / "run", optimizer="sgd", max_bad_steps=3, grad_clip_value="inf", swa_start_epoch=0
+    )
+    assert run_here([*arguments, "--epochs=1"]) == 0
+    good = (tmp_path / "run/last.pt").read_bytes()
+    arguments = [*arguments, "--epochs=3", "--resume=auto"]
+    saved = checkpoint.read(tmp_path / "run/last.pt")
+    saved["model"]["fc.weight"] *= 1e36  # finite, and the next gradient is not
+    checkpoint.write(tmp_path / "run/last.pt", saved)
+    exploding = (tmp_path / "run/last.pt").read_bytes()
+    assert exploding != good
+    with pytest.raises(TrainingStopped, match=r"steps in a row without a finite loss.*in epoch 2.*at rate.*last\.pt"):
+        run_here(arguments)
+    assert (tmp_path / "run/last.pt").read_bytes() == exploding
+    assert "without a finite loss" in (tmp_path / "run.log").read_text()
+
+
+def test_learning_rate_auto_finds_a_rate_and_keeps_it(image_tree, tmp_path, capfd):
+    arguments = tiny_run(image_tree, tmp_path / "run", learning_rate="auto", epochs=2)
+    assert run_here(arguments) == 0
+    rate = checkpoint.read(tmp_path / "run/last.pt")["config"]["learning_rate"]
+    assert isinstance(rate, float)
+    assert f"suggested learning_rate: {rate:g}" in capfd.readouterr().out
+    assert run_here([*arguments, "--resume=auto"]) == 0
+
+
+def test_bf16_runs_on_a_cpu(image_tree, tmp_path):
+    assert run_here(tiny_run(image_tree, tmp_path / "run", precision="bf16", epochs=2)) == 0
