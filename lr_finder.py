@@ -9,9 +9,9 @@ import sys
 from config import ConfigError, command_from_terminal
 
 OWN_FLAGS = {
-    "lowest-rate RATE": "where the test begins; default 1e-6",
+    "lowest-rate RATE": "where the test begins; default 1e-5, or 1e-4 for sgd",
     "highest-rate RATE": "where it ends unless the loss diverges before; default 1, or 10 for sgd",
-    "steps N": "optimizer steps of the test; default 120",
+    "steps N": "optimizer steps of the test; default 100",
     "output PREFIX": "of the two files; default lr_finder",
 }
 if __name__ == "__main__":  # before torch is imported: --help and typing errors answer at once
@@ -28,14 +28,15 @@ from engine.device import AUTOCAST_DTYPES, choose_device, choose_precision, desc
 from engine.errors import run_program
 from engine.interruption import Interrupted, StopRequest
 from engine.monitor import Monitor
+from engine.range_test import USUAL_RATES
 from train import describe_rates, find_learning_rate, open_images
 
 
 def range_from(options, config):
     """Return (lowest rate, highest rate, steps) as the command line asks for."""
     values, problems = [], []
-    highest = 10.0 if config["optimizer"] == "sgd" else 1.0
-    for name, kind, default in (("lowest_rate", float, 1e-6), ("highest_rate", float, highest), ("steps", int, 120)):
+    lowest, highest = USUAL_RATES[config["optimizer"]]
+    for name, kind, default in (("lowest_rate", float, lowest), ("highest_rate", float, highest), ("steps", int, 100)):
         text = options.get(name, default)
         try:
             values.append(kind(text))

@@ -34,7 +34,7 @@ from engine.errors import TrainingStopped, UserError, run_program
 from engine.interruption import Interrupted, StopRequest, watch_spot_notice
 from engine.monitor import Monitor, Throughput
 from engine.optim import build_optimizer, build_schedule
-from engine.range_test import range_test
+from engine.range_test import BATCHES_IN_CYCLE, USUAL_RATES, range_test
 from evaluate import evaluate
 from model import build_model
 
@@ -276,9 +276,15 @@ def stop_if_diverged(figures, state, config):
 # The rate ------------------------------------------------------------------------------------------------------------
 
 
-def find_learning_rate(config, batches, precision, monitor, lowest=1e-6, highest=1.0, steps=120):
-    """Return the result of a range test with this run's own step, on weights of its own that are then forgotten."""
+def find_learning_rate(config, batches, precision, monitor, lowest=None, highest=None, steps=100):
+    """Return the result of a range test with this run's own step, on weights of its own that are then forgotten.
+
+    Args:
+        lowest, highest: rates; by default a range around what the optimizer commonly takes.
+    """
     images = batches.splits["train"]
+    usual_lowest, usual_highest = USUAL_RATES[config["optimizer"]]
+    lowest, highest = lowest or usual_lowest, highest or usual_highest
     config = config | {"learning_rate": lowest}
     state = new_state(config, len(images.classes), len(images) // config["batch_size"], batches.device, precision)
     state.schedule = LambdaLR(state.optimizer, lambda step: 1.0)  # the test sets the rate itself
@@ -290,8 +296,7 @@ def find_learning_rate(config, batches, precision, monitor, lowest=1e-6, highest
         result = train_step_within_memory(state, *batch, config, monitor.say)
         return result.loss.item(), math.isfinite(result.grad_norm.item())
 
-    epochs = (data.training_requests(images, config, epoch) for epoch in itertools.count())
-    requests = itertools.chain.from_iterable(epochs)
+    requests = itertools.cycle(itertools.islice(data.training_requests(images, config, epoch=0), BATCHES_IN_CYCLE))
     monitor.start("learning-rate range test", steps)
     result = range_test(step, monitor.watch(batches.training(requests, set())), lowest, highest, steps)
     monitor.finish()

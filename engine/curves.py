@@ -73,6 +73,6 @@ def draw_range_test(result, path):
     axis.set_title("Learning-rate range test", loc="left")
     axis.set_xlabel("learning rate")
     axis.set_ylabel("training loss")
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="lower left")
     figure.savefig(path, dpi=110)
     return True

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from engine.errors import DataError
+
 CLASSES = (
     "checks_disc",
     "checks_triangle",
@@ -38,13 +40,13 @@ def make_demo_data(folder, train_images=TRAIN_IMAGES, val_images=VAL_IMAGES, see
     Returns:
         True if it was made now, False if it was there.
     Raises:
-        FileExistsError: the folder holds something else.
+        DataError: the folder holds something else.
     """
     folder = Path(folder)
     if (folder / COMPLETE).exists():
         return False
     if folder.exists():
-        raise FileExistsError(f"{folder} holds something else than the demo's data; name another folder with --data-dir")
+        raise DataError(f"{folder} holds something else than the demo's data; name another folder with --data-dir")
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     jobs = []

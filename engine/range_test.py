@@ -1,4 +1,9 @@
-"""The learning-rate range test (arXiv:1506.01186): one short run whose rate rises exponentially until it diverges."""
+"""The learning-rate range test (arXiv:1506.01186): one short run whose rate rises exponentially until it diverges.
+
+Unlike the paper's, it trains on the same few batches over and over. On fresh batches the noise between batches is larger
+than what a hundred steps can learn, and the reading is that of the noise; on BATCHES_IN_CYCLE batches the loss falls by its
+whole height and shows where the rate begins to work, where it works best and where it breaks.
+"""
 
 import math
 
@@ -9,6 +14,8 @@ from engine.errors import TrainingStopped
 DIVERGED = 2.0  # times the lowest smoothed loss: the test has seen enough
 LONGEST_SKIPPED_ROW = 30  # steps in a row without a finite gradient: diverged, and not a loss scale that is still falling
 FEWEST_POINTS = 10
+BATCHES_IN_CYCLE = 8
+USUAL_RATES = {"adamw": (1e-5, 1.0), "adam": (1e-5, 1.0), "sgd": (1e-4, 10.0)}  # lowest and highest rate of the test
 SMOOTHING = 0.04  # of the test's length; standard deviation of the smoothing in steps
 
 

@@ -1,0 +1,76 @@
+"""The demo's pictures have to be learned: a ResNet learns them, a linear classifier on the pixels does not."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine import data
+from engine.demo import CLASSES, COMPLETE, make_demo_data, picture
+from engine.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def small_copy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "images"
+    make_demo_data(folder, 1000, 300)
+    return folder
+
+
+def test_it_is_a_balanced_image_folder_of_real_jpeg_files(small_copy):
+    splits = data.open_splits(small_copy)
+    assert splits["train"].classes == sorted(CLASSES)
+    assert len(CLASSES) == 10
+    assert set(np.bincount(splits["train"].labels)) == {100}
+    assert set(np.bincount(splits["val"].labels)) == {30}
+    with Image.open(small_copy / "train" / splits["train"].name(0)) as image:
+        assert image.format == "JPEG"
+        assert min(image.size) >= 80
+
+
+def test_it_is_made_once_and_the_same_each_time(small_copy, tmp_path):
+    assert make_demo_data(small_copy) is False
+    make_demo_data(tmp_path / "again", 20, 10)
+    for path in (tmp_path / "again/train").rglob("*.jpg"):
+        assert path.read_bytes() == (small_copy / "train" / path.relative_to(tmp_path / "again/train")).read_bytes()
+
+
+def test_an_interrupted_making_leaves_nothing_half_done(tmp_path):
+    folder = tmp_path / "images"
+    unfinished = tmp_path / ".images.unfinished"
+    (unfinished / "train").mkdir(parents=True)
+    (unfinished / "train/remains.jpg").write_bytes(b"half")
+    make_demo_data(folder, 10, 10)
+    assert (folder / COMPLETE).exists()
+    assert not unfinished.exists()
+    assert not (folder / "train/remains.jpg").exists()
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(DataError, match="--data-dir"):
+        make_demo_data(tmp_path / "mine")
+
+
+def test_no_two_pictures_are_alike():
+    first, second = (picture("dots_disc", np.random.default_rng(seed)) for seed in (1, 2))
+    assert first.shape != second.shape or not np.array_equal(first, second)
+
+
+def test_a_linear_classifier_on_the_raw_pixels_stays_below_40_percent(small_copy):
+    pixels, labels = {}, {}
+    for name, split in data.open_splits(small_copy).items():
+        views = [data.validation_view(split.read(i), 24, 0.875) for i in range(len(split))]
+        pixels[name] = torch.from_numpy(np.stack(views)).flatten(1).float() / 127.5 - 1
+        labels[name] = torch.from_numpy(split.labels)
+    best = 0.0
+    for weight_decay in (1e-3, 1e-1, 1.0):
+        torch.manual_seed(0)
+        linear = torch.nn.Linear(pixels["train"].shape[1], 10)
+        optimizer = torch.optim.AdamW(linear.parameters(), lr=1e-3, weight_decay=weight_decay)
+        for _ in range(300):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(linear(pixels["train"]), labels["train"]).backward()
+            optimizer.step()
+        best = max(best, (linear(pixels["val"]).argmax(1) == labels["val"]).float().mean().item())
+    assert best < 0.40

@@ -1,0 +1,115 @@
+"""The walls of the house: who may import whom, and that the README tells the truth about it."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+from config import CONFIG, RECIPES, key_comments
+
+SCRIPTS = {"train", "evaluate", "lr_finder", "prepare_data", "report", "benchmark"}
+MAY_IMPORT = {  # of the project's own; engine, config and model import no script
+    "evaluate.py": {"engine", "config", "model"},
+    "train.py": {"engine", "config", "model", "evaluate"},
+    "lr_finder.py": {"engine", "config", "model", "evaluate", "train"},
+    "config.py": {"engine"},
+    "model.py": {"engine"},
+}
+SOURCES = sorted([*REPOSITORY.glob("*.py"), *REPOSITORY.glob("engine/*.py")])
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_imports_run_one_way(path):
+    own = set(imports_of(path)) & (SCRIPTS | {"engine", "config", "model"})
+    allowed = {"engine"} if path.parent.name == "engine" else MAY_IMPORT[path.name]
+    assert own <= allowed
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_importing_a_module_does_nothing(path, tmp_path):
+    name = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {name}"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_every_public_function_and_class_says_what_it_does(path):
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            exempt = path.parent == REPOSITORY and node.name == "main"
+            short = isinstance(node, ast.ClassDef) or len(node.body) == 1
+            assert ast.get_docstring(node) or exempt or short, f"{path.name}: {node.name}"
+
+
+def test_every_key_of_config_is_used_outside_of_it():
+    source = "\n".join(path.read_text() for path in SOURCES if path.name != "config.py")
+    assert [key for key in CONFIG if f'config["{key}"]' not in source] == []
+
+
+# The README ----------------------------------------------------------------------------------------------------------
+
+BEGIN, END = "<!-- configuration: written by python tests/test_structure.py -->", "<!-- end of configuration -->"
+
+
+def configuration_table():
+    rows = ["| key | default | `demo` | what it is |", "|---|---|---|---|"]
+    for key, comment in key_comments().items():
+        demo = f"`{RECIPES['demo'][key]}`" if key in RECIPES["demo"] else ""
+        rows.append(f"| `{key}` | `{CONFIG[key]}` | {demo} | {comment} |")
+    return "\n".join(rows)
+
+
+def readme():
+    return (REPOSITORY / "README.md").read_text()
+
+
+def test_the_readmes_configuration_table_is_the_configuration():
+    table = readme().split(BEGIN)[1].split(END)[0].strip()
+    assert table == configuration_table(), "run python tests/test_structure.py"
+
+
+def test_every_file_that_the_readme_names_exists():
+    named = set(re.findall(r"`((?:engine/|tests/)?\w+\.(?:py|txt|toml|md))`", readme()))
+    assert "train.py" in named
+    assert "engine/data.py" in named
+    assert [name for name in named if not (REPOSITORY / name).exists()] == []
+
+
+def test_every_module_is_on_the_readmes_map():
+    assert [p.name for p in SOURCES if p.name != "__init__.py" and f"`{p.relative_to(REPOSITORY)}`" not in readme()] == []
+
+
+def test_every_flag_that_the_readme_shows_exists():
+    own = {"resume", "overwrite", "recipe", "help", "lowest-rate", "highest-rate", "steps", "output"}
+    shown = set(re.findall(r"python (?:train|lr_finder)\.py([^`\n]*)", readme()))
+    flags = {flag for line in shown for flag in re.findall(r"--([a-z-]+)", line)}
+    assert flags
+    assert {flag.replace("-", "_") for flag in flags} <= set(CONFIG) | {name.replace("-", "_") for name in own}
+
+
+def test_the_ci_script_runs_the_readmes_test_command():
+    assert "python -m pytest" in readme()
+    assert "python -m pytest" in (REPOSITORY / ".ci/run").read_text()
+
+
+if __name__ == "__main__":
+    path = Path(REPOSITORY / "README.md")
+    before, rest = path.read_text().split(BEGIN)
+    path.write_text(f"{before}{BEGIN}\n\n{configuration_table()}\n\n{END}{rest.split(END)[1]}")
