@@ -211,6 +211,7 @@ def train_one_epoch(state, device_batches, config, checkpoints, monitor):
 
 def average_and_validate(state, batches, config, monitor):
     """Bring the averaged weights up to date and validate; return {'raw': ..., 'averaged': ...} of evaluate()'s figures."""
+    checkpoint.require_finite(state.model.state_dict(), config["checkpoint_dir"])
     models = {"raw": state.model}
     context = autocast(state.device, state.precision)
     if averaging.bring_average_up_to_date(state.averaged_model, state.model, config, state.epoch + 1):
@@ -373,8 +374,14 @@ def main(command):
     device = choose_device(config)
     precision = choose_precision(config, device)
     torch.backends.cudnn.benchmark = True  # the sizes are fixed: let cuDNN try its algorithms once
-    with Monitor(config, device) as monitor, StopRequest() as stop:
+    with Monitor(config, device) as monitor:
         splits = open_images(config, contents, monitor.say)
+        return run(config, recipe, contents, remarks, splits, device, precision, monitor)
+
+
+def run(config, recipe, contents, remarks, splits, device, precision, monitor):
+    """Start a run, or go on with the one whose checkpoint `contents` is; return the exit status."""
+    with StopRequest() as stop:
         images = splits["train"]
         steps_per_epoch = len(images) // config["batch_size"]
         if contents is None:
@@ -404,6 +411,8 @@ def main(command):
             checkpoints = checkpoint.CheckpointFolder(config, facts, monitor.say)
             monitor.open_records(checkpoints.folder, state.epoch)
             train(state, config, batches, checkpoints, monitor)
+            if not (checkpoints.is_saved or checkpoints.save(state)):
+                raise TrainingStopped(f"the run has ended, but its result could NOT be saved to {checkpoints.folder}")
             best = state.best
             monitor.say(
                 f"finished {config['epochs']} epochs: best validation top-1 {best['top1']:.2f} % in epoch {best['epoch']} "

@@ -235,6 +235,7 @@ class CheckpointFolder:
         self.interval_seconds = 60 * config["checkpoint_minutes"]
         self.keep = config["keep_checkpoints"]
         self.say = say
+        self.is_saved = True  # whether the last attempt to save succeeded
         self._next_save = time.monotonic() + self.interval_seconds
 
     def save_if_due(self, state):
@@ -253,11 +254,7 @@ class CheckpointFolder:
             TrainingStopped: the state holds numbers that are not finite; the files on disk stay.
         """
         contents = self.facts | state.state_dict()
-        if not all_finite(contents):
-            raise TrainingStopped(
-                f"weights or optimizer state are no longer finite: not saved. The last good checkpoint is "
-                f"{self.folder / LAST}; resume it, or start anew with a lower --learning-rate"
-            )
+        require_finite(contents, self.folder)
         last = self.folder / LAST
         try:
             write(last, contents)
@@ -268,12 +265,14 @@ class CheckpointFolder:
                 _link(last, self.folder / epoch_name(contents["epoch"]))
                 self._prune()
         except OSError as error:
+            self.is_saved = False
             self._next_save = time.monotonic() + min(RETRY_SECONDS, self.interval_seconds)
             self.say(
                 f"WARNING: the checkpoint could not be saved to {self.folder}: {error}. The run goes on and the earlier "
                 "checkpoint stays; make room, the next save is tried again"
             )
             return False
+        self.is_saved = True
         self._next_save = time.monotonic() + self.interval_seconds
         return True
 
@@ -302,6 +301,15 @@ def _link(source, target):
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(target.parent)
+
+
+def require_finite(contents, folder):
+    """Raise TrainingStopped if a tensor inside holds a number that is not finite: it must not be saved or averaged."""
+    if not all_finite(contents):
+        raise TrainingStopped(
+            "weights, statistics or optimizer state are no longer finite: not saved. The last good checkpoint is "
+            f"{Path(folder) / LAST}; resume it, or start anew with a lower --learning-rate"
+        )
 
 
 def all_finite(contents):

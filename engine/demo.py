@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from engine.errors import DataError
+from engine.interruption import ignore_signals
 
 CLASSES = (
     "checks_disc",
@@ -56,9 +57,12 @@ def make_demo_data(folder, train_images=TRAIN_IMAGES, val_images=VAL_IMAGES, see
         for number in range(count):
             name = CLASSES[number % len(CLASSES)]
             jobs.append((unfinished / split / name / f"{number:05d}.jpg", name, (seed, split_number, number)))
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    pool = ProcessPoolExecutor(os.cpu_count(), initializer=ignore_signals)
+    try:
         for _ in pool.map(_write_picture, *zip(*jobs, strict=True), chunksize=50):
             pass
+    finally:
+        pool.shutdown(cancel_futures=True)  # at once, also when somebody presses Ctrl-C
     (unfinished / COMPLETE).write_text(f"{train_images} training and {val_images} validation pictures, seed {seed}\n")
     unfinished.rename(folder)
     return True

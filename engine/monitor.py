@@ -1,5 +1,6 @@
 """What a run shows: the progress bar, the log, the GPU's figures."""
 
+import contextlib
 import logging
 import sys
 import time
@@ -30,6 +31,7 @@ class Monitor:
         if config["log_file"] is not None:
             Path(config["log_file"]).parent.mkdir(parents=True, exist_ok=True)
             handler = logging.FileHandler(config["log_file"], encoding="utf-8")
+            handler.handleError = _complain_of_the_log
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S%z"))
             self._log.addHandler(handler)
         self._terminal = sys.stderr.isatty()
@@ -42,7 +44,8 @@ class Monitor:
     def __exit__(self, *exception):
         self.finish()
         for handler in self._log.handlers:
-            handler.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take has been complained of
+                handler.close()
 
     def say(self, text):
         """Print a line above the bar, if there is one, and log it."""
@@ -53,10 +56,7 @@ class Monitor:
     def log(self, text):
         """Write a line to the log file alone."""
         for line in text.splitlines():
-            try:
-                self._log.info(line)
-            except OSError as error:  # a full disk must not end the run
-                print(f"log: {error}", file=sys.stderr)
+            self._log.info(line)
 
     def start(self, what, total, done=0):
         """Begin a phase of `total` batches, `done` of which a resumed run has behind it."""
@@ -117,6 +117,11 @@ class Monitor:
         except OSError as error:  # a full disk must not end the run
             self.say(f"WARNING: the record of epoch {record['epoch']} could not be written: {error}")
         self.say(epoch_line(record, self.epochs))
+
+
+def _complain_of_the_log(record):
+    """Say that a line could not be logged, in place of logging's traceback: a full disk must not end the run."""
+    print(f"WARNING: not logged ({sys.exc_info()[1]}): {record.getMessage()}", file=sys.stderr)
 
 
 def epoch_line(record, epochs):

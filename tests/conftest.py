@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side; torch reads it when it is imported
+
 import train
 from config import parse_command_line
 from engine.demo import make_demo_data
@@ -68,8 +70,8 @@ def start_program(program, arguments, cwd=REPOSITORY, environment=None, **option
     )
 
 
-def run_program(program, arguments, **options):
+def run_program(program, arguments, timeout=300, **options):
     """Run one of the scripts to its end; return (exit status, output)."""
     process = start_program(program, arguments, **options)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=timeout)
     return process.returncode, output

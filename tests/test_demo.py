@@ -1,8 +1,12 @@
 """The demo's pictures have to be learned: a ResNet learns them, a linear classifier on the pixels does not."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
+from conftest import run_program, start_program
 from PIL import Image
 
 from engine import data
@@ -74,3 +78,23 @@ def test_a_linear_classifier_on_the_raw_pixels_stays_below_40_percent(small_copy
             optimizer.step()
         best = max(best, (linear(pixels["val"]).argmax(1) == labels["val"]).float().mean().item())
     assert best < 0.40
+
+
+@pytest.mark.slow
+def test_resnet50_learns_the_demo_to_80_percent(tmp_path):
+    status, output = run_program("train.py", ["--recipe", "demo"], cwd=tmp_path, timeout=1200)
+    assert status == 0, output
+    best = float(output.split("best validation top-1 ")[1].split(" %")[0])
+    assert best >= 80, output
+
+
+def test_ctrl_c_while_the_pictures_are_made_ends_with_one_line(tmp_path):
+    process = start_program("train.py", ["--recipe", "demo"], cwd=tmp_path, start_new_session=True)
+    while not list(tmp_path.glob("data/.demo.unfinished/train/*/*.jpg")):
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "stopped before there was anything to save" in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "data/demo").exists()

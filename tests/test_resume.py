@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -20,10 +21,11 @@ import pytest
 import torch
 from conftest import REPOSITORY, run_here, run_program, start_program, tiny_run
 
-from config import ConfigError
+from config import CONFIG, ConfigError
 from engine import checkpoint
 from engine.errors import CheckpointError, DataError
 from engine.interruption import Interrupted, StopRequest, watch_spot_notice
+from engine.monitor import Monitor
 
 NOT_REPEATABLE = ("images_per_s", "seconds", "time")
 
@@ -237,6 +239,34 @@ def processes_of_group(group):
         if int(fields[2]) == group and fields[0] != "Z":
             alive.append(stat.parent.name)
     return alive
+
+
+# A full disk ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_with_a_full_disk_and_says_that_its_result_is_not_saved(image_tree, tmp_path):
+    arguments = tiny_run(image_tree, tmp_path / "run", swa_start_epoch=0)
+    assert run_here([*arguments, "--epochs=1"]) == 0
+    before = (tmp_path / "run/last.pt").read_bytes()
+    limit = (10_000_000, resource.RLIM_INFINITY)  # the log fits, a checkpoint does not
+    process = start_program(
+        "train.py", [*arguments, "--resume=auto"], preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    )
+    status, output = finish(process)
+    assert status == 1, output
+    assert output.count("WARNING: the checkpoint could not be saved") == 3  # after epochs 2 and 3, and once more at the end
+    assert "epoch 3/3: train loss" in output
+    assert "could NOT be saved" in output
+    assert "Traceback" not in output
+    assert (tmp_path / "run/last.pt").read_bytes() == before
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+    assert run_here([*arguments, "--resume=auto"]) == 0
+    assert [record["epoch"] for record in figures(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_a_full_disk_does_not_end_the_log(tmp_path):
+    with Monitor(CONFIG | {"log_file": "/dev/full"}, torch.device("cpu")) as monitor:
+        monitor.say("said all the same")
 
 
 # SIGKILL at random instants ------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def test_every_key_of_config_is_used_outside_of_it():
 
 # The README ----------------------------------------------------------------------------------------------------------
 
-BEGIN, END = "<!-- configuration: written by python tests/test_structure.py -->", "<!-- end of configuration -->"
+BEGIN, END = "<!-- configuration: written by PYTHONPATH=. python tests/test_structure.py -->", "<!-- end of configuration -->"
 
 
 def configuration_table():
@@ -82,7 +82,7 @@ def readme():
 
 def test_the_readmes_configuration_table_is_the_configuration():
     table = readme().split(BEGIN)[1].split(END)[0].strip()
-    assert table == configuration_table(), "run python tests/test_structure.py"
+    assert table == configuration_table(), "run PYTHONPATH=. python tests/test_structure.py"
 
 
 def test_every_file_that_the_readme_names_exists():

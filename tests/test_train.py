@@ -267,6 +267,17 @@ def test_an_exploding_run_stops_with_step_rate_and_last_good_checkpoint(image_tr
     assert "without a finite loss" in (tmp_path / "run.log").read_text()
 
 
+def test_weights_that_are_not_finite_are_never_averaged(image_tree, tmp_path):
+    arguments = tiny_run(image_tree, tmp_path / "run", optimizer="sgd")
+    assert run_here([*arguments, "--epochs=2"]) == 0
+    saved = checkpoint.read(tmp_path / "run/last.pt")
+    saved["model"]["layer1.0.conv1.weight"] *= 1e30  # finite; the batch-norm statistics of the next pass are not
+    checkpoint.write(tmp_path / "run/last.pt", saved)
+    with pytest.raises(TrainingStopped, match="no longer finite"):
+        run_here([*arguments, "--epochs=3", "--resume=auto"])
+    assert checkpoint.read(tmp_path / "run/last.pt")["averaged_model"]["n_averaged"] == 1
+
+
 def test_learning_rate_auto_finds_a_rate_and_keeps_it(image_tree, tmp_path, capfd):
     arguments = tiny_run(image_tree, tmp_path / "run", learning_rate="auto", epochs=2)
     assert run_here(arguments) == 0
