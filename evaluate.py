@@ -65,11 +65,9 @@ def main(arguments):
         models["averaged weights"] = AveragedModel(models["raw weights"])
         models["averaged weights"].load_state_dict(contents["averaged_model"])
 
-    server = data.BatchServer(splits, config, device)
-    batches = data.refuse_bad_images(server.serve(data.validation_requests(splits["val"], config)), splits["val"])
-    device_batches = data.to_device(batches, device, AUTOCAST_DTYPES[precision])
+    server = data.BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], guard=iter, say=print)
     try:
-        results = evaluate(models, device_batches, len(splits["val"]), autocast(device, precision))
+        results = evaluate(models, server.validation(), len(splits["val"]), autocast(device, precision))
     finally:
         server.close()
     for name, figures in results.items():

@@ -93,7 +93,9 @@ class TrainState:
         self.scaler.load_state_dict(saved["scaler"])
         self.sums.values.copy_(saved["sums"])
         self.epoch, self.batch, self.best = saved["epoch"], saved["batch"], dict(saved["best"])
-        self.micro_batch_size = saved["micro_batch_size"]
+        was = saved["config"]
+        if saved["micro_batch_size"] < was["batch_size"] and config["micro_batch_size"] == was["micro_batch_size"]:
+            self.micro_batch_size = saved["micro_batch_size"]  # what the memory sufficed for, unless a flag says otherwise
         self.bad_images = set(saved["bad_images"])
         torch.set_rng_state(saved["rng"]["cpu"])
         if self.device.type == "cuda" and saved["rng"]["cuda"] is not None:

@@ -35,9 +35,12 @@ def epoch_name(epochs):
 # One file ------------------------------------------------------------------------------------------------------------
 
 
-def write(path, contents):
+def write(path, contents, also_as=()):
     """Write a checkpoint so that at any instant `path` is the old file or the whole new one.
 
+    Args:
+        also_as: paths in the same folder that become further names of the file. They come first and `path` last: whoever
+            finds the new `path` after a kill finds the others too.
     Raises:
         OSError: the disk is full or will not be written to; `path` is as it was and nothing is left beside it.
     """
@@ -53,7 +56,9 @@ def write(path, contents):
             hashing.seal()
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for other in also_as:
+            _link(temporary, other)
+        _rename(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -113,8 +118,32 @@ def _holds_plain_weights(path):
     return isinstance(contents, dict)
 
 
+def _rename(source, target):
+    os.replace(source, target)  # atomic: whoever looks sees the old file or the new one
+
+
 def _temporary(path):
     return path.with_name(f".{path.name}.tmp")
+
+
+def _link(source, target):
+    """Make `target` another name of the file `source`, atomically; a copy where the file system knows no hard links.
+
+    A checkpoint is never changed in place, so that the names do not disturb each other.
+    """
+    temporary = _temporary(target)
+    temporary.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        _rename(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _sync_folder(folder):
@@ -213,7 +242,8 @@ def delete_run(folder):
     """Delete a run's files, and nothing else, from the folder."""
     folder = Path(folder)
     for path in [*checkpoints_in(folder), folder / RECORDS, folder / CURVES]:
-        path.unlink(missing_ok=True)
+        if path.is_file():
+            path.unlink()
 
 
 class CheckpointFolder:
@@ -228,9 +258,12 @@ class CheckpointFolder:
     def __init__(self, config, facts, say):
         self.folder = Path(config["checkpoint_dir"])
         self.facts = {"format": FORMAT, "version": VERSION} | facts
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".*.pt.tmp"):  # of a kill in the middle of a save
-            leftover.unlink()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob(".*.pt.tmp"):  # of a kill in the middle of a save
+                leftover.unlink()
+        except OSError as error:
+            raise CheckpointError(f"checkpoint_dir = {str(self.folder)!r} cannot be written to: {error}") from error
         self.every_epochs = config["checkpoint_every_epochs"]
         self.interval_seconds = 60 * config["checkpoint_minutes"]
         self.keep = config["keep_checkpoints"]
@@ -255,15 +288,13 @@ class CheckpointFolder:
         """
         contents = self.facts | state.state_dict()
         require_finite(contents, self.folder)
-        last = self.folder / LAST
+        also_as = [self.folder / BEST] if is_best else []
+        epochs = contents["epoch"]
+        if contents["batch"] == 0 and epochs and self.every_epochs and epochs % self.every_epochs == 0:
+            also_as.append(self.folder / epoch_name(epochs))
         try:
-            write(last, contents)
-            if is_best:
-                _link(last, self.folder / BEST)
-            whole_epoch = contents["batch"] == 0
-            if whole_epoch and self.every_epochs and contents["epoch"] % self.every_epochs == 0 and contents["epoch"]:
-                _link(last, self.folder / epoch_name(contents["epoch"]))
-                self._prune()
+            write(self.folder / LAST, contents, also_as)
+            self._prune()
         except OSError as error:
             self.is_saved = False
             self._next_save = time.monotonic() + min(RETRY_SECONDS, self.interval_seconds)
@@ -280,27 +311,6 @@ class CheckpointFolder:
         kept = sorted(p for p in self.folder.glob("epoch_*.pt") if EPOCH_PATTERN.fullmatch(p.name))
         for path in kept[: -self.keep] if self.keep else []:
             path.unlink()
-
-
-def _link(source, target):
-    """Make `target` another name of the file `source`, atomically; a copy where the file system knows no hard links.
-
-    A checkpoint is never changed in place, so that the names do not disturb each other.
-    """
-    temporary = _temporary(target)
-    temporary.unlink(missing_ok=True)
-    try:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(target.parent)
 
 
 def require_finite(contents, folder):

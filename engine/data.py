@@ -438,7 +438,10 @@ def to_device(batches, device, dtype):
     """
     mean = torch.tensor(IMAGENET_MEAN, device=device).mul(255).view(1, 3, 1, 1)
     std = torch.tensor(IMAGENET_STD, device=device).mul(255).view(1, 3, 1, 1)
-    side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    side_stream = None
+    if device.type == "cuda":
+        side_stream = torch.cuda.Stream(device)
+        side_stream.wait_stream(torch.cuda.current_stream(device))  # for mean and std
     for batch in batches:
         with torch.cuda.stream(side_stream):  # None leaves everything as it is
             images = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2)  # [B, 3, H, W], channels-last

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from engine.checkpoint import CURVES, RECORDS
 from engine.curves import draw_curves
+from engine.errors import UserError
 from engine.metrics import append_record, keep_records_up_to, read_records
 
 PLAIN_LINE_SECONDS = 30.0  # between progress lines where the output is no terminal
@@ -29,8 +30,11 @@ class Monitor:
         self.gpu = GpuFigures(device)
         self._log = logging.Logger("training")  # not from the registry: each run has its own file
         if config["log_file"] is not None:
-            Path(config["log_file"]).parent.mkdir(parents=True, exist_ok=True)
-            handler = logging.FileHandler(config["log_file"], encoding="utf-8")
+            try:
+                Path(config["log_file"]).parent.mkdir(parents=True, exist_ok=True)
+                handler = logging.FileHandler(config["log_file"], encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"log_file = {config['log_file']!r} cannot be written to: {error}") from error
             handler.handleError = _complain_of_the_log
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S%z"))
             self._log.addHandler(handler)

@@ -302,6 +302,20 @@ def kill_again_and_again(image_tree, folder, kills, seed):
     return happened
 
 
+def test_a_kill_between_two_names_of_a_checkpoint_loses_no_best(image_tree, reference, tmp_path):
+    best_epoch = checkpoint.read(reference / "last.pt")["best"]["epoch"]
+    arguments = tiny_run(image_tree, tmp_path / "run")
+    # each save ends with renaming: best.pt if it is the best, then last.pt
+    renamings = [record["best_top1"] for record in figures(reference)]
+    before = sum(1 + (top1 > ([0, *renamings])[n] or n == 0) for n, top1 in enumerate(renamings[: best_epoch - 1]))
+    at = ("engine.checkpoint", "_rename")
+    status, output = finish(start_driver(arguments, tmp_path / "steps", at, before + 2, [signal.SIGKILL]))
+    assert status == -signal.SIGKILL, output
+    assert checkpoint.read(tmp_path / "run/best.pt")["epoch"] == best_epoch
+    assert run_program("train.py", [*arguments, "--resume=auto"])[0] == 0
+    assert_same_run(tmp_path / "run", reference)
+
+
 def test_a_run_killed_at_random_instants_ends_with_the_same_bits(image_tree, reference, tmp_path):
     happened = kill_again_and_again(image_tree, tmp_path / "run", kills=3, seed=1)
     print(happened)

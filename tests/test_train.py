@@ -7,14 +7,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_here, tiny_run
+from conftest import run_here, run_program, tiny_run
 from torch.optim.lr_scheduler import OneCycleLR
 
 import train
 from config import CONFIG, ConfigError
-from engine import checkpoint
-from engine.device import build_scaler, choose_precision
+from engine import checkpoint, data
+from engine.device import autocast, build_scaler, choose_precision
 from engine.errors import CheckpointError, DataError, TrainingStopped, UserError
+from model import build_model
 
 CPU = torch.device("cpu")
 QUICK = CONFIG | {"batch_size": 8, "epochs": 4, "warmup_epochs": 1, "swa_start_epoch": 0, "architecture": "resnet18"}
@@ -187,6 +188,15 @@ def test_the_micro_batch_is_remembered_in_the_checkpoint(tiny_arguments, tmp_pat
     assert checkpoint.read(tmp_path / "run/last.pt")["micro_batch_size"] == 3
 
 
+def test_a_resumed_run_keeps_the_micro_batch_that_fitted_unless_a_flag_changes_it(tiny_arguments, tmp_path):
+    assert run_here([*tiny_arguments, "--epochs=2"]) == 0
+    last = tmp_path / "run/last.pt"
+    checkpoint.write(last, checkpoint.read(last) | {"micro_batch_size": 4})  # as if memory had run out once
+    for epochs, flags, expected in ((3, [], 4), (4, ["--micro-batch-size=2"], 2), (5, [], 2), (6, ["--micro-batch-size=0"], 8)):
+        assert run_here([f"--resume={last}", f"--epochs={epochs}", *flags]) == 0
+        assert checkpoint.read(last)["micro_batch_size"] == expected
+
+
 # A whole run ---------------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +252,43 @@ def test_a_new_run_never_overwrites_an_earlier_one_unless_told_to(tiny_arguments
     assert checkpoint.read(tmp_path / "run/last.pt")["config"]["seed"] == 1
     with pytest.raises(ConfigError, match="--resume and --overwrite"):
         run_here([*tiny_arguments, "--resume=auto", "--overwrite"])
+
+
+@pytest.mark.parametrize("key", ["checkpoint_dir", "log_file"])
+def test_a_place_that_cannot_be_written_to_is_said(tiny_arguments, tmp_path, key):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match=f"{key} = .* cannot be written to"):
+        run_here([*tiny_arguments, f"--{key}={tmp_path}/file/below"])
+
+
+def test_evaluate_scores_a_checkpoint_as_its_run_did(tiny_arguments, tmp_path):
+    assert run_here(tiny_arguments) == 0
+    record = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    status, output = run_program("evaluate.py", [tmp_path / "run/last.pt", "--device=cpu"])
+    assert status == 0, output
+    raw, averaged = output.splitlines()
+    assert f"raw weights: top-1 {record['val_top1']:.2f} %, top-5 {record['val_top5']:.2f} %" in raw
+    assert f"averaged weights: top-1 {record['averaged_val_top1']:.2f} %" in averaged
+    assert "on 20 images, 32 px centre crop (ratio 0.875), no test-time augmentation" in raw
+    status, output = run_program("evaluate.py", [tmp_path / "run/none.pt"])
+    assert status == 1
+    assert "Traceback" not in output
+    assert "found last.pt" in output
+
+
+def test_evaluation_counts_every_image_exactly_once_whatever_the_batch_size(image_tree):
+    splits = data.open_splits(image_tree)
+    model = build_model(QUICK, 10)
+    results = []
+    for batch_size in (1, 7, 64):
+        config = QUICK | {"batch_size": batch_size, "val_resolution": 32, "num_workers": 0}
+        batches = data.BatchServer(splits, config, CPU, torch.float32, iter, print)
+        results.append(train.evaluate({"raw": model}, batches.validation(), 20, autocast(CPU, "fp32"))["raw"])
+    assert all(result["images"] == 20 for result in results)
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+    assert results[0] == pytest.approx(results[2], rel=1e-4)
+    with pytest.raises(AssertionError, match="20 images evaluated, 21 expected"):
+        train.evaluate({"raw": model}, batches.validation(), 21, autocast(CPU, "fp32"))
 
 
 def test_too_few_images_for_a_batch_are_said(tiny_arguments):
