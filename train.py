@@ -207,6 +207,7 @@ def train_one_epoch(state, device_batches, config, checkpoints, monitor):
         monitor.advance(figures, state.schedule.get_last_lr()[0], speed)
         checkpoints.save_if_due(state)
     figures = state.sums.read()
+    speed.stop()
     stop_if_diverged(figures, state, config)
     return figures, speed
 

@@ -149,6 +149,7 @@ class Throughput:
         self.images = 0
         self.started = self._read_at = time.perf_counter()
         self._read_images = 0
+        self._stopped = None
 
     def add(self, images):
         self.images += images
@@ -160,10 +161,16 @@ class Throughput:
         self._read_at, self._read_images = now, self.images
         return rate
 
+    def stop(self):
+        """Stop the clock: what comes after is not training."""
+        self._stopped = time.perf_counter()
+
     def seconds(self):
-        return time.perf_counter() - self.started
+        """Return the seconds until now, or until stop()."""
+        return (self._stopped or time.perf_counter()) - self.started
 
     def overall(self):
+        """Return images/s over all these seconds."""
         return self.images / max(self.seconds(), 1e-9)
 
 

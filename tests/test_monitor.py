@@ -81,3 +81,14 @@ def test_throughput_counts_images_per_second():
     speed.add(30)
     assert speed.recent() > speed.overall() * 0.5 > 0
     assert speed.recent() == 0
+
+
+def test_the_throughput_of_training_does_not_count_what_comes_after(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("engine.monitor.time.perf_counter", lambda: now[0])
+    speed = Throughput()
+    speed.add(30)
+    now[0] += 10
+    speed.stop()
+    now[0] += 50  # validation
+    assert (speed.seconds(), speed.overall()) == (10, 3)

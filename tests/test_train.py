@@ -223,6 +223,22 @@ def test_a_run_leaves_checkpoints_records_log_and_curves(tiny_arguments, tmp_pat
     assert "\r" not in printed.out + printed.err  # no bar debris where the output is no terminal
 
 
+def test_the_recorded_speed_is_that_of_training_without_validation(tiny_arguments, tmp_path, monkeypatch):
+    clock = []
+    original = train.evaluate
+
+    def validation(*arguments):
+        clock.append("validation begins")
+        return original(*arguments)
+
+    monkeypatch.setattr(train, "evaluate", validation)
+    monkeypatch.setattr(
+        train.Throughput, "stop", lambda speed, stop=train.Throughput.stop: clock.append("stopped") or stop(speed)
+    )
+    assert run_here([*tiny_arguments, "--epochs=2"]) == 0
+    assert clock == ["stopped", "validation begins"] * 2
+
+
 def test_the_last_state_is_complete(tiny_arguments, tmp_path):
     assert run_here(tiny_arguments) == 0
     last = checkpoint.read(tmp_path / "run/last.pt")
