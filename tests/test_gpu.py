@@ -7,7 +7,7 @@ from config import CONFIG
 from engine import data
 from engine.device import AUTOCAST_DTYPES, build_scaler
 from engine.metrics import TrainingSums
-from train import find_learning_rate, new_state, train_step, train_step_within_memory  # noqa: F401
+from train import new_state, train_step, train_step_within_memory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -63,6 +63,7 @@ def test_a_machine_without_gpu_simply_has_no_gpu_figures():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_memory_and_utilisation_are_shown():
     assert "MiB" in GpuFigures(torch.device("cuda")).text()["GPU"]
 
