@@ -82,7 +82,8 @@ def test_a_linear_classifier_on_the_raw_pixels_stays_below_40_percent(small_copy
 
 @pytest.mark.slow
 def test_resnet50_learns_the_demo_to_80_percent(tmp_path):
-    status, output = run_program("train.py", ["--recipe", "demo"], cwd=tmp_path, timeout=1200)
+    every_core = {"OMP_NUM_THREADS": str(os.cpu_count())}
+    status, output = run_program("train.py", ["--recipe", "demo"], cwd=tmp_path, timeout=1200, environment=every_core)
     assert status == 0, output
     best = float(output.split("best validation top-1 ")[1].split(" %")[0])
     assert best >= 80, output
