@@ -26,6 +26,7 @@ from engine import data
 from engine.curves import draw_range_test
 from engine.device import AUTOCAST_DTYPES, choose_device, choose_precision, describe_device
 from engine.errors import run_program
+from engine.files import replacing
 from engine.interruption import Interrupted, StopRequest
 from engine.monitor import Monitor
 from engine.range_test import USUAL_RATES
@@ -72,7 +73,8 @@ def main(command):
             batches.close()
         prefix = command.options.get("output", "lr_finder")
         Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-        Path(f"{prefix}.json").write_text(json.dumps(result | {"config": config}) + "\n", encoding="utf-8")
+        with replacing(f"{prefix}.json", "w") as file:
+            file.write(json.dumps(result | {"config": config}) + "\n")
         written = f"{prefix}.json"
         if draw_range_test(result, f"{prefix}.png"):
             written += f" and {prefix}.png"

@@ -7,13 +7,13 @@ torch.load reads it like any other, and a single changed bit is noticed here.
 import hashlib
 import os
 import re
-import shutil
 import time
 from pathlib import Path
 
 import torch
 
 from engine.errors import CheckpointError, TrainingStopped
+from engine.files import replacing
 
 FORMAT, VERSION = "resnet50-training-run", 1
 LAST, BEST = "last.pt", "best.pt"
@@ -36,33 +36,18 @@ def epoch_name(epochs):
 
 
 def write(path, contents, also_as=()):
-    """Write a checkpoint so that at any instant `path` is the old file or the whole new one.
+    """Write a checkpoint at `path`, and under the names `also_as` in the same folder: each whole, or as it was.
 
-    Args:
-        also_as: paths in the same folder that become further names of the file. They come first and `path` last: whoever
-            finds the new `path` after a kill finds the others too.
     Raises:
         OSError: the disk is full or will not be written to; `path` is as it was and nothing is left beside it.
     """
-    path = Path(path)
-    temporary = _temporary(path)
-    try:
-        with open(temporary, "wb") as file:
-            hashing = _HashingFile(file)
-            try:
-                torch.save(contents, hashing)
-            except RuntimeError as error:  # torch's writer turns an OSError of our file into its own kind
-                raise hashing.error or error from error
-            hashing.seal()
-            file.flush()
-            os.fsync(file.fileno())
-        for other in also_as:
-            _link(temporary, other)
-        _rename(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+    with replacing(path, also_as=also_as) as file:
+        hashing = _HashingFile(file)
+        try:
+            torch.save(contents, hashing)
+        except RuntimeError as error:  # torch's writer turns an OSError of our file into its own kind
+            raise hashing.error or error from error
+        hashing.seal()
 
 
 def read(path):
@@ -116,43 +101,6 @@ def _holds_plain_weights(path):
     except Exception:
         return False
     return isinstance(contents, dict)
-
-
-def _rename(source, target):
-    os.replace(source, target)  # atomic: whoever looks sees the old file or the new one
-
-
-def _temporary(path):
-    return path.with_name(f".{path.name}.tmp")
-
-
-def _link(source, target):
-    """Make `target` another name of the file `source`, atomically; a copy where the file system knows no hard links.
-
-    A checkpoint is never changed in place, so that the names do not disturb each other.
-    """
-    temporary = _temporary(target)
-    temporary.unlink(missing_ok=True)
-    try:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-        _rename(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _sync_folder(folder):
-    """Have the folder's entries on disk: without it a power cut may undo a rename."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _first_line(error):

@@ -1,5 +1,7 @@
 """Pictures: a run's curves and the learning-rate range test."""
 
+from engine.files import replacing
+
 RAW, AVERAGED, MUTED = "#2166ac", "#d6604d", "#8c8c8c"
 
 
@@ -15,6 +17,11 @@ def _new_figure(rows, columns, size):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _save(figure, path):
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=110)
 
 
 def draw_curves(records, path):
@@ -46,7 +53,7 @@ def draw_curves(records, path):
         axis.set_title(title, loc="left")
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
     return True
 
 
@@ -74,5 +81,5 @@ def draw_range_test(result, path):
     axis.set_xlabel("learning rate")
     axis.set_ylabel("training loss")
     axis.legend(frameon=False, loc="lower left")
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
     return True

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from engine.files import replacing
+
 
 def topk_correct(logits, labels, k):
     """Count the images whose label is among the k highest logits.
@@ -45,7 +47,9 @@ class TrainingSums:
         self.values = torch.zeros(8, dtype=torch.float64, device=device)
 
     def reset(self):
-        self.values.zero_()
+        """Begin a new epoch; a row of steps without a finite gradient goes on across its beginning."""
+        self.values[:6] = 0
+        self.values[7] = self.values[6]
 
     def add(self, loss, correct, grad_norm, images):
         """Add one step; the first three are scalars on the device, which is not waited for."""
@@ -110,6 +114,5 @@ def read_records(path):
 def keep_records_up_to(path, epochs):
     """Drop the records of epochs after `epochs`: a run resumed from there will write them again."""
     kept = {record["epoch"]: record for record in read_records(path) if record["epoch"] <= epochs}
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text("".join(json.dumps(kept[epoch]) + "\n" for epoch in sorted(kept)), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path, "w") as file:
+        file.writelines(json.dumps(kept[epoch]) + "\n" for epoch in sorted(kept))

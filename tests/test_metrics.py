@@ -73,3 +73,31 @@ def test_sums_are_all_in_values():
     first.add(*step(math.nan))
     second.values.copy_(first.values)
     assert second.read() == pytest.approx(first.read())
+
+
+def test_a_row_of_skipped_steps_goes_on_across_epochs():
+    sums = TrainingSums(torch.device("cpu"))
+    for _ in range(3):
+        sums.add(*step(math.nan))
+    sums.reset()
+    assert sums.read().skipped_steps == 0
+    sums.add(*step(math.nan))
+    assert (sums.read().skipped_in_a_row, sums.read().longest_skipped_row, sums.read().skipped_steps) == (4, 4, 1)
+    sums.add(*step(1.0))
+    sums.reset()
+    assert sums.read().longest_skipped_row == 0
+
+
+def test_dropping_records_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    for epoch in (1, 2, 3):
+        append_record(path, {"epoch": epoch})
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("engine.files.os.fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        keep_records_up_to(path, 2)
+    assert [record["epoch"] for record in read_records(path)] == [1, 2, 3]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
