@@ -1,11 +1,9 @@
-"""Images from disk to normalised batches on the device.
+"""From a folder of images to normalised batches on the device.
 
-A worker process makes a whole batch at a time: the crop is chosen from the file's header, the JPEG is decoded at the
-smallest DCT scale that still covers the crop, then cropped, resized with antialiasing and flipped. What happens to an
-image is a pure function of (seed, epoch, index), so neither the number of workers nor a resumption changes it.
+A worker process makes a whole batch at a time, each image by engine/images.py. What happens to an image is a pure function of
+(seed, epoch, index), so neither the number of workers nor a resumption changes it.
 """
 
-import io
 import os
 import signal
 from pathlib import Path
@@ -13,22 +11,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from engine.errors import DataError, UserError
+from engine.images import training_view, validation_view
 from engine.interruption import ignore_signals
-
-try:
-    import simplejpeg
-except ImportError:  # Pillow decodes everything then, more slowly
-    simplejpeg = None
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's list
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
-LARGEST_IMAGE_PIXELS = 20_000 * 20_000  # 1.2 GB decoded; above it an image counts as unreadable
 TRIES_TO_REPLACE = 100  # images drawn for an unreadable one before the data set itself is called unreadable
 
 
@@ -107,117 +98,6 @@ def open_splits(data_dir):
 
 def _some(names):
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-# Decoding ------------------------------------------------------------------------------------------------------------
-
-
-def image_size(data):
-    """Return (height, width) in pixels from an image file's header; EXIF rotation is ignored, as everywhere here."""
-    if simplejpeg is not None and data[:2] == b"\xff\xd8":
-        try:
-            return simplejpeg.decode_jpeg_header(data, strict=False)[:2]
-        except ValueError:
-            pass  # an exotic JPEG: Pillow knows more kinds
-    with _open_with_pillow(data) as image:
-        return image.height, image.width
-
-
-def decode_rgb(data, scale=1):
-    """Return an image file's pixels, uint8 [h, w, 3], each side the ceiling of its original over `scale`.
-
-    Args:
-        data: bytes of a file in any format that Pillow reads; a plain JPEG takes the fast path.
-        scale: 1, 2, 4 or 8. A JPEG is decoded at that DCT scale, at a fraction of the work; anything else is reduced.
-    Raises:
-        ValueError, OSError: the bytes are no image, or a damaged one.
-    """
-    if simplejpeg is not None and data[:2] == b"\xff\xd8":
-        try:
-            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-            sides = {"min_height": -(-height // scale), "min_width": -(-width // scale)} if scale > 1 else {}
-            return simplejpeg.decode_jpeg(data, "RGB", min_factor=min(scale, 2), **sides)
-        except ValueError:
-            pass  # CMYK, or damaged: Pillow converts the one and refuses the other
-    with _open_with_pillow(data) as image:
-        width, height = -(-image.width // scale), -(-image.height // scale)
-        image.draft("RGB", (width, height))
-        if image.mode.startswith(("I", "F")):  # 16 bits a pixel: Pillow's own conversion would clip instead of scaling
-            pixels = np.asarray(image, dtype=np.float64) / 257
-            image = Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
-        image = image.convert("RGB")
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BOX)
-        return np.array(image)
-
-
-def _open_with_pillow(data):
-    Image.MAX_IMAGE_PIXELS = None  # our own limit instead, which names the size
-    image = Image.open(io.BytesIO(data))
-    if image.width * image.height > LARGEST_IMAGE_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels are more than this program decodes")
-    return image
-
-
-def _as_bchw(pixels):
-    """View uint8 [h, w, 3] as a channels-last tensor [1, 3, h, w]."""
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
-
-
-def _resize(pixels, height, width):
-    """Return uint8 [h, w, 3] resized to [height, width, 3], bilinear with antialiasing (Pillow's and torchvision's)."""
-    if pixels.shape[:2] == (height, width):
-        return pixels
-    resized = F.interpolate(_as_bchw(pixels), size=(height, width), mode="bilinear", antialias=True)
-    return resized[0].permute(1, 2, 0).numpy()
-
-
-def random_resized_crop_box(height, width, rng, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
-    """Return (top, left, height, width) of a random crop, drawn as torchvision's RandomResizedCrop draws it."""
-    for _ in range(10):
-        area = height * width * rng.uniform(*scale)
-        aspect = np.exp(rng.uniform(np.log(ratio[0]), np.log(ratio[1])))
-        w, h = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    # the image is too long for all ten: its largest central crop within the ratio
-    w, h = width, height
-    if width / height < ratio[0]:
-        h = max(1, round(width / ratio[0]))
-    elif width / height > ratio[1]:
-        w = max(1, round(height * ratio[1]))
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-def training_view(data, resolution, min_crop_area, rng):
-    """Return the training view of an image file, uint8 [resolution, resolution, 3]: random crop, resize, flip.
-
-    The crop is drawn from the size in the header, before decoding; it is then rounded to the grid of the DCT scale, so
-    that it moves by at most half of 8 px in an image that is at least 8 times too large.
-    """
-    top, left, height, width = random_resized_crop_box(*image_size(data), rng, scale=(min_crop_area, 1.0))
-    flip = rng.random() < 0.5
-    scale = next((s for s in (8, 4, 2) if min(height, width) >= s * resolution), 1)
-    pixels = decode_rgb(data, scale)
-    top, left, height, width = (round(side / scale) for side in (top, left, height, width))
-    crop = _resize(pixels[top : top + height, left : left + width], resolution, resolution)
-    return crop[:, ::-1] if flip else crop
-
-
-def validation_view(data, resolution, crop_ratio):
-    """Return the validation view, uint8 [resolution, resolution, 3]: shorter side resized, then the centre crop.
-
-    Decoded at full scale unless the image is at least twice too large, so that the figure stays the customary one.
-    """
-    short = round(resolution / crop_ratio)
-    height, width = image_size(data)
-    pixels = decode_rgb(data, next((s for s in (8, 4, 2) if min(height, width) >= 2 * s * short), 1))
-    height, width = pixels.shape[:2]
-    factor = short / min(height, width)  # the longer side is cut off, not rounded up: torchvision's Resize
-    pixels = _resize(pixels, max(short, int(height * factor)), max(short, int(width * factor)))
-    top, left = ((side - resolution) / 2 for side in pixels.shape[:2])
-    top, left = round(top), round(left)
-    return pixels[top : top + resolution, left : left + resolution]
 
 
 # Batches -------------------------------------------------------------------------------------------------------------

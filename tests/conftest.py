@@ -1,5 +1,6 @@
 """What the tests share: small trees of real JPEG files, tiny runs of train.py in this process or in one of their own."""
 
+import io
 import os
 import subprocess
 import sys
@@ -8,6 +9,9 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side; torch reads it when it is imported
+
+import numpy as np
+from PIL import Image
 
 import train
 from config import parse_command_line
@@ -50,6 +54,24 @@ def tiny_run(image_tree, folder, **changes):
         "log_every_steps": 2,
     } | changes
     return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def photo(height=375, width=500, seed=0):
+    """A picture with smooth colours and with detail of brightness at every scale, uint8 [h, w, 3]."""
+    rng = np.random.default_rng(seed)
+
+    def layer(cells, channels):
+        grid = Image.fromarray(rng.integers(0, 256, (cells, cells, channels), dtype=np.uint8).squeeze())
+        return np.asarray(grid.resize((width, height), Image.Resampling.BICUBIC), dtype=float).reshape(height, width, channels)
+
+    return (0.6 * layer(4, 3) + 0.25 * layer(16, 1) + 0.15 * layer(64, 1)).astype(np.uint8)
+
+
+def encoded(pixels, kind="JPEG", **options):
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **({"quality": 95} if kind == "JPEG" else {}) | options)
+    return buffer.getvalue()
 
 
 def run_here(arguments):

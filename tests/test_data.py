@@ -1,11 +1,10 @@
-import io
 import re
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from conftest import encoded, photo
 from torchvision.transforms import v2
 
 from config import CONFIG
@@ -15,29 +14,6 @@ from engine.errors import DataError
 
 CPU = torch.device("cpu")
 SMALL = CONFIG | {"train_resolution": 32, "val_resolution": 32, "batch_size": 8, "num_workers": 0}
-
-
-def photo(height=375, width=500, seed=0):
-    """A picture with smooth colours and with detail of brightness at every scale, uint8 [h, w, 3]."""
-    rng = np.random.default_rng(seed)
-
-    def layer(cells, channels):
-        grid = Image.fromarray(rng.integers(0, 256, (cells, cells, channels), dtype=np.uint8).squeeze())
-        return np.asarray(grid.resize((width, height), Image.Resampling.BICUBIC), dtype=float).reshape(height, width, channels)
-
-    return (0.6 * layer(4, 3) + 0.25 * layer(16, 1) + 0.15 * layer(64, 1)).astype(np.uint8)
-
-
-def encoded(pixels, kind="JPEG", **options):
-    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **({"quality": 95} if kind == "JPEG" else {}) | options)
-    return buffer.getvalue()
-
-
-def psnr(first, second):
-    error = np.mean((np.asarray(first, dtype=float) - np.asarray(second, dtype=float)) ** 2)
-    return 10 * np.log10(255**2 / max(error, 1e-9))
 
 
 def server(splits, config=SMALL, said=None):
@@ -98,135 +74,6 @@ def test_an_empty_split_an_empty_class_and_a_class_of_one_split_only_are_named(t
     (tmp_path / "val/dog").mkdir()
     with pytest.raises(DataError, match="without images: dog"):
         data.open_splits(tmp_path)
-
-
-# Decoding and views --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("scale", [1, 2, 4, 8])
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_scaled_decoding_gives_the_ceiling_of_each_side(scale, kind):
-    pixels = photo(203, 309)
-    decoded = data.decode_rgb(encoded(pixels, kind), scale)
-    assert decoded.shape == (-(-203 // scale), -(-309 // scale), 3)
-    exact = Image.fromarray(pixels).resize(decoded.shape[1::-1], Image.Resampling.BOX)
-    assert psnr(decoded, exact) > 30
-
-
-def odd_files():
-    pixels = photo(60, 90)
-    image = Image.fromarray(pixels)
-    deep = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotated by 90 degrees
-    gray = np.repeat(np.asarray(image.convert("L"))[..., None], 3, axis=2)
-    return {
-        "cmyk JPEG": (encoded(image.convert("CMYK")), pixels),
-        "gray JPEG": (encoded(image.convert("L")), gray),
-        "progressive JPEG": (encoded(image, progressive=True), pixels),
-        "EXIF-rotated JPEG": (encoded(image, exif=exif), pixels),
-        "JPEG with bytes after its end": (encoded(image) + b"\0" * 100, pixels),
-        "PNG": (encoded(image, "PNG"), pixels),
-        "16-bit PNG": (encoded(deep, "PNG"), np.repeat(pixels[..., :1], 3, axis=2)),
-        "RGBA PNG": (encoded(image.convert("RGBA"), "PNG"), pixels),
-        "palette PNG": (encoded(image.quantize(256), "PNG"), np.asarray(image.quantize(256).convert("RGB"))),
-        "bilevel PNG": (encoded(image.convert("1"), "PNG"), np.asarray(image.convert("1").convert("RGB"))),
-        "WebP": (encoded(image, "WEBP", quality=95), pixels),
-    }
-
-
-@pytest.mark.parametrize("name", odd_files())
-def test_every_kind_of_image_is_decoded_to_its_pixels(name):
-    content, pixels = odd_files()[name]
-    assert data.image_size(content) == pixels.shape[:2]
-    assert psnr(data.decode_rgb(content), pixels) > 30
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 700), (3000, 2)])
-def test_images_of_any_shape_give_both_views(size):
-    content = encoded(np.full((*size, 3), 200, dtype=np.uint8))
-    for view in (
-        data.training_view(content, 64, 0.08, np.random.default_rng(0)),
-        data.validation_view(content, 64, 0.875),
-    ):
-        assert view.shape == (64, 64, 3)
-        assert abs(view.mean() - 200) < 3
-
-
-def test_a_20000_px_jpeg_is_decoded_at_a_small_scale():
-    content = encoded(np.full((2000, 20000, 3), 90, dtype=np.uint8))
-    assert data.training_view(content, 64, 0.5, np.random.default_rng(0)).shape == (64, 64, 3)
-    assert data.validation_view(content, 64, 0.875).shape == (64, 64, 3)
-
-
-def broken_files():
-    jpeg = encoded(photo(100, 100))
-    return {
-        "empty": b"",
-        "text": b"<html>404 Not Found</html>",
-        "truncated": jpeg[: len(jpeg) // 2],
-        "header alone": jpeg[:100],
-        "truncated PNG": encoded(photo(100, 100), "PNG")[:5000],
-    }
-
-
-@pytest.mark.parametrize("name", broken_files())
-def test_a_damaged_file_is_refused(name):
-    with pytest.raises((ValueError, OSError)):
-        data.decode_rgb(broken_files()[name])
-
-
-def test_pillow_takes_over_where_simplejpeg_is_missing(monkeypatch):
-    content = encoded(photo())
-    fast = [data.training_view(content, 96, 0.08, np.random.default_rng(s)) for s in range(5)]
-    monkeypatch.setattr(data, "simplejpeg", None)
-    slow = [data.training_view(content, 96, 0.08, np.random.default_rng(s)) for s in range(5)]
-    assert min(psnr(a, b) for a, b in zip(fast, slow, strict=True)) > 33
-
-
-def test_the_validation_view_is_torchvisions_resize_and_centre_crop():
-    reference = v2.Compose([v2.Resize(73, antialias=True), v2.CenterCrop(64)])
-    for height, width in ((375, 500), (500, 333), (80, 81), (64, 200), (1200, 1600)):
-        content = encoded(photo(height, width))
-        expected = reference(Image.fromarray(data.decode_rgb(content)))
-        assert psnr(data.validation_view(content, 64, 64 / 73), expected) > (45 if min(height, width) < 1000 else 35)
-
-
-def test_random_crops_are_distributed_as_torchvisions():
-    rng = np.random.default_rng(0)
-    torch.manual_seed(0)
-    for height, width in ((375, 500), (100, 900)):
-        ours = np.array([data.random_resized_crop_box(height, width, rng) for _ in range(4000)])
-        image = torch.empty(3, height, width)
-        scale, ratio = (0.08, 1.0), (3 / 4, 4 / 3)
-        theirs = np.array([torchvision.transforms.RandomResizedCrop.get_params(image, scale, ratio) for _ in range(4000)])
-        for column in range(4):
-            quantiles = np.linspace(0.02, 0.98, 13)
-            gap = np.abs(np.quantile(ours[:, column], quantiles) - np.quantile(theirs[:, column], quantiles)).max()
-            assert gap < 0.06 * max(height, width)
-
-
-def test_the_scaled_training_view_is_close_to_the_exact_one_on_the_same_crop():
-    content = encoded(photo(1500, 2000))
-    exact_pixels = data.decode_rgb(content)
-    quality = []
-    for seed in range(40):
-        box = data.random_resized_crop_box(1500, 2000, np.random.default_rng(seed))
-        view = data.training_view(content, 128, 0.08, np.random.default_rng(seed))
-        scale = next((s for s in (8, 4, 2) if min(box[2:]) >= s * 128), 1)
-        top, left, height, width = (round(side / scale) * scale for side in box)
-        crop = Image.fromarray(exact_pixels[top : top + height, left : left + width])
-        exact = np.asarray(crop.resize((128, 128), Image.Resampling.BILINEAR))
-        quality.append(max(psnr(view, exact), psnr(view[:, ::-1], exact)))
-    assert np.median(quality) > 35
-
-
-def test_half_of_the_training_views_are_flipped():
-    half = np.zeros((64, 64, 3), dtype=np.uint8)
-    half[:, 32:] = 255
-    content = encoded(half)
-    views = [data.training_view(content, 32, 0.999, np.random.default_rng(seed)) for seed in range(200)]
-    assert 70 < sum(view[:, 0].mean() > view[:, -1].mean() for view in views) < 130
 
 
 # Batches -------------------------------------------------------------------------------------------------------------
