@@ -29,15 +29,15 @@ from engine.errors import run_program
 from engine.files import replacing
 from engine.interruption import Interrupted, StopRequest
 from engine.monitor import Monitor
-from engine.range_test import USUAL_RATES
+from engine.range_test import USUAL_RANGE
 from train import describe_rates, find_learning_rate, open_images
 
 
 def range_from(options, config):
     """Return (lowest rate, highest rate, steps) as the command line asks for."""
     values, problems = [], []
-    lowest, highest = USUAL_RATES[config["optimizer"]]
-    for name, kind, default in (("lowest_rate", float, lowest), ("highest_rate", float, highest), ("steps", int, 100)):
+    kinds = {"lowest_rate": float, "highest_rate": float, "steps": int}
+    for (name, kind), default in zip(kinds.items(), USUAL_RANGE[config["optimizer"]], strict=True):
         text = options.get(name, default)
         try:
             values.append(kind(text))

@@ -34,7 +34,7 @@ from engine.errors import TrainingStopped, UserError, run_program
 from engine.interruption import Interrupted, StopRequest, watch_spot_notice
 from engine.monitor import Monitor, Throughput
 from engine.optim import build_optimizer, build_schedule
-from engine.range_test import BATCHES_IN_CYCLE, USUAL_RATES, range_test
+from engine.range_test import BATCHES_IN_CYCLE, USUAL_RANGE, range_test
 from evaluate import evaluate
 from model import build_model
 
@@ -280,15 +280,9 @@ def stop_if_diverged(figures, state, config):
 # The rate ------------------------------------------------------------------------------------------------------------
 
 
-def find_learning_rate(config, batches, precision, monitor, lowest=None, highest=None, steps=100):
-    """Return the result of a range test with this run's own step, on weights of its own that are then forgotten.
-
-    Args:
-        lowest, highest: rates; by default a range around what the optimizer commonly takes.
-    """
+def find_learning_rate(config, batches, precision, monitor, lowest, highest, steps):
+    """Return the result of a range test with this run's own step, on weights of its own that are then forgotten."""
     images = batches.splits["train"]
-    usual_lowest, usual_highest = USUAL_RATES[config["optimizer"]]
-    lowest, highest = lowest or usual_lowest, highest or usual_highest
     config = config | {"learning_rate": lowest}
     state = new_state(config, len(images.classes), len(images) // config["batch_size"], batches.device, precision)
     state.schedule = LambdaLR(state.optimizer, lambda step: 1.0)  # the test sets the rate itself
@@ -334,8 +328,8 @@ def open_checkpoint(command):
         path, contents, problems = checkpoint.newest_good(folder)
         remarks += [f"WARNING: {problem}" for problem in problems]
         if path is None:
-            if config_problems(config):
-                raise ConfigError(config_problems(config))
+            if unsound := config_problems(config):
+                raise ConfigError(unsound)
             return config, command.recipe or "seed", None, [f"nothing to resume in {folder}: a new run starts"]
     else:
         path = Path(source)
@@ -402,7 +396,7 @@ def run(config, recipe, contents, remarks, splits, device, precision, monitor):
         checkpoints = None
         try:
             if config["learning_rate"] == "auto":
-                found = find_learning_rate(config, batches, precision, monitor)
+                found = find_learning_rate(config, batches, precision, monitor, *USUAL_RANGE[config["optimizer"]])
                 monitor.say(describe_rates(found))
                 config = config | {"learning_rate": found["suggestion"]}
             torch.manual_seed(config["seed"])

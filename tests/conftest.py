@@ -79,10 +79,10 @@ def run_here(arguments):
     return train.main(parse_command_line(arguments, train.OWN_FLAGS))
 
 
-def start_program(program, arguments, cwd=REPOSITORY, environment=None, **options):
-    """Start one of the scripts in a process of its own, its output piped as text."""
+def start_python(arguments, cwd=REPOSITORY, environment=None, **options):
+    """Start Python in a process of its own, its output piped as text."""
     return subprocess.Popen(
-        [sys.executable, str(REPOSITORY / program), *map(str, arguments)],
+        [sys.executable, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -92,8 +92,17 @@ def start_program(program, arguments, cwd=REPOSITORY, environment=None, **option
     )
 
 
-def run_program(program, arguments, timeout=300, **options):
-    """Run one of the scripts to its end; return (exit status, output)."""
-    process = start_program(program, arguments, **options)
+def start_program(program, arguments, **options):
+    """Start one of the scripts in a process of its own."""
+    return start_python([REPOSITORY / program, *arguments], **options)
+
+
+def finish(process, timeout=300):
+    """Wait for a process that start_python started; return (exit status, output)."""
     output, _ = process.communicate(timeout=timeout)
     return process.returncode, output
+
+
+def run_program(program, arguments, timeout=300, **options):
+    """Run one of the scripts to its end; return (exit status, output)."""
+    return finish(start_program(program, arguments, **options), timeout)

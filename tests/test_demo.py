@@ -6,7 +6,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import run_program, start_program
+from conftest import finish, run_program, start_program
 from PIL import Image
 
 from engine import data
@@ -94,8 +94,8 @@ def test_ctrl_c_while_the_pictures_are_made_ends_with_one_line(tmp_path):
     while not list(tmp_path.glob("data/.demo.unfinished/train/*/*.jpg")):
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
+    status, output = finish(process)
+    assert status == 130, output
     assert "stopped before there was anything to save" in output
     assert "Traceback" not in output
     assert not (tmp_path / "data/demo").exists()

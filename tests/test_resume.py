@@ -10,15 +10,13 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, run_here, run_program, start_program, tiny_run
+from conftest import REPOSITORY, finish, run_here, run_program, start_program, start_python, tiny_run
 
 from config import CONFIG, ConfigError
 from engine import checkpoint
@@ -114,14 +112,7 @@ def start_driver(arguments, steps, at=(None, None), call=1, signals=(signal.SIGT
         signals=[int(s) for s in signals],
         about=about,
     )
-    return subprocess.Popen(
-        [sys.executable, "-c", source, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY
-    )
-
-
-def finish(process):
-    output, _ = process.communicate(timeout=300)
-    return process.returncode, output
+    return start_python(["-c", source, *arguments])
 
 
 # Signals -------------------------------------------------------------------------------------------------------------
