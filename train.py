@@ -35,6 +35,7 @@ from engine.interruption import Interrupted, StopRequest, watch_spot_notice
 from engine.monitor import Monitor, Throughput
 from engine.optim import build_optimizer, build_schedule
 from engine.range_test import BATCHES_IN_CYCLE, USUAL_RANGE, range_test
+from engine.workers import WorkerDied
 from evaluate import evaluate
 from model import build_model
 
@@ -416,7 +417,7 @@ def run(config, recipe, contents, remarks, splits, device, precision, monitor):
                 f"({best['weights']} weights, {config['val_resolution']} px, no test-time augmentation), "
                 f"in {checkpoints.folder / checkpoint.BEST}"
             )
-        except (Interrupted, data.WorkerDied) as cause:
+        except (Interrupted, WorkerDied) as cause:
             return save_and_leave(cause, checkpoints, state if checkpoints else None, monitor)
         except UserError as error:
             monitor.log(f"stopped: {error}")

@@ -11,20 +11,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from engine.errors import DataError, UserError
+from engine.errors import DataError
 from engine.images import training_view, validation_view
 from engine.interruption import ignore_signals
+from engine.packed import PackedSplit, unfinished_files
+from engine.workers import WorkerDied, available_cores
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's list
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
 TRIES_TO_REPLACE = 100  # images drawn for an unreadable one before the data set itself is called unreadable
-
-
-class WorkerDied(UserError):
-    """A worker process ended unasked."""
 
 
 # The images on disk --------------------------------------------------------------------------------------------------
@@ -67,32 +65,39 @@ class ImageFolder:
 
 
 def open_splits(data_dir):
-    """Return {'train': ..., 'val': ...} of the images in data_dir.
+    """Return {'train': ..., 'val': ...} of the images in data_dir: each a packed file, or else a folder of class folders.
 
     Raises:
         DataError: with all that is wrong with the folder, and what to run instead.
     """
     data_dir = Path(data_dir)
     advice = (
-        "Put images there as train/<class>/*.jpg and val/<class>/*.jpg, name another folder with --data-dir, "
-        "or see a network learn without any download: python train.py --recipe demo"
+        "Prepare ImageNet there: python prepare_data.py SOURCE DATA_DIR. Or put images there as train/<class>/*.jpg and "
+        "val/<class>/*.jpg, name another folder with --data-dir, or see a network learn without any download: "
+        "python train.py --recipe demo"
     )
-    missing = [name for name in ("train", "val") if not (data_dir / name).is_dir()]
+    packed = {name: data_dir / f"{name}.arrow" for name in ("train", "val")}
+    missing = [name for name, path in packed.items() if not path.is_file() and not (data_dir / name).is_dir()]
     if missing:
-        what = "does not exist" if not data_dir.is_dir() else f"has no folder {' and no folder '.join(missing)}"
+        if unfinished := [path.name for path in packed.values() if unfinished_files(path)[0].exists()]:
+            raise DataError(f"{data_dir} is being prepared ({unfinished[0]} is not finished): let prepare_data.py end first")
+        what = "does not exist"
+        if data_dir.is_dir():
+            what = "has " + " and ".join(f"neither {name}.arrow nor a folder {name}" for name in missing)
         raise DataError(f"data_dir = {str(data_dir)!r} {what}. {advice}")
-    splits = {name: ImageFolder(data_dir / name) for name in ("train", "val")}
+    splits = {name: PackedSplit(path) if path.is_file() else ImageFolder(data_dir / name) for name, path in packed.items()}
     for name, split in splits.items():
         if not split.classes:
             raise DataError(f"{data_dir / name} holds no class folders. {advice}")
         counts = np.bincount(split.labels, minlength=len(split.classes))
         empty = [split.classes[label] for label in np.flatnonzero(counts == 0)]
         if empty:
-            raise DataError(f"{data_dir / name} has class folders without images: {_some(empty)}. {advice}")
-    train, val = (set(splits[name].classes) for name in ("train", "val"))
+            raise DataError(f"{data_dir / name} has classes without images: {_some(empty)}. {advice}")
+    train, val = (splits[name].classes for name in ("train", "val"))
     if train != val:
-        only = [f"only in {a}: {_some(sorted(b))}" for a, b in (("train", train - val), ("val", val - train)) if b]
-        raise DataError(f"train and val of {data_dir} hold different classes ({'; '.join(only)}). {advice}")
+        only = [f"only in {a}: {_some(sorted(b))}" for a, b in (("train", {*train} - {*val}), ("val", {*val} - {*train})) if b]
+        difference = "; ".join(only) or "in another order"
+        raise DataError(f"train and val of {data_dir} hold different classes ({difference}). {advice}")
     return splits
 
 
@@ -148,7 +153,7 @@ class BatchMaker(Dataset):
 
     def __getitem__(self, request):
         size = request.resolution
-        images = torch.empty(len(request.indices), size, size, 3, dtype=torch.uint8)
+        images = _empty_images(len(request.indices), size)
         labels = torch.empty(len(request.indices), dtype=torch.int64)
         bad_images = []
         pixels = images.numpy()
@@ -172,6 +177,14 @@ class BatchMaker(Dataset):
                     return 0, split.labels[index]  # the reader of the batch stops the run
                 index = int(rng.integers(len(split)))
         raise DataError(f"{TRIES_TO_REPLACE} images in a row could not be read, the last: {bad_images[-1]}")
+
+
+def _empty_images(count, size):
+    """Return uint8 [count, size, size, 3], in a worker in shared memory: it would be copied there otherwise."""
+    if get_worker_info() is None:
+        return torch.empty(count, size, size, 3, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(count * size * size * 3)  # as torch's own default_collate does
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (count, size, size, 3))
 
 
 def report_bad_images(batches, split, known, limit, say):
@@ -300,8 +313,7 @@ def worker_count(config, device):
     """Return the number of worker processes: one per core that this process may use, for 'auto'."""
     if config["num_workers"] != "auto":
         return config["num_workers"]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return cores if device.type == "cuda" else 1  # on a CPU run the cores are busy training
+    return available_cores() if device.type == "cuda" else 1  # on a CPU run the cores are busy training
 
 
 def to_device(batches, device, dtype):

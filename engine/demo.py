@@ -5,16 +5,14 @@ Colours, size, place, rotation, background, clutter and noise are random, so tha
 network has to find both form and pattern.
 """
 
-import os
 import shutil
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from engine.errors import DataError
-from engine.interruption import ignore_signals
+from engine.workers import available_cores, worker_pool
 
 CLASSES = (
     "checks_disc",
@@ -57,12 +55,9 @@ def make_demo_data(folder, train_images=TRAIN_IMAGES, val_images=VAL_IMAGES, see
         for number in range(count):
             name = CLASSES[number % len(CLASSES)]
             jobs.append((unfinished / split / name / f"{number:05d}.jpg", name, (seed, split_number, number)))
-    pool = ProcessPoolExecutor(os.cpu_count(), initializer=ignore_signals)
-    try:
+    with worker_pool(available_cores()) as pool:
         for _ in pool.map(_write_picture, *zip(*jobs, strict=True), chunksize=50):
             pass
-    finally:
-        pool.shutdown(cancel_futures=True)  # at once, also when somebody presses Ctrl-C
     (unfinished / COMPLETE).write_text(f"{train_images} training and {val_images} validation pictures, seed {seed}\n")
     unfinished.rename(folder)
     return True

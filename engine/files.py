@@ -32,7 +32,7 @@ def replacing(path, mode="wb", also_as=()):
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _temporary(path):
@@ -52,7 +52,7 @@ def _give_name(source, target):
         os.replace(temporary, target)
 
 
-def _sync_folder(folder):
+def sync_folder(folder):
     """Have the folder's entries on disk: without it a power cut may undo a rename."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

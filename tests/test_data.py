@@ -56,7 +56,7 @@ def test_a_missing_folder_is_said_with_what_to_run_instead(tmp_path):
 @pytest.mark.parametrize("missing", ["train", "val"])
 def test_a_missing_split_is_named(tmp_path, missing):
     (tmp_path / {"train": "val", "val": "train"}[missing]).mkdir()
-    with pytest.raises(DataError, match=f"has no folder {missing}"):
+    with pytest.raises(DataError, match=f"has neither {missing}.arrow nor a folder {missing}"):
         data.open_splits(tmp_path)
 
 
