@@ -17,6 +17,8 @@ MAY_IMPORT = {  # of the project's own; engine, config and model import no scrip
     "evaluate.py": {"engine", "config", "model"},
     "train.py": {"engine", "config", "model", "evaluate"},
     "lr_finder.py": {"engine", "config", "model", "evaluate", "train"},
+    "prepare_data.py": {"engine"},
+    "benchmark.py": {"engine", "config", "model", "evaluate", "train"},
     "config.py": {"engine"},
     "model.py": {"engine"},
 }
