@@ -134,6 +134,13 @@ def test_the_scaled_training_view_is_close_to_the_exact_one_on_the_same_crop():
     assert np.median(quality) > 35
 
 
+def test_a_view_lies_in_memory_as_its_batch_does():
+    content = encoded(photo(300, 400))
+    for seed in range(20):  # flipped or not, enlarged or reduced
+        view = images.training_view(content, 64, 0.08, np.random.default_rng(seed))
+        assert view.flags.c_contiguous  # a planar one would take longer to copy than to resize
+
+
 def test_half_of_the_training_views_are_flipped():
     half = np.zeros((64, 64, 3), dtype=np.uint8)
     half[:, 32:] = 255
