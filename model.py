@@ -4,6 +4,7 @@ Source: arXiv:1512.03385; torchvision.models.resnet, whose state-dict keys it ke
 """
 
 import torch
+import torch.nn.functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 LAYERS = {
@@ -19,9 +20,40 @@ def build_model(config, num_classes):
 
     Convolutions get He initialisation (fan-out), norms weight 1 and bias 0; with `zero_init_residual` the last norm of
     each block starts at weight 0. Input: float [B, 3, H, W] of any size from 32 px; output: logits [B, num_classes].
+    With `blur_pool` the strided convolutions blur their input; the state-dict keys stay the same.
     """
     block, layers = LAYERS[config["architecture"]]
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(config["seed"])
         model = ResNet(block, layers, num_classes=num_classes, zero_init_residual=config["zero_init_residual"])
+    if config["blur_pool"]:
+        blur_before_strides(model)
     return model.to(memory_format=torch.channels_last)
+
+
+class BlurredConv2d(torch.nn.Conv2d):
+    """A convolution that first blurs its input by the fixed 3 x 3 filter [1 2 1] x [1 2 1] / 16, channel by channel.
+
+    What a stride leaves out then still counts: fewer artefacts of sampling (arXiv:1904.11486; here as FFCV applies it).
+    The filter is no part of the state dict, whose keys are those of Conv2d.
+    """
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        taps = torch.tensor([1.0, 2.0, 1.0]) / 4
+        self.register_buffer("blur", torch.outer(taps, taps).repeat(self.in_channels, 1, 1, 1), persistent=False)
+
+    def forward(self, images):
+        """Return the convolution of the blurred [B, C, H, W]."""
+        return super().forward(F.conv2d(images, self.blur, padding=1, groups=self.in_channels))
+
+
+def blur_before_strides(model):
+    """Put a BlurredConv2d with the same weights in place of every strided convolution of 16 or more input channels."""
+    for parent in list(model.modules()):
+        for name, conv in parent.named_children():
+            if type(conv) is torch.nn.Conv2d and max(conv.stride) > 1 and conv.in_channels >= 16:
+                shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
+                blurred = BlurredConv2d(*shape, bias=False)
+                blurred.weight = conv.weight
+                setattr(parent, name, blurred)

@@ -33,7 +33,7 @@ from engine.device import AUTOCAST_DTYPES, autocast, build_scaler, choose_device
 from engine.errors import TrainingStopped, UserError, run_program
 from engine.interruption import Interrupted, StopRequest, watch_spot_notice
 from engine.monitor import Monitor, Throughput
-from engine.optim import build_optimizer, build_schedule
+from engine.optim import build_optimizer, build_schedule, rate_factor
 from engine.range_test import BATCHES_IN_CYCLE, USUAL_RANGE, range_test
 from engine.workers import WorkerDied
 from evaluate import evaluate
@@ -225,7 +225,7 @@ def average_and_validate(state, batches, config, monitor):
         models["averaged"] = state.averaged_model
     num_images = len(batches.splits["val"])
     monitor.start(f"epoch {state.epoch + 1}: validation", math.ceil(num_images / config["batch_size"]))
-    return evaluate(models, monitor.watch(batches.validation()), num_images, context)
+    return evaluate(models, monitor.watch(batches.validation()), num_images, context, config["val_flip"])
 
 
 def note_best(state, validated):
@@ -245,14 +245,14 @@ def epoch_record(state, config, trained, validated):
         "train_loss": figures.loss,
         "train_top1": figures.top1,
         "train_images": figures.images,
-        "train_resolution": config["train_resolution"],
+        "train_resolution": data.resolution_of_epoch(config, state.epoch),
         "grad_norm": figures.grad_norm,
         "skipped_steps": figures.skipped_steps,
         "learning_rate": state.schedule.get_last_lr()[0],
     }
     for weights, result in validated.items():
         prefix = "val" if weights == "raw" else f"{weights}_val"
-        record |= {f"{prefix}_{name}": result[name] for name in ("loss", "top1", "top5")}
+        record |= {f"{prefix}_{name}": value for name, value in result.items() if name != "images"}
     record |= {
         "val_images": validated["raw"]["images"],
         "val_resolution": config["val_resolution"],
@@ -291,7 +291,7 @@ def find_learning_rate(config, batches, precision, monitor, lowest, highest, ste
 
     def step(rate, batch):
         for group in state.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * rate_factor(config)  # the rates of the test are those that the configuration names
         result = train_step_within_memory(state, *batch, config, monitor.say)
         return result.loss.item(), math.isfinite(result.grad_norm.item())
 

@@ -134,6 +134,8 @@ def epoch_line(record, epochs):
     if record["train_loss"] is not None:
         text += f"train loss {record['train_loss']:.3f}, top-1 {record['train_top1']:.2f} %; "
     text += f"val loss {record['val_loss']:.3f}, top-1 {record['val_top1']:.2f} %, top-5 {record['val_top5']:.2f} %"
+    if "val_flip_top1" in record:
+        text += f", with flip {record['val_flip_top1']:.2f} %"
     if "averaged_val_top1" in record:
         text += f"; averaged top-1 {record['averaged_val_top1']:.2f} %"
     text += f"; lr {record['learning_rate']:.2e}, {record['images_per_s']:.0f} images/s, {record['seconds']:.0f} s"

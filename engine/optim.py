@@ -17,13 +17,18 @@ def parameter_groups(model, weight_decay, decay_norms_and_biases):
     ]
 
 
+def rate_factor(config):
+    """Return what the configured rates are multiplied by: with `scale_learning_rate` they are meant per 256 images."""
+    return config["batch_size"] / 256 if config["scale_learning_rate"] else 1.0
+
+
 def build_optimizer(model, config):
     """Return the optimizer that the configuration names, fused.
 
     Fused optimizers take the GradScaler's verdict on the device; the others make the host wait for it at each step.
     """
     groups = parameter_groups(model, config["weight_decay"], config["decay_norms_and_biases"])
-    rate = config["learning_rate"]
+    rate = config["learning_rate"] * rate_factor(config)
     if config["optimizer"] == "sgd":
         optimizer = torch.optim.SGD(groups, lr=rate, momentum=config["momentum"], fused=True)
         # If the first step overflows, fused SGD leaves its new momentum as uninitialised memory (torch 2.11 to 2.14).
@@ -83,7 +88,7 @@ def build_schedule(optimizer, config, steps_per_epoch):
     averages = config["swa_start_epoch"] > 0 and config["swa_learning_rate"] > 0
     return OneCycleThenConstantLR(
         optimizer,
-        max_lr=config["learning_rate"],
+        max_lr=config["learning_rate"] * rate_factor(config),
         total_steps=total_steps,
         pct_start=warmup_steps / total_steps,
         anneal_strategy=config["onecycle_anneal"],
@@ -91,6 +96,6 @@ def build_schedule(optimizer, config, steps_per_epoch):
         div_factor=config["onecycle_div_factor"],
         final_div_factor=config["onecycle_final_div_factor"],
         constant_from_step=(config["swa_start_epoch"] - 1) * steps_per_epoch if averages else math.inf,
-        constant_rate=config["swa_learning_rate"],
+        constant_rate=config["swa_learning_rate"] * rate_factor(config),
         passage_steps=config["swa_anneal_epochs"] * steps_per_epoch,
     )

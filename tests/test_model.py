@@ -1,9 +1,10 @@
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 
 from config import CONFIG
-from model import build_model
+from model import BlurredConv2d, build_model
 
 
 def test_state_dict_is_interchangeable_with_torchvisions_resnet50():
@@ -57,3 +58,36 @@ def test_weights_depend_on_the_seed_alone_and_leave_the_random_state_alone():
     other = build_model(CONFIG | {"seed": 1}, 10).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
+
+
+def test_blur_pool_blurs_before_every_strided_convolution_of_16_or_more_channels():
+    model = build_model(CONFIG | {"blur_pool": True}, 10)
+    blurred = {name for name, module in model.named_modules() if isinstance(module, BlurredConv2d)}
+    strided = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d) and module.stride[0] > 1}
+    assert strided - blurred == {"conv1"}
+    assert blurred == {f"layer{n}.0.{conv}" for n in (2, 3, 4) for conv in ("conv2", "downsample.0")}
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_blur_pool_is_a_convolution_of_the_image_blurred_by_1_2_1(kernel):
+    torch.manual_seed(0)
+    conv = BlurredConv2d(16, 8, kernel, stride=2, padding=kernel // 2, bias=False)
+    images = torch.randn(2, 16, 12, 14)
+    padded = F.pad(images, (1, 1, 1, 1))
+    rows = (padded[:, :, :-2] + 2 * padded[:, :, 1:-1] + padded[:, :, 2:]) / 4
+    blurred = (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 4
+    expected = F.conv2d(blurred, conv.weight, stride=2, padding=kernel // 2)
+    torch.testing.assert_close(conv(images), expected)
+    flat = conv(torch.ones(1, 16, 16, 16))[..., 2:-2, 2:-2]
+    torch.testing.assert_close(flat, conv.weight.sum((1, 2, 3)).view(1, 8, 1, 1).expand_as(flat))
+
+
+def test_blur_pool_changes_no_weight_and_no_key():
+    plain, blurred = (build_model(CONFIG | {"blur_pool": blur}, 10) for blur in (False, True))
+    first, second = plain.state_dict(), blurred.state_dict()
+    assert list(first) == list(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert not torch.allclose(plain.eval()(images), blurred.eval()(images))
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in blurred.parameters() if p.ndim == 4)

@@ -71,10 +71,14 @@ BEGIN, END = "<!-- configuration: written by PYTHONPATH=. python tests/test_stru
 
 
 def configuration_table():
-    rows = ["| key | default | `demo` | what it is |", "|---|---|---|---|"]
+    recipes = [name for name in RECIPES if name != "seed"]
+    rows = [
+        f"| key | default | {' | '.join(f'`{name}`' for name in recipes)} | what it is |",
+        "|---" * (3 + len(recipes)) + "|",
+    ]
     for key, comment in key_comments().items():
-        demo = f"`{RECIPES['demo'][key]}`" if key in RECIPES["demo"] else ""
-        rows.append(f"| `{key}` | `{CONFIG[key]}` | {demo} | {comment} |")
+        cells = [f"`{RECIPES[name][key]}`" if key in RECIPES[name] else "" for name in recipes]
+        rows.append(f"| `{key}` | `{CONFIG[key]}` | {' | '.join(cells)} | {comment} |")
     return "\n".join(rows)
 
 
