@@ -46,6 +46,7 @@ CPU = torch.device("cpu")
 
 
 def parse_arguments(arguments=None):
+    """Return what the command line asks for; ends the program with status 2 where that is impossible."""
     parser = argparse.ArgumentParser(
         "benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -367,6 +368,7 @@ def input_tables(results):
 
 
 def rate_cell(rates, reference):
+    """Return a table's cell: median and range of images/s, and the ratio to the reference."""
     return f"{statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f}), {ratio(rates, reference):.2f}x"
 
 

@@ -75,7 +75,7 @@ CONFIG = {
 RECIPES = {
     # The run that this project set out to beat: 59.21 % top-1 after about 65 hours on a T4.
     "seed": {},
-    # FFCV's ResNet-50 schedule, stretched by --epochs. Published on 8 A100s at batch 1,024 to 4,096, 256 px with flip: 73.76 %
+    # FFCV's ResNet-50 schedule, stretched by --epochs. Published for 8 A100s at batch 4,096, 256 px with flip: 73.76 %
     # in 16 epochs, 75.56 in 24, 76.59 in 32, 77.24 in 40, 78.43 in 88 (libffcv/ffcv-imagenet, assets/agg.csv); without flip it
     # published none. 16 epochs are 9.1 epochs' worth of 224 px: 8.1 T4 hours at 400 images/s, 11.4 at 282 (calculated).
     "fast": {

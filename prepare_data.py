@@ -43,6 +43,7 @@ PLAIN_LINE_SECONDS = 30.0
 
 
 def parse_arguments(arguments=None):
+    """Return what the command line asks for; ends the program with status 2 where that is impossible."""
     parser = argparse.ArgumentParser(
         "prepare_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -105,6 +106,7 @@ def add_known_class_names(source):
 
 
 def is_imagenet(source):
+    """Return whether the classes are ImageNet-1K's, by their number, the first and the last."""
     ends = (source.classes[0], source.classes[-1])
     return len(source.classes) == IMAGENET_CLASSES and ends == ("n01440764", "n15075141")
 
@@ -123,6 +125,7 @@ def prepared_files(destination):
 
 
 def delete_prepared(destination):
+    """Delete everything that a preparation writes, finished or not."""
     for path in prepared_files(destination).values():
         for file in (path, *unfinished_files(path)):
             file.unlink(missing_ok=True)
@@ -174,6 +177,7 @@ def announce(source, destination, shorter_sides, quality):
 
 
 def gigabytes(size):
+    """Return bytes as text in GB, or in MB where that is less than 0.1 GB."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
 
 
