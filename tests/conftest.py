@@ -98,8 +98,12 @@ def start_program(program, arguments, **options):
 
 
 def finish(process, timeout=300):
-    """Wait for a process that start_python started; return (exit status, output)."""
-    output, _ = process.communicate(timeout=timeout)
+    """Wait for a process that start_python started; return (exit status, output). One that does not end is killed."""
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
     return process.returncode, output
 
 
