@@ -36,16 +36,23 @@ CONFIG = {
     "val_flip": False,  # true also reports the accuracy of image plus mirror image, beside the plain one
     "min_crop_area": 0.08,  # smallest share of the image's area in a training crop; torchvision's default
     "val_crop_ratio": 0.875,  # centre crop's side over the resized shorter side; 224/256 is the custom
+    "loss": "cross_entropy",  # cross_entropy, or bce: a yes-or-no question for each class (arXiv:2110.00476)
     "label_smoothing": 0.0,  # share of each label spread evenly over all classes
+    "mixup_alpha": 0.0,  # of the Beta distribution of shares in which two images are blended; 0 never blends (arXiv:1710.09412)
+    "cutmix_alpha": 0.0,  # of the Beta distribution of the area pasted from another image; 0 never pastes (arXiv:1905.04899)
     "make_demo_data": False,  # true makes the demo's pictures in data_dir on first use
     "num_workers": "auto",  # processes that decode images; "auto" is one per CPU core, 0 decodes in the main process
     "max_bad_images": 100,  # unreadable training images replaced before the run stops; in validation the first one stops it
     # Optimizer.
     "optimizer": "adamw",  # adamw, adam (decay inside the gradient) or sgd
     "momentum": 0.9,  # of sgd; Adam's betas are torch's defaults
+    "nesterov": False,  # true looks ahead along sgd's momentum
     "scale_learning_rate": False,  # true multiplies learning_rate and swa_learning_rate by batch_size / 256
     "decay_norms_and_biases": False,  # true also decays the parameters of one dimension
-    # Rate plan: OneCycleLR, stepped once per optimizer step.
+    # Rate plan, stepped once per optimizer step.
+    "schedule": "onecycle",  # onecycle; or after a straight warm-up cosine (to 0), step (drops) or constant
+    "step_epochs": 30,  # of schedule step: epochs between drops, counted from the start of the run
+    "step_factor": 0.1,  # of schedule step: what a drop multiplies the rate by
     "onecycle_anneal": "cos",  # cos or linear: the shape of rise and fall
     "onecycle_div_factor": 25.0,  # the rate starts at learning_rate / this
     "onecycle_final_div_factor": 1e4,  # and ends at its start / this
@@ -226,14 +233,21 @@ ALLOWED = {
     "val_flip": Flag(),
     "min_crop_area": Number(0, 1, above_low=True),
     "val_crop_ratio": Number(0.1, 1.0),
+    "loss": Choice(("cross_entropy", "bce")),
     "label_smoothing": Number(0, 0.99),
+    "mixup_alpha": Number(0, 100),
+    "cutmix_alpha": Number(0, 100),
     "make_demo_data": Flag(),
     "num_workers": Number(0, 256, whole=True, or_auto=True),
     "max_bad_images": Number(0, 10_000_000, whole=True),
     "optimizer": Choice(("adamw", "adam", "sgd")),
     "momentum": Number(0, 0.9999),
+    "nesterov": Flag(),
     "scale_learning_rate": Flag(),
     "decay_norms_and_biases": Flag(),
+    "schedule": Choice(("onecycle", "cosine", "step", "constant")),
+    "step_epochs": Number(1, 10_000, whole=True),
+    "step_factor": Number(0, 1, above_low=True),
     "onecycle_anneal": Choice(("cos", "linear")),
     "onecycle_div_factor": Number(1, 1e12),
     "onecycle_final_div_factor": Number(1, 1e12),
@@ -292,6 +306,11 @@ def config_problems(config):
     require(
         not (config["precision"] == "fp16" and config["device"] == "cpu"),
         "precision = 'fp16' with device = 'cpu': a CPU trains in fp32 or bf16",
+    )
+    require(
+        not config["nesterov"] or (config["optimizer"] == "sgd" and config["momentum"] > 0),
+        f"nesterov = True with optimizer = {config['optimizer']!r} and momentum = {config['momentum']}: it is a kind of sgd's "
+        "momentum",
     )
     grows = config["start_resolution"] > 0
     require(

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from engine.loss import start_bias_for
+
 LAYERS = {
     "resnet18": (BasicBlock, [2, 2, 2, 2]),
     "resnet34": (BasicBlock, [3, 4, 6, 3]),
@@ -26,6 +28,7 @@ def build_model(config, num_classes):
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(config["seed"])
         model = ResNet(block, layers, num_classes=num_classes, zero_init_residual=config["zero_init_residual"])
+    torch.nn.init.constant_(model.fc.bias, start_bias_for(config["loss"], num_classes))
     if config["blur_pool"]:
         blur_before_strides(model)
     return model.to(memory_format=torch.channels_last)

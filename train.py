@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from engine import averaging, checkpoint, data, metrics
@@ -32,6 +31,7 @@ from engine.demo import make_demo_data
 from engine.device import AUTOCAST_DTYPES, autocast, build_scaler, choose_device, choose_precision, describe_device
 from engine.errors import TrainingStopped, UserError, run_program
 from engine.interruption import Interrupted, StopRequest, watch_spot_notice
+from engine.loss import build_mixing, main_class, training_loss
 from engine.monitor import Monitor, Throughput
 from engine.optim import build_optimizer, build_schedule, rate_factor
 from engine.range_test import BATCHES_IN_CYCLE, USUAL_RANGE, range_test
@@ -127,30 +127,29 @@ class StepResult(NamedTuple):
     correct: torch.Tensor
 
 
-def train_step(state, images, labels, config):
+def train_step(state, images, targets, config):
     """Take one optimizer step on a batch, in micro-batches whose gradients add up to the batch's mean gradient.
 
     A gradient that is not finite leaves the weights as they were. The host never waits for the device.
 
     Args:
         images: [B, 3, H, W], ready for the network, on its device.
-        labels: int64 [B].
+        targets: int64 [B], or float [B, C] where images were mixed.
     Returns:
         StepResult; the loss is the batch's mean.
     """
     state.optimizer.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=images.device)
     correct = torch.zeros((), device=images.device)
-    for some_images, some_labels in zip(
-        images.split(state.micro_batch_size), labels.split(state.micro_batch_size), strict=True
+    for some_images, some_targets in zip(
+        images.split(state.micro_batch_size), targets.split(state.micro_batch_size), strict=True
     ):
         with autocast(images.device, state.precision):
             logits = state.model(some_images)
-            part = F.cross_entropy(logits.float(), some_labels, label_smoothing=config["label_smoothing"])
-            part = part * (len(some_labels) / len(labels))
+            part = training_loss(logits.float(), some_targets, config) * (len(some_targets) / len(targets))
         state.scaler.scale(part).backward()
         loss += part.detach()
-        correct += metrics.topk_correct(logits.detach(), some_labels, 1)
+        correct += metrics.topk_correct(logits.detach(), main_class(some_targets), 1)
     state.scaler.unscale_(state.optimizer)  # clip the true gradient, not the scaled one
     grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config["grad_clip_value"])
     state.scaler.step(state.optimizer)
@@ -159,19 +158,19 @@ def train_step(state, images, labels, config):
     return StepResult(loss, grad_norm, correct)
 
 
-def train_step_within_memory(state, images, labels, config, say):
+def train_step_within_memory(state, images, targets, config, say):
     """Take a train_step; when the GPU's memory does not suffice, halve the micro-batch and take it again."""
     while True:
         try:
-            return train_step(state, images, labels, config)
+            return train_step(state, images, targets, config)
         except torch.OutOfMemoryError:
             if state.micro_batch_size == 1:
                 raise TrainingStopped("out of GPU memory with a single image: lower --train-resolution") from None
         # outside the handler, where the failed step's tensors are no longer referenced
         state.optimizer.zero_grad(set_to_none=True)
-        state.micro_batch_size = math.ceil(min(state.micro_batch_size, len(labels)) / 2)
+        state.micro_batch_size = math.ceil(min(state.micro_batch_size, len(targets)) / 2)
         torch.cuda.empty_cache()
-        say(f"out of GPU memory: the batch of {len(labels)} now goes in micro-batches of {state.micro_batch_size}")
+        say(f"out of GPU memory: the batch of {len(targets)} now goes in micro-batches of {state.micro_batch_size}")
 
 
 # The loop ------------------------------------------------------------------------------------------------------------
@@ -196,8 +195,9 @@ def train_one_epoch(state, device_batches, config, checkpoints, monitor):
     """Train on the batches, the rest of the epoch in progress; return its figures."""
     state.model.train()
     speed = Throughput()
+    mix = build_mixing(config, state.model.fc.out_features)
     for images, labels in device_batches:
-        result = train_step_within_memory(state, images, labels, config, monitor.say)
+        result = train_step_within_memory(state, *mix(images, labels), config, monitor.say)
         state.sums.add(result.loss, result.correct, result.grad_norm, len(labels))
         state.batch += 1
         speed.add(len(labels))

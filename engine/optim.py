@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 
 def parameter_groups(model, weight_decay, decay_norms_and_biases):
@@ -30,7 +30,7 @@ def build_optimizer(model, config):
     groups = parameter_groups(model, config["weight_decay"], config["decay_norms_and_biases"])
     rate = config["learning_rate"] * rate_factor(config)
     if config["optimizer"] == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=rate, momentum=config["momentum"], fused=True)
+        optimizer = torch.optim.SGD(groups, lr=rate, momentum=config["momentum"], nesterov=config["nesterov"], fused=True)
         # If the first step overflows, fused SGD leaves its new momentum as uninitialised memory (torch 2.11 to 2.14).
         # Zeros beforehand give the same first step, since momentum * 0 + gradient is the gradient.
         for group in optimizer.param_groups:
@@ -41,24 +41,25 @@ def build_optimizer(model, config):
     return kind(groups, lr=rate, fused=True)
 
 
-class OneCycleThenConstantLR(OneCycleLR):
-    """OneCycleLR whose rate passes, from a step on, along a half cosine to a constant and stays there, as SWALR does.
+class ThenConstant:
+    """Lets a schedule's rate pass, from a step on, along a half cosine to a constant and stay there, as SWALR does.
 
-    The rate is a pure function of `last_epoch`, the count of steps, so that a resumed run only has to set it.
+    Comes before the schedule among a class's bases, whose rate must be a pure function of `last_epoch`, the count of
+    steps, so that a resumed run only has to set it.
     """
 
-    def __init__(self, optimizer, *, constant_from_step, constant_rate, passage_steps, **one_cycle):
+    def __init__(self, optimizer, *, constant_from_step, constant_rate, passage_steps, **schedule):
         self.constant_from_step = constant_from_step
         self.constant_rate = constant_rate
         self.passage_steps = passage_steps
-        super().__init__(optimizer, **one_cycle)
+        super().__init__(optimizer, **schedule)
 
     def get_lr(self):
         """Return the rate of each parameter group at step `last_epoch`."""
         step = self.last_epoch
         if step < self.constant_from_step:
             return super().get_lr()
-        self.last_epoch = self.constant_from_step  # where the passage starts, whatever OneCycleLR would do after it
+        self.last_epoch = self.constant_from_step  # where the passage starts, whatever the schedule would do after it
         rates = super().get_lr()
         self.last_epoch = step
         passed = min(1.0, (step - self.constant_from_step) / self.passage_steps) if self.passage_steps else 1.0
@@ -75,17 +76,39 @@ class OneCycleThenConstantLR(OneCycleLR):
             group["lr"] = rate
 
 
+class OneCycleThenConstantLR(ThenConstant, OneCycleLR):
+    """torch's OneCycleLR."""
+
+
+class LambdaThenConstantLR(ThenConstant, LambdaLR):
+    """torch's LambdaLR: the optimizer's rate times a function of the step."""
+
+
 def build_schedule(optimizer, config, steps_per_epoch):
     """Return the run's rate plan, at step 0, to be stepped once after each optimizer step.
 
-    OneCycleLR over the whole run, its peak at config['learning_rate'] at the end of the warm-up; with averaging at a rate
-    of its own, the passage to that rate begins with epoch swa_start_epoch.
+    The peak is config['learning_rate'], at the end of the warm-up. With averaging at a rate of its own, the passage to that
+    rate begins with epoch swa_start_epoch.
     """
     total_steps = config["epochs"] * steps_per_epoch
     warmup_steps = config["warmup_epochs"] * steps_per_epoch
+    averages = config["swa_start_epoch"] > 0 and config["swa_learning_rate"] > 0
+    passage = {
+        "constant_from_step": (config["swa_start_epoch"] - 1) * steps_per_epoch if averages else math.inf,
+        "constant_rate": config["swa_learning_rate"] * rate_factor(config),
+        "passage_steps": config["swa_anneal_epochs"] * steps_per_epoch,
+    }
+    if config["schedule"] != "onecycle":
+        share_after = _share_after_warmup(config, total_steps, warmup_steps, steps_per_epoch)
+        for group in optimizer.param_groups:  # a resumed optimizer brings its rate of that moment along
+            group["lr"] = config["learning_rate"] * rate_factor(config)
+        return LambdaThenConstantLR(
+            optimizer,
+            lr_lambda=lambda step: (step + 1) / warmup_steps if step + 1 < warmup_steps else share_after(step),
+            **passage,
+        )
     if warmup_steps:  # OneCycleLR divides by each phase's length less one: neither may be a single step
         warmup_steps = min(max(warmup_steps, 2), total_steps - 1) if total_steps > 2 else 0
-    averages = config["swa_start_epoch"] > 0 and config["swa_learning_rate"] > 0
     return OneCycleThenConstantLR(
         optimizer,
         max_lr=config["learning_rate"] * rate_factor(config),
@@ -95,7 +118,15 @@ def build_schedule(optimizer, config, steps_per_epoch):
         cycle_momentum=False,  # it would overwrite the optimizer's momentum
         div_factor=config["onecycle_div_factor"],
         final_div_factor=config["onecycle_final_div_factor"],
-        constant_from_step=(config["swa_start_epoch"] - 1) * steps_per_epoch if averages else math.inf,
-        constant_rate=config["swa_learning_rate"] * rate_factor(config),
-        passage_steps=config["swa_anneal_epochs"] * steps_per_epoch,
+        **passage,
     )
+
+
+def _share_after_warmup(config, total_steps, warmup_steps, steps_per_epoch):
+    """Return the function step -> share of the peak rate of the schedules with a straight warm-up."""
+    if config["schedule"] == "cosine":
+        length = max(1, total_steps - warmup_steps)
+        return lambda step: (1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / length))) / 2
+    if config["schedule"] == "step":
+        return lambda step: config["step_factor"] ** (step // (config["step_epochs"] * steps_per_epoch))
+    return lambda step: 1.0

@@ -73,22 +73,44 @@ def test_swa_at_its_own_rate_passes_there_as_swalr_does_and_stays():
     swa_start=st.integers(0, 12),
     swa_rate=st.sampled_from([0.0, 0.01]),
     anneal=st.integers(0, 3),
+    schedule=st.sampled_from(["onecycle", "cosine", "step", "constant"]),
 )
-def test_every_run_has_a_finite_rate_at_every_step(epochs, warmup, steps_per_epoch, swa_start, swa_rate, anneal):
+def test_every_run_has_a_finite_rate_at_every_step(epochs, warmup, steps_per_epoch, swa_start, swa_rate, anneal, schedule):
     config = {"epochs": epochs, "warmup_epochs": min(warmup, epochs), "swa_start_epoch": min(swa_start, epochs)}
-    config |= {"swa_learning_rate": swa_rate, "swa_anneal_epochs": anneal}
-    schedule = schedule_for(config, steps_per_epoch)
-    rates = rates_of(schedule, epochs * steps_per_epoch)
+    config |= {"swa_learning_rate": swa_rate, "swa_anneal_epochs": anneal, "schedule": schedule, "step_epochs": 2}
+    rates = rates_of(schedule_for(config, steps_per_epoch), epochs * steps_per_epoch)
     assert all(math.isfinite(rate) and 0 <= rate <= 0.010001 for rate in rates)
 
 
-def test_the_rate_is_a_pure_function_of_the_step():
-    config = {"epochs": 20, "warmup_epochs": 4, "swa_start_epoch": 11, "swa_anneal_epochs": 2}
+@pytest.mark.parametrize("schedule", ["onecycle", "cosine", "step", "constant"])
+def test_the_rate_is_a_pure_function_of_the_step(schedule):
+    config = {"epochs": 20, "warmup_epochs": 4, "swa_start_epoch": 11, "swa_anneal_epochs": 2, "schedule": schedule}
+    config |= {"step_epochs": 3}
     rates = rates_of(schedule_for(config), 20 * STEPS)
     for step in (0, 1, 30, 69, 70, 75, 139):
-        schedule = schedule_for(config)
-        schedule.move_to(step)
-        assert rates_of(schedule, 20 * STEPS - step) == rates[step:]
+        resumed = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.123)  # a rate that a checkpoint brought along
+        resumed.param_groups[0]["initial_lr"] = 0.456
+        again = schedule_for(config, optimizer=resumed)
+        again.move_to(step)
+        assert rates_of(again, 20 * STEPS - step) == rates[step:]
+
+
+def test_cosine_rises_straight_and_falls_along_a_half_cosine_to_zero():
+    config = {"epochs": 20, "warmup_epochs": 4, "swa_start_epoch": 0, "schedule": "cosine", "learning_rate": 2.0}
+    rates = rates_of(schedule_for(config), 20 * STEPS)
+    warmup, length = 4 * STEPS, 16 * STEPS
+    assert rates[:warmup] == pytest.approx([2 * (step + 1) / warmup for step in range(warmup)])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=2.0)
+    reference = rates_of(torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, length), length)
+    assert rates[warmup:] == pytest.approx(reference, abs=1e-9)
+
+
+def test_step_drops_at_its_epochs_and_constant_never():
+    config = {"epochs": 9, "warmup_epochs": 1, "swa_start_epoch": 0, "learning_rate": 2.0, "step_epochs": 3, "step_factor": 0.1}
+    rates = rates_of(schedule_for(config | {"schedule": "step"}), 9 * STEPS)
+    assert rates[STEPS:] == pytest.approx([2.0] * 2 * STEPS + [0.2] * 3 * STEPS + [0.02] * 3 * STEPS)
+    rates = rates_of(schedule_for(config | {"schedule": "constant"}), 9 * STEPS)
+    assert rates[STEPS - 1 :] == [2.0] * (8 * STEPS + 1)
 
 
 def test_momentum_is_left_alone():
@@ -112,7 +134,7 @@ def test_norms_and_biases_get_no_weight_decay():
     assert len(everything["params"]) == len(names)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "nesterov"])
 def test_optimizers_step_as_torchs_plain_ones(name):
     torch.manual_seed(0)
     images, labels = torch.randn(6, 3, 8, 8), torch.arange(6) % 5
@@ -120,11 +142,14 @@ def test_optimizers_step_as_torchs_plain_ones(name):
     model(images)
     twin = copy.deepcopy(model)
     config = CONFIG | {"optimizer": name, "weight_decay": 0.1, "learning_rate": 0.01}
+    if name == "nesterov":
+        config |= {"optimizer": "sgd", "nesterov": True}
     groups = parameter_groups(twin, 0.1, decay_norms_and_biases=False)
     plain = {
         "adamw": lambda: torch.optim.AdamW(groups, lr=0.01),
         "adam": lambda: torch.optim.Adam(groups, lr=0.01),
         "sgd": lambda: torch.optim.SGD(groups, lr=0.01, momentum=0.9),
+        "nesterov": lambda: torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True),
     }[name]()
     for network, optimizer in ((model, build_optimizer(model, config)), (twin, plain)):
         for _ in range(4):

@@ -126,6 +126,27 @@ MOMENTS = {  # function of a module, its n-th call, and where the run then says 
 }
 
 
+def test_a_run_that_mixes_images_goes_on_with_the_same_mixtures(image_tree, tmp_path):
+    changes = {
+        "mixup_alpha": 0.2,
+        "cutmix_alpha": 1.0,
+        "loss": "bce",
+        "schedule": "cosine",
+        "nesterov": True,
+        "optimizer": "sgd",
+    }
+    changes |= {"swa_start_epoch": 0, "epochs": 2, "start_resolution": 32, "train_resolution": 64}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run_program("train.py", tiny_run(image_tree, whole, **changes))[0] == 0
+    moment = ("train", "train_step")
+    status, output = finish(start_driver(tiny_run(image_tree, parts, **changes), tmp_path / "steps", moment, call=10))
+    assert status == 143, output
+    assert run_program("train.py", ["--resume", parts / "last.pt", f"--log-file={tmp_path / 'log'}"])[0] == 0
+    first, second = (torch.load(folder / "last.pt", weights_only=True) for folder in (whole, parts))
+    assert all(torch.equal(first["model"][key], second["model"][key]) for key in first["model"])
+    assert figures(whole) == figures(parts)
+
+
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_sigterm_saves_everything_and_the_resumed_run_equals_the_uninterrupted_one(moment, image_tree, reference, tmp_path):
     module, function, call, where = MOMENTS[moment]
