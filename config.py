@@ -61,6 +61,8 @@ CONFIG = {
     "swa_learning_rate": 0.00025,  # rate while averaging; 0 leaves OneCycleLR untouched
     "swa_anneal_epochs": 5,  # epochs of cosine passage from OneCycleLR's rate to swa_learning_rate
     "swa_batch_norm_batches": 200,  # training batches that give the averaged weights their batch-norm statistics
+    "ema_half_life_steps": 0,  # steps after which weights count half in a running average (EMA); 0 keeps none
+    "ema_every_steps": 20,  # steps between the weights that enter it
     # Numbers and device.
     "precision": "auto",  # auto, fp32, fp16 (with a GradScaler) or bf16; auto takes bf16 where the hardware has it
     "device": "auto",  # auto, cuda or cpu
@@ -255,6 +257,8 @@ ALLOWED = {
     "swa_learning_rate": Number(0, 100),
     "swa_anneal_epochs": Number(0, 10_000, whole=True),
     "swa_batch_norm_batches": Number(1, 100_000, whole=True),
+    "ema_half_life_steps": Number(0, 10_000_000, whole=True),
+    "ema_every_steps": Number(1, 1_000_000, whole=True),
     "precision": Choice(("auto", "fp32", "fp16", "bf16")),
     "device": Choice(("auto", "cuda", "cpu")),
     "micro_batch_size": Number(0, 65536, whole=True),

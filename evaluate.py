@@ -78,9 +78,10 @@ def main(arguments):
         raise data.DataError(f"the classes in {config['data_dir']} are not the {len(contents['classes'])} of the checkpoint")
     models = {"raw weights": build_model(config, len(contents["classes"])).to(device)}
     models["raw weights"].load_state_dict(contents["model"])
-    if contents["averaged_model"] is not None and contents["averaged_model"]["n_averaged"] > 0:
-        models["averaged weights"] = AveragedModel(models["raw weights"])
-        models["averaged weights"].load_state_dict(contents["averaged_model"])
+    for key, name in (("averaged_model", "averaged weights"), ("ema_model", "running average")):
+        if contents.get(key) is not None and contents[key]["n_averaged"] > 0:
+            models[name] = AveragedModel(models["raw weights"], use_buffers=True)
+            models[name].load_state_dict(contents[key])
 
     server = data.BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], guard=iter, say=print)
     try:

@@ -48,6 +48,7 @@ class TrainState:
 
     model: torch.nn.Module
     averaged_model: torch.nn.Module | None
+    ema_model: torch.nn.Module | None
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
@@ -71,6 +72,7 @@ class TrainState:
             "best": dict(self.best),
             "model": self.model.state_dict(),
             "averaged_model": self.averaged_model.state_dict() if self.averaged_model is not None else None,
+            "ema_model": self.ema_model.state_dict() if self.ema_model is not None else None,
             "optimizer": self.optimizer.state_dict(),
             "schedule": {"step": self.schedule.last_epoch},  # the rate plan itself follows from the configuration
             "scaler": self.scaler.state_dict(),
@@ -88,6 +90,8 @@ class TrainState:
         self.model.load_state_dict(saved["model"])
         if self.averaged_model is not None:
             self.averaged_model.load_state_dict(saved["averaged_model"])
+        if self.ema_model is not None:
+            self.ema_model.load_state_dict(saved["ema_model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule = build_schedule(self.optimizer, config, steps_per_epoch)
         self.schedule.move_to(saved["epoch"] * steps_per_epoch + saved["batch"])
@@ -110,6 +114,7 @@ def new_state(config, num_classes, steps_per_epoch, device, precision):
     return TrainState(
         model=model,
         averaged_model=averaging.build_average(model) if config["swa_start_epoch"] else None,
+        ema_model=averaging.build_running_average(model, config),
         optimizer=optimizer,
         schedule=build_schedule(optimizer, config, steps_per_epoch),
         scaler=build_scaler(device, precision),
@@ -200,6 +205,7 @@ def train_one_epoch(state, device_batches, config, checkpoints, monitor):
         result = train_step_within_memory(state, *mix(images, labels), config, monitor.say)
         state.sums.add(result.loss, result.correct, result.grad_norm, len(labels))
         state.batch += 1
+        averaging.follow(state.ema_model, state.model, config, steps_done=state.schedule.last_epoch)
         speed.add(len(labels))
         figures = None
         if state.batch % config["log_every_steps"] == 0:
@@ -214,7 +220,7 @@ def train_one_epoch(state, device_batches, config, checkpoints, monitor):
 
 
 def average_and_validate(state, batches, config, monitor):
-    """Bring the averaged weights up to date and validate; return {'raw': ..., 'averaged': ...} of evaluate()'s figures."""
+    """Bring the averaged weights up to date and validate; return {'raw': ..., 'averaged': ..., 'ema': ...} of evaluate()'s."""
     checkpoint.require_finite(state.model.state_dict(), config["checkpoint_dir"])
     models = {"raw": state.model}
     context = autocast(state.device, state.precision)
@@ -223,13 +229,15 @@ def average_and_validate(state, batches, config, monitor):
         requests = itertools.islice(requests, config["swa_batch_norm_batches"])
         averaging.refresh_batch_norm(state.averaged_model, batches.training(requests, state.bad_images), context)
         models["averaged"] = state.averaged_model
+    if state.ema_model is not None and state.ema_model.n_averaged:
+        models["ema"] = state.ema_model
     num_images = len(batches.splits["val"])
     monitor.start(f"epoch {state.epoch + 1}: validation", math.ceil(num_images / config["batch_size"]))
     return evaluate(models, monitor.watch(batches.validation()), num_images, context, config["val_flip"])
 
 
 def note_best(state, validated):
-    """Remember the better of the raw and the averaged weights if it is the run's best; return whether it is."""
+    """Remember the best of the raw and the averaged weights if it is the run's best; return whether it is."""
     weights = max(validated, key=lambda name: validated[name]["top1"])
     is_best = state.best["epoch"] == 0 or validated[weights]["top1"] > state.best["top1"]
     if is_best:

@@ -1,6 +1,6 @@
-"""Stochastic weight averaging (SWA, arXiv:1803.05407), on torch.optim.swa_utils."""
+"""Averages of the weights, on torch.optim.swa_utils: SWA (arXiv:1803.05407) over epochs, and a running one (EMA)."""
 
-from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 
 def epochs_to_average(config, epochs_trained):
@@ -13,6 +13,20 @@ def epochs_to_average(config, epochs_trained):
 def build_average(model):
     """Return an empty equal-weight average of the model's parameters, on its device."""
     return AveragedModel(model)
+
+
+def build_running_average(model, config):
+    """Return an empty exponential moving average of the model's parameters and batch-norm statistics, or None for none."""
+    if config["ema_half_life_steps"] == 0:
+        return None
+    decay = 0.5 ** (config["ema_every_steps"] / config["ema_half_life_steps"])
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def follow(running_average, model, config, steps_done):
+    """Take the model's weights into the running average if that is due after so many steps of the run."""
+    if running_average is not None and steps_done % config["ema_every_steps"] == 0:
+        running_average.update_parameters(model)
 
 
 def bring_average_up_to_date(averaged_model, model, config, epochs_trained):

@@ -2,7 +2,7 @@
 
 from engine.files import replacing
 
-RAW, AVERAGED, MUTED = "#2166ac", "#d6604d", "#8c8c8c"
+RAW, AVERAGED, EMA, MUTED = "#2166ac", "#d6604d", "#1b7837", "#8c8c8c"
 
 
 def _new_figure(rows, columns, size):
@@ -44,6 +44,7 @@ def draw_curves(records, path):
         plot(axis, f"train_{name}", "training, augmented", MUTED, "--")
         plot(axis, f"val_{name}", "validation", RAW)
         plot(axis, f"averaged_val_{name}", "validation, averaged weights", AVERAGED)
+        plot(axis, f"ema_val_{name}", "validation, running average", EMA)
         axis.legend(frameon=False)
     plot(rate, "learning_rate", "", RAW)
     plot(speed, "images_per_s", "", RAW)

@@ -138,6 +138,8 @@ def epoch_line(record, epochs):
         text += f", with flip {record['val_flip_top1']:.2f} %"
     if "averaged_val_top1" in record:
         text += f"; averaged top-1 {record['averaged_val_top1']:.2f} %"
+    if "ema_val_top1" in record:
+        text += f"; EMA top-1 {record['ema_val_top1']:.2f} %"
     text += f"; lr {record['learning_rate']:.2e}, {record['images_per_s']:.0f} images/s, {record['seconds']:.0f} s"
     if record["skipped_steps"]:
         text += f"; {record['skipped_steps']} steps skipped"

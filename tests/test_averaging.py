@@ -3,7 +3,14 @@ import copy
 import torch
 
 from config import CONFIG
-from engine.averaging import bring_average_up_to_date, build_average, epochs_to_average, refresh_batch_norm
+from engine.averaging import (
+    bring_average_up_to_date,
+    build_average,
+    build_running_average,
+    epochs_to_average,
+    follow,
+    refresh_batch_norm,
+)
 from engine.device import autocast
 
 CONFIG_FROM_2 = CONFIG | {"swa_start_epoch": 2}
@@ -75,3 +82,26 @@ def test_refreshed_statistics_do_not_remember_earlier_ones():
     average.module[1].running_var.fill_(1e6)
     refresh_batch_norm(average, batches, context)
     assert torch.equal(average.module[1].running_var, first)
+
+
+def test_the_running_average_halves_a_steps_share_after_its_half_life():
+    config = CONFIG | {"ema_half_life_steps": 12, "ema_every_steps": 3}
+    model = network()
+    average = build_running_average(model, config)
+    expected = None
+    for step in range(1, 40):
+        randomise(model)
+        model[1].running_mean.normal_()
+        follow(average, model, config, step)
+        if step % 3 == 0:
+            now = [tensor.clone() for tensor in (*model.parameters(), model[1].running_mean)]
+            decay = 0.5 ** (3 / 12)
+            expected = now if expected is None else [decay * a + (1 - decay) * b for a, b in zip(expected, now, strict=True)]
+    ours = [*average.module.parameters(), average.module[1].running_mean]
+    for tensor, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(tensor, other, rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_half_life_there_is_no_running_average():
+    assert build_running_average(network(), CONFIG) is None
+    follow(None, network(), CONFIG, 20)

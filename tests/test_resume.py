@@ -126,7 +126,7 @@ MOMENTS = {  # function of a module, its n-th call, and where the run then says 
 }
 
 
-def test_a_run_that_mixes_images_goes_on_with_the_same_mixtures(image_tree, tmp_path):
+def test_a_run_with_every_building_block_goes_on_as_if_nothing_had_happened(image_tree, tmp_path):
     changes = {
         "mixup_alpha": 0.2,
         "cutmix_alpha": 1.0,
@@ -136,6 +136,7 @@ def test_a_run_that_mixes_images_goes_on_with_the_same_mixtures(image_tree, tmp_
         "optimizer": "sgd",
     }
     changes |= {"swa_start_epoch": 0, "epochs": 2, "start_resolution": 32, "train_resolution": 64}
+    changes |= {"ema_half_life_steps": 4, "ema_every_steps": 2}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run_program("train.py", tiny_run(image_tree, whole, **changes))[0] == 0
     moment = ("train", "train_step")
@@ -143,8 +144,13 @@ def test_a_run_that_mixes_images_goes_on_with_the_same_mixtures(image_tree, tmp_
     assert status == 143, output
     assert run_program("train.py", ["--resume", parts / "last.pt", f"--log-file={tmp_path / 'log'}"])[0] == 0
     first, second = (torch.load(folder / "last.pt", weights_only=True) for folder in (whole, parts))
-    assert all(torch.equal(first["model"][key], second["model"][key]) for key in first["model"])
+    for kind in ("model", "ema_model"):
+        assert all(torch.equal(first[kind][key], second[kind][key]) for key in first[kind])
     assert figures(whole) == figures(parts)
+    assert figures(whole)[-1]["ema_val_top1"] >= 0
+    status, output = run_program("evaluate.py", [parts / "last.pt", "--flip"])
+    assert status == 0, output
+    assert output.count("running average: top-1") == 2  # plain, and with the mirror image
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
