@@ -41,7 +41,7 @@ except ImportError:  # one contender less
 RESULTS = Path(__file__).resolve().parent / "benchmarks"
 IMAGENET_SIZES = [(375, 500)] * 5 + [(333, 500)] * 2 + [(500, 375)] * 2 + [(500, 500)]  # height, width; its commonest
 PACKED_SIDE = 352  # px; prepare_data.py's default
-LOADER_BATCH, LOADER_IMAGES = 256, 2048
+LOADER_BATCH = 256
 CPU = torch.device("cpu")
 
 
@@ -56,9 +56,10 @@ def parse_arguments(arguments=None):
     parser.add_argument("--rounds", type=int, default=5, help="rounds; default 5")
     parser.add_argument("--resolutions", type=int, nargs="+", default=[128, 160, 192, 224], metavar="PX")
     parser.add_argument("--num-workers", type=int, default=available_cores(), help="of the loaders; default one per CPU core")
+    parser.add_argument("--loader-batches", type=int, default=8, help=f"of {LOADER_BATCH} images in each round; default 8")
     parser.add_argument("--no-record", action="store_true", help="print only; append nothing to benchmarks/")
     arguments = parser.parse_args(arguments)
-    for name, lowest in (("images", 1), ("rounds", 1), ("num_workers", 1)):
+    for name, lowest in (("images", 1), ("rounds", 1), ("num_workers", 1), ("loader_batches", 1)):
         if getattr(arguments, name) < lowest:
             parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)}: at least {lowest}")
     return arguments
@@ -147,8 +148,9 @@ def input_benchmark(arguments):
         folder = Path(folder)
         originals = read_originals(arguments.data_dir, arguments.images)
         packed = [images.packed_jpeg(content, PACKED_SIDE) for content in originals]
-        write_image_tree(folder / "originals", originals)
-        write_packed(folder / "train.arrow", packed)
+        loader_images = arguments.loader_batches * LOADER_BATCH
+        write_image_tree(folder / "originals", originals, loader_images)
+        write_packed(folder / "train.arrow", packed, loader_images)
         results = {
             "images": len(originals),
             "rounds": arguments.rounds,
@@ -170,7 +172,7 @@ def input_benchmark(arguments):
         resolution = arguments.resolutions[-1]
         print(f"loaders with {arguments.num_workers} workers, {resolution} px ...", flush=True)
         contenders = loader_contenders(folder, resolution, arguments.num_workers)
-        rates = measured_in_rounds(contenders, arguments.rounds, LOADER_IMAGES, time.perf_counter)
+        rates = measured_in_rounds(contenders, arguments.rounds, loader_images, time.perf_counter)
         results["loaders"] = {
             "resolution": resolution,
             "workers": arguments.num_workers,
@@ -201,18 +203,18 @@ def original_like(rng, height, width):
     return buffer.getvalue()
 
 
-def write_image_tree(folder, contents):
-    """Write LOADER_IMAGES files, the contents over and over, as an ImageFolder of two classes."""
-    for number in range(LOADER_IMAGES):
+def write_image_tree(folder, contents, count):
+    """Write `count` files, the contents over and over, as an ImageFolder of two classes."""
+    for number in range(count):
         path = folder / "ab"[number % 2] / f"{number:05d}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(contents[number % len(contents)])
 
 
-def write_packed(path, contents):
-    """Write LOADER_IMAGES rows, the contents over and over, as a packed split of two classes."""
+def write_packed(path, contents, count):
+    """Write `count` rows, the contents over and over, as a packed split of two classes."""
     schema = packed_schema(["a", "b"], {})
-    rows = [(contents[number % len(contents)], f"{number:05d}.JPEG", number % 2) for number in range(LOADER_IMAGES)]
+    rows = [(contents[number % len(contents)], f"{number:05d}.JPEG", number % 2) for number in range(count)]
     path.write_bytes(schema.serialize().to_pybytes() + packed_rows(schema, rows).to_pybytes() + END_OF_STREAM)
 
 

@@ -25,6 +25,7 @@ CONFIG = {
     # Model.
     "architecture": "resnet50",  # resnet50 is the subject; the smaller ones try an idea quickly
     "blur_pool": False,  # blurs before each strided convolution of 16 or more channels: arXiv:1904.11486
+    "stochastic_depth": 0.0,  # probability that an image passes by the last block, less for earlier ones: arXiv:1603.09382
     "zero_init_residual": True,  # each block starts as the identity: arXiv:1706.02677, section 5.1
     # Data.
     "data_dir": "data/imagenet",  # folder with train/<class>/* and val/<class>/*
@@ -40,6 +41,11 @@ CONFIG = {
     "label_smoothing": 0.0,  # share of each label spread evenly over all classes
     "mixup_alpha": 0.0,  # of the Beta distribution of shares in which two images are blended; 0 never blends (arXiv:1710.09412)
     "cutmix_alpha": 0.0,  # of the Beta distribution of the area pasted from another image; 0 never pastes (arXiv:1905.04899)
+    "augmentation": "none",  # none, randaugment (arXiv:1909.13719) or trivialaugment (arXiv:2103.10158)
+    "randaugment_ops": 2,  # of randaugment: changes to each image
+    "randaugment_magnitude": 9,  # of randaugment: strength of each, from 0 to 30
+    "color_jitter": 0.0,  # largest relative change of brightness, contrast and saturation
+    "random_erasing": 0.0,  # probability that a box of an image is painted over (arXiv:1708.04896)
     "make_demo_data": False,  # true makes the demo's pictures in data_dir on first use
     "num_workers": "auto",  # processes that decode images; "auto" is one per CPU core, 0 decodes in the main process
     "max_bad_images": 100,  # unreadable training images replaced before the run stops; in validation the first one stops it
@@ -225,6 +231,7 @@ ALLOWED = {
     "grad_clip_value": Number(0, math.inf, above_low=True),
     "architecture": Choice(("resnet18", "resnet34", "resnet50", "resnet101")),
     "blur_pool": Flag(),
+    "stochastic_depth": Number(0, 0.9),
     "zero_init_residual": Flag(),
     "data_dir": Text(),
     "train_resolution": Number(32, 1024, whole=True),
@@ -239,6 +246,11 @@ ALLOWED = {
     "label_smoothing": Number(0, 0.99),
     "mixup_alpha": Number(0, 100),
     "cutmix_alpha": Number(0, 100),
+    "augmentation": Choice(("none", "randaugment", "trivialaugment")),
+    "randaugment_ops": Number(1, 14, whole=True),
+    "randaugment_magnitude": Number(0, 30, whole=True),
+    "color_jitter": Number(0, 1),
+    "random_erasing": Number(0, 1),
     "make_demo_data": Flag(),
     "num_workers": Number(0, 256, whole=True, or_auto=True),
     "max_bad_images": Number(0, 10_000_000, whole=True),

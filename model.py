@@ -6,6 +6,7 @@ Source: arXiv:1512.03385; torchvision.models.resnet, whose state-dict keys it ke
 import torch
 import torch.nn.functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.ops import stochastic_depth
 
 from engine.loss import start_bias_for
 
@@ -29,6 +30,7 @@ def build_model(config, num_classes):
         torch.manual_seed(config["seed"])
         model = ResNet(block, layers, num_classes=num_classes, zero_init_residual=config["zero_init_residual"])
     torch.nn.init.constant_(model.fc.bias, start_bias_for(config["loss"], num_classes))
+    drop_blocks_by_chance(model, config["stochastic_depth"])
     if config["blur_pool"]:
         blur_before_strides(model)
     return model.to(memory_format=torch.channels_last)
@@ -60,3 +62,24 @@ def blur_before_strides(model):
                 blurred = BlurredConv2d(*shape, bias=False)
                 blurred.weight = conv.weight
                 setattr(parent, name, blurred)
+
+
+def drop_blocks_by_chance(model, probability):
+    """In training, let each image pass by each block with a probability that rises from 0 to `probability` at the last block.
+
+    What is left is scaled up, so that evaluation needs nothing. A hook on each block's last norm: no key changes.
+    """
+    blocks = [block for layer in (model.layer1, model.layer2, model.layer3, model.layer4) for block in layer]
+    for number, block in enumerate(blocks if probability else ()):
+        last_norm = block.bn3 if isinstance(block, Bottleneck) else block.bn2
+        last_norm.register_forward_hook(_Drop(probability * number / (len(blocks) - 1)))
+
+
+class _Drop:
+    """A forward hook that leaves out the output for some images, and can be copied and pickled."""
+
+    def __init__(self, probability):
+        self.probability = probability
+
+    def __call__(self, module, inputs, output):
+        return stochastic_depth(output, self.probability, "row", module.training)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from engine.augmentation import augmented, build_augmentation
 from engine.errors import DataError
 from engine.images import training_view, validation_view
 from engine.interruption import ignore_signals
@@ -164,6 +165,7 @@ class BatchMaker(Dataset):
         self.seed = config["seed"]
         self.min_crop_area = config["min_crop_area"]
         self.val_crop_ratio = config["val_crop_ratio"]
+        self.augmentation = build_augmentation(config)
 
     def __getitem__(self, request):
         size = request.resolution
@@ -184,7 +186,8 @@ class BatchMaker(Dataset):
                 data = split.read(index)
                 if request.split == "val":
                     return validation_view(data, request.resolution, self.val_crop_ratio), split.labels[index]
-                return training_view(data, request.resolution, self.min_crop_area, rng), split.labels[index]
+                view = training_view(data, request.resolution, self.min_crop_area, rng)
+                return augmented(view, self.augmentation, rng) if self.augmentation else view, split.labels[index]
             except Exception as error:  # decoders fail in their own ways: each is the image's fault, not the run's
                 bad_images.append((index, f"{type(error).__name__}: {error}"))
                 if request.split == "val":

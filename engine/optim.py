@@ -101,10 +101,10 @@ def build_schedule(optimizer, config, steps_per_epoch):
     if config["schedule"] != "onecycle":
         share_after = _share_after_warmup(config, total_steps, warmup_steps, steps_per_epoch)
         for group in optimizer.param_groups:  # a resumed optimizer brings its rate of that moment along
-            group["lr"] = config["learning_rate"] * rate_factor(config)
+            group["lr"] = group["initial_lr"] = config["learning_rate"] * rate_factor(config)
         return LambdaThenConstantLR(
             optimizer,
-            lr_lambda=lambda step: (step + 1) / warmup_steps if step + 1 < warmup_steps else share_after(step),
+            lr_lambda=lambda step: (step + 1) / warmup_steps if step < warmup_steps else share_after(step),
             **passage,
         )
     if warmup_steps:  # OneCycleLR divides by each phase's length less one: neither may be a single step

@@ -22,7 +22,7 @@ def test_the_readmes_table_of_input_speed_is_the_newest_measurement():
 
 
 def test_the_input_benchmark_measures_every_contender_on_real_files(tmp_path):
-    flags = ["input", "--images=8", "--rounds=1", "--resolutions", "64", "--num-workers=1", "--no-record"]
+    flags = ["input", "--images=8", "--rounds=1", "--resolutions", "64", "--num-workers=1", "--loader-batches=1", "--no-record"]
     status, output = run_program("benchmark.py", flags, cwd=tmp_path)
     assert status == 0, output
     for name in ("torchvision", "ours, originals", "ours, packed", "decode alone, packed", "no loader, originals"):

@@ -91,3 +91,38 @@ def test_blur_pool_changes_no_weight_and_no_key():
     with torch.inference_mode():
         assert not torch.allclose(plain.eval()(images), blurred.eval()(images))
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in blurred.parameters() if p.ndim == 4)
+
+
+def test_stochastic_depth_leaves_blocks_out_by_the_linear_rule_and_only_in_training():
+    torch.manual_seed(0)
+    config = CONFIG | {"stochastic_depth": 0.5, "zero_init_residual": False, "architecture": "resnet18"}
+    model = build_model(config, 10)
+    plain = build_model(config | {"stochastic_depth": 0.0}, 10)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    blocks = [block for layer in (model.layer1, model.layer2, model.layer3, model.layer4) for block in layer]
+    for number in (0, 1, 3, 7):
+        channels = blocks[number].conv1.in_channels
+        inputs = torch.randn(400, channels, 4, 4)
+        blocks[number].train()
+        seen = []
+        blocks[number].bn2.register_forward_hook(lambda module, _, output, seen=seen: seen.append(output.clone()))
+        blocks[number](inputs)
+        dropped = (seen[0].flatten(1) == 0).all(1).float().mean().item()
+        assert dropped == pytest.approx(0.5 * number / 7, abs=0.08)
+    with torch.inference_mode():
+        images = torch.randn(2, 3, 64, 64)
+        fresh = build_model(config, 10).eval()
+        torch.testing.assert_close(fresh(images), build_model(config | {"stochastic_depth": 0.0}, 10).eval()(images))
+
+
+def test_stochastic_depth_keeps_the_mean():
+    torch.manual_seed(0)
+    block = build_model(CONFIG | {"stochastic_depth": 0.4, "architecture": "resnet18"}, 10).layer4[1].train()
+    block.bn2.weight.data.fill_(1)
+    block.bn2.bias.data.fill_(1)
+    seen = []
+    block.bn2.register_forward_hook(lambda module, _, output: seen.append(output.clone()))
+    block(torch.randn(2000, 512, 1, 1))
+    assert seen[0].mean().item() == pytest.approx(1, abs=0.05)
+    kept = seen[0][(seen[0].flatten(1) != 0).any(1)]
+    assert kept.mean().item() == pytest.approx(1 / 0.6, abs=0.05)

@@ -136,7 +136,7 @@ def test_a_run_with_every_building_block_goes_on_as_if_nothing_had_happened(imag
         "optimizer": "sgd",
     }
     changes |= {"swa_start_epoch": 0, "epochs": 2, "start_resolution": 32, "train_resolution": 64}
-    changes |= {"ema_half_life_steps": 4, "ema_every_steps": 2}
+    changes |= {"ema_half_life_steps": 4, "ema_every_steps": 2, "stochastic_depth": 0.2, "augmentation": "trivialaugment"}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run_program("train.py", tiny_run(image_tree, whole, **changes))[0] == 0
     moment = ("train", "train_step")
