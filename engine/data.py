@@ -133,14 +133,14 @@ def resolution_of_epoch(config, epoch):
     """Return the side of the training crops in px in an epoch, counted from 0.
 
     From start_resolution it grows linearly between the two shares of the epochs to train_resolution, rounded to multiples
-    of 32 px, which convolutions on a GPU like. The defaults of the shares give FFCV's schedules for 16 to 88 epochs.
+    of resolution_step. The defaults of the shares give FFCV's schedules for 16 to 88 epochs.
     """
     start, end = config["start_resolution"] or config["train_resolution"], config["train_resolution"]
     if start == end:
         return end
     ramp = config["resolution_ramp_start"], config["resolution_ramp_end"]
     exact = np.interp((epoch + 1) / config["epochs"], ramp, (start, end))
-    return int(exact / 32 + 0.5) * 32
+    return int(exact / config["resolution_step"] + 0.5) * config["resolution_step"]
 
 
 def training_requests(split, config, epoch, start_batch=0):

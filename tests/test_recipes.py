@@ -73,6 +73,38 @@ def test_the_fast_recipe_decays_weights_but_no_norm_and_no_bias():
     assert all(decay_of[module.weight] == 1e-4 for module in [*convolutions, model.fc])
 
 
+def test_the_mild_recipe_grows_from_88_to_176_px_in_steps_of_4_with_mosaics_shares_of_the_run():
+    config = CONFIG | RECIPES["mild"]
+    sizes = [data.resolution_of_epoch(config, epoch) for epoch in range(29)]
+    assert sizes[: int(0.4 * 29)] == [88] * 11
+    assert sizes[-6:] == [176] * 6  # the last fifth
+    assert sizes == sorted(sizes)
+    assert {size % 4 for size in sizes} == {0}
+    worth = sum((size / 224) ** 2 for size in sizes)
+    assert worth == pytest.approx(9.5, abs=0.6)
+
+
+def test_the_mild_recipes_rate_is_2_048_at_batch_2048_and_falls_to_zero():
+    rates = rates_of(CONFIG | RECIPES["mild"] | {"batch_size": 2048}, 50)
+    assert rates.max() == pytest.approx(2.048)
+    assert rates[-1] < 1e-3
+
+
+def test_the_mild_recipes_decay_is_as_strong_as_its_decoupled_one():
+    rate, decay, momentum = 2.048, 5e-4, 0.875
+    coupled = CONFIG | RECIPES["mild"] | {"batch_size": 2048, "learning_rate": 0.256}
+    weights = torch.nn.Linear(30, 30, bias=False)
+    before = weights.weight.detach().clone()
+    optimizer = build_optimizer(weights, coupled)
+    for _ in range(200):
+        weights.weight.grad = torch.zeros_like(weights.weight)  # nothing but decay, at the peak rate
+        optimizer.step()
+    left = (weights.weight.norm() / before.norm()).item()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+    assert optimizer.param_groups[0]["momentum"] == momentum
+    assert left == pytest.approx((1 - decay) ** 200, rel=0.01)  # decoupled: weights shrink by the decay itself at the peak
+
+
 def test_a_resolution_that_does_not_grow_is_the_same_throughout():
     assert {data.resolution_of_epoch(CONFIG, epoch) for epoch in range(100)} == {224}
 
@@ -89,7 +121,7 @@ def test_resolutions_are_multiples_of_32_that_never_shrink_and_end_at_train_reso
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--start-resolution=150"], "multiples of 32"),
+        (["--start-resolution=150"], "multiples of resolution_step = 32"),
         (["--start-resolution=224"], "start_resolution = 224: must be from 32 to train_resolution = 192"),
         (["--resolution-ramp-start=0.9"], "after resolution_ramp_end"),
     ],
