@@ -85,6 +85,16 @@ def test_a_cut_file_is_refused_wherever_it_was_cut(image_tree, tmp_path):
             PackedSplit(path)
 
 
+def test_a_file_that_becomes_shorter_during_the_run_is_an_error_not_a_wrong_image(image_tree, tmp_path):
+    path = pack_folder(image_tree, tmp_path / "packed") / "train.arrow"
+    split = PackedSplit(path)
+    last = len(split) - 1
+    os.truncate(path, split.position(last)[0] + 10)
+    with pytest.raises(OSError, match="has become shorter"):
+        split.read(last)
+    assert split.read(0) == data.open_splits(image_tree)["train"].read(0)
+
+
 def test_a_foreign_arrow_file_is_refused(tmp_path):
     import pyarrow as pa
 
