@@ -501,7 +501,7 @@ def parse_command_line(arguments, own_flags=()):
     Raises:
         ConfigError: with every problem found, not just the first.
     """
-    takes_value = {flag.split()[0]: " " in flag for flag in own_flags} | {"recipe": True}
+    takes_value = {flag.split()[0].replace("-", "_"): " " in flag for flag in own_flags} | {"recipe": True}
     problems, flags, recipe, options = [], {}, None, {}
     waiting = list(arguments)
     while waiting:

@@ -25,6 +25,7 @@ import torch
 from torchvision.models import ResNet50_Weights
 from tqdm import tqdm
 
+from engine.data import IMAGENET_COUNTS
 from engine.errors import DataError, run_program
 from engine.files import replacing
 from engine.images import packed_jpeg
@@ -33,7 +34,7 @@ from engine.packed import PackedSplit, PackedWriter, packed_schema, unfinished_f
 from engine.sources import ParquetRow, open_source
 from engine.workers import WorkerDied, available_cores, worker_pool
 
-IMAGENET_IMAGES = {"train": 1_281_167, "val": 50_000}
+IMAGENET_IMAGES = dict(zip(("train", "val"), IMAGENET_COUNTS, strict=True))
 IMAGENET_CLASSES = 1000
 MANIFEST, CHECKSUMS = "manifest.json", "SHA256SUMS"
 PIECE = 512  # images between two entries of the journal: what a kill can cost

@@ -2,6 +2,7 @@
 
 python train.py                                the seed's run on data/imagenet
 python train.py --recipe demo                  minutes on a CPU, no download
+python train.py --recipe fast --hours 12       the recipe stretched into a budget; --plan only says what it would take
 python train.py --resume checkpoints/last.pt   go on where a run was stopped; --resume auto takes the newest good file
 """
 
@@ -12,6 +13,10 @@ from config import RULED_ON_RESUME, ConfigError, command_from_terminal, config_p
 OWN_FLAGS = {
     "resume FILE": "checkpoint to go on from; auto: the newest whole one in checkpoint_dir, or a new run if there is none",
     "overwrite": "delete the run that checkpoint_dir holds and start anew",
+    "plan": "measure this machine for a minute, print how long the run will take, and exit",
+    "hours H": "measure this machine for a minute, choose the epochs that fit into H hours, and train",
+    "images-per-s N": "for the plan: N images/s in training at 224 px instead of measuring",
+    "price-per-hour P": "for the plan: what an hour of the machine costs",
 }
 if __name__ == "__main__":  # before torch is imported: --help and typing errors answer at once
     COMMAND = command_from_terminal("train.py", __doc__, OWN_FLAGS)
@@ -34,6 +39,7 @@ from engine.interruption import Interrupted, StopRequest, watch_spot_notice
 from engine.loss import build_mixing, main_class, training_loss
 from engine.monitor import Monitor, Throughput
 from engine.optim import build_optimizer, build_schedule, rate_factor
+from engine.plan import Rates, epochs_within, plan_lines, plan_run, rates_stated
 from engine.range_test import BATCHES_IN_CYCLE, USUAL_RANGE, range_test
 from engine.workers import WorkerDied
 from evaluate import evaluate
@@ -319,6 +325,111 @@ def describe_rates(result):
     )
 
 
+# The plan ------------------------------------------------------------------------------------------------------------
+
+
+def measure_rates(config, splits, device, precision, monitor, seconds=20.0):
+    """Return the Rates of this machine, data included, with the run's own step on weights that are then forgotten.
+
+    Args:
+        seconds: of measuring each: training at the smallest and the largest resolution of the run, and validation.
+    """
+    images = splits["train"]
+    config = config | {"learning_rate": 1e-6}
+    state = new_state(config, len(images.classes), len(images) // config["batch_size"], device, precision)
+    state.schedule = LambdaLR(state.optimizer, lambda step: 1.0)
+    mix = build_mixing(config, len(images.classes))
+    batches = data.BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], iter, monitor.say)
+
+    def training_rate(resolution):
+        fixed = config | {"start_resolution": 0, "train_resolution": resolution}
+        epochs = (data.training_requests(images, fixed, epoch) for epoch in itertools.count())
+        state.model.train()
+        device_batches = batches.training(itertools.chain.from_iterable(epochs), set())
+        return rate(lambda *batch: train_step_within_memory(state, *mix(*batch), config, monitor.say).loss, device_batches)
+
+    @torch.inference_mode()
+    def score(images, labels):
+        with autocast(device, precision):
+            return state.model(images).sum()
+
+    def rate(work, device_batches):
+        monitor.start("measuring this machine", None)
+        counted, started = 0, None
+        for images, labels in monitor.watch(device_batches):
+            result = work(images, labels)
+            counted += len(labels)
+            if started is None:  # the first batch warms up
+                result.item()
+                counted, started = 0, time.perf_counter()
+            elif time.perf_counter() - started > seconds:
+                break
+        result.item()  # what was begun counts, so wait for its end
+        monitor.finish()
+        return max(counted, 1) / (time.perf_counter() - started)
+
+    try:
+        sizes = [data.resolution_of_epoch(config, epoch) for epoch in range(config["epochs"])]
+        training = {size: training_rate(size) for size in sorted({min(sizes), max(sizes)})}
+        state.model.eval()
+        endless = itertools.chain.from_iterable(batches.validation() for _ in itertools.count())
+        return Rates(training, rate(score, endless), f"measured on {describe_device(device)}, {precision}, data included")
+    finally:
+        batches.close()
+
+
+def rates_for_plan(config, options, splits, monitor):
+    """Return the Rates that the options state, or else this machine's."""
+    if "images_per_s" in options:
+        return rates_stated(positive("images-per-s", options), config["val_resolution"])
+    device = choose_device(config)
+    return measure_rates(config, splits, device, choose_precision(config, device), monitor)
+
+
+def fit_into_hours(config, options, rates, train_images, val_images):
+    """Return the configuration with the epochs that fit into the hours asked for; as it is if none are asked for."""
+    if "hours" not in options:
+        return config
+    hours = positive("hours", options)
+    epochs = epochs_within(hours, config, rates, train_images, val_images, lambda stretched: not config_problems(stretched))
+    if epochs == 0:
+        raise ConfigError([f"--hours {hours:g}: too short for this recipe on this machine ({rates.source}); allow more"])
+    return config | {"epochs": epochs}
+
+
+def print_plan(command):
+    """Print what a new run would take; nothing is written."""
+    config, options = command.config, command.options
+    device = choose_device(config)
+    with Monitor(config | {"log_file": None}, device) as monitor:
+        try:
+            splits = open_images(config, None, monitor.say)
+            counts = len(splits["train"]), len(splits["val"])
+        except data.DataError:
+            if "images_per_s" not in options:
+                raise
+            splits, counts = None, data.IMAGENET_COUNTS
+            monitor.say(f"no images in {config['data_dir']}: planned for ImageNet-1K")
+        rates = rates_for_plan(config, options, splits, monitor)
+        config = fit_into_hours(config, options, rates, *counts)
+        price = positive("price-per-hour", options) if "price_per_hour" in options else None
+        for line in plan_lines(plan_run(config, rates, *counts), config, rates, *counts, price):
+            monitor.say(line)
+    return 0
+
+
+def positive(flag, options):
+    """Return a flag's value as a number above 0."""
+    text = options[flag.replace("-", "_")]
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ConfigError([f"--{flag} {text}: must be a number above 0"])
+    return value
+
+
 # From the command line to the loop -----------------------------------------------------------------------------------
 
 
@@ -376,12 +487,25 @@ def open_images(config, contents, say):
 
 
 def main(command):
+    planning = {"plan", "hours"} & set(command.options)
+    if planning and "resume" in command.options:
+        raise ConfigError(
+            [f"--{' and --'.join(sorted(planning))} with --resume: a plan is made for a new run; change --epochs"]
+        )
+    if "plan" in planning:
+        return print_plan(command)
     config, recipe, contents, remarks = open_checkpoint(command)
     device = choose_device(config)
     precision = choose_precision(config, device)
     torch.backends.cudnn.benchmark = True  # the sizes are fixed: let cuDNN try its algorithms once
     with Monitor(config, device) as monitor:
         splits = open_images(config, contents, monitor.say)
+        if "hours" in planning:
+            rates = rates_for_plan(config, command.options, splits, monitor)
+            counts = len(splits["train"]), len(splits["val"])
+            config = fit_into_hours(config, command.options, rates, *counts)
+            remarks += plan_lines(plan_run(config, rates, *counts), config, rates, *counts)
+            monitor.epochs = config["epochs"]
         return run(config, recipe, contents, remarks, splits, device, precision, monitor)
 
 

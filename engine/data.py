@@ -21,6 +21,7 @@ from engine.packed import PackedSplit, unfinished_files
 from engine.workers import WorkerDied, available_cores
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's list
+IMAGENET_COUNTS = (1_281_167, 50_000)  # images for training and for validation
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
 TRIES_TO_REPLACE = 100  # images drawn for an unreadable one before the data set itself is called unreadable

@@ -94,11 +94,28 @@ def test_it_writes_picture_and_json_and_touches_no_run(image_tree, tmp_path):
     assert len(found["rates"]) == len(found["losses"]) >= 10
 
 
-@pytest.mark.parametrize("flag", ["--steps=3", "--lowest-rate=0", "--lowest-rate=2", "--highest-rate=x"])
-def test_impossible_ranges_are_refused(image_tree, tmp_path, flag):
+@pytest.mark.parametrize(
+    ("flag", "reason"),
+    [
+        ("--steps=3", "from 20 to 100000 steps"),
+        ("--lowest-rate=0", "must be above 0 and rise"),
+        ("--lowest-rate=2", "must be above 0 and rise"),
+        ("--highest-rate=x", "--highest-rate x: not a number"),
+    ],
+)
+def test_impossible_ranges_are_refused(image_tree, tmp_path, flag, reason):
     status, output = run_program("lr_finder.py", [*tiny_run(image_tree, tmp_path / "run"), flag])
     assert status == 2, output
+    assert reason in output
     assert "Traceback" not in output
+
+
+def test_the_range_is_the_one_asked_for(image_tree, tmp_path):
+    flags = ["--lowest-rate=1e-4", "--highest-rate", "1e-3", "--steps=20", f"--output={tmp_path / 'found'}"]
+    status, output = run_program("lr_finder.py", [*tiny_run(image_tree, tmp_path / "run"), *flags])
+    assert status == 0, output
+    rates = json.loads((tmp_path / "found.json").read_text())["rates"]
+    np.testing.assert_allclose(rates, np.geomspace(1e-4, 1e-3, 20)[: len(rates)])
 
 
 def test_the_suggestion_trains_better_than_a_rate_30_times_smaller_or_larger(tmp_path):

@@ -30,6 +30,7 @@ datasets = pytest.importorskip("datasets")
 
 ENGLISH = {"n01440764": "tench, Tinca tinca", "n01443537": "goldfish", "n01484850": "great white shark"}
 WNIDS = sorted(ENGLISH)
+HUGGING_FACE_NAMES = sorted(ENGLISH.values())  # its labels need not count in the order of the wnids
 
 
 def original(number):
@@ -152,14 +153,14 @@ def flat_val_with_devkit(folder, originals):
 
 def hugging_face(originals):
     """{'train': Dataset, 'validation': Dataset} with classes called by English words, rows in random order."""
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(ENGLISH.values()))})
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=HUGGING_FACE_NAMES)})
     made = {}
     for split, name in (("train", "train"), ("val", "validation")):
         rows = images_of(originals[split])
         rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
         columns = {
             "image": [{"bytes": content, "path": name} for _, name, content in rows],
-            "label": [WNIDS.index(wnid) for wnid, _, _ in rows],
+            "label": [HUGGING_FACE_NAMES.index(ENGLISH[wnid]) for wnid, _, _ in rows],
         }
         made[name] = datasets.Dataset.from_dict(columns, features=features)
     return made
@@ -263,7 +264,7 @@ def test_a_file_that_datasets_wrote_is_a_split(rows_in_batch, originals, tmp_pat
             writer.write(row)
         writer.finalize()
     split = PackedSplit(tmp_path / "train.arrow")
-    assert split.classes == list(ENGLISH.values())
+    assert split.classes == HUGGING_FACE_NAMES
     assert len(split) == 15
     for index, row in enumerate(whole.cast_column("image", datasets.Image(decode=False))):
         assert split.read(index) == row["image"]["bytes"]
@@ -279,12 +280,14 @@ def test_bad_images_are_left_out_and_named(originals, tmp_path, capsys):
     bad = tmp_path / "source/train/n01443537"
     (bad / "empty.JPEG").write_bytes(b"")
     (bad / "cut.JPEG").write_bytes(original(0)[:5000])
+    (bad / "small_cut.JPEG").write_bytes(original(1)[:-500])  # one that would be kept byte for byte
     (bad / "text.JPEG").write_bytes(b"not found" * 100)
     prepare(tmp_path / "source", tmp_path / "packed")
     manifest = json.loads((tmp_path / "packed/manifest.json").read_text())
     assert {name for name, _ in manifest["splits"]["train"]["bad_images"]} == {
         "n01443537/empty.JPEG",
         "n01443537/cut.JPEG",
+        "n01443537/small_cut.JPEG",
         "n01443537/text.JPEG",
     }
     assert manifest["splits"]["train"]["images"] == 15

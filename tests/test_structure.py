@@ -101,7 +101,20 @@ def test_every_module_is_on_the_readmes_map():
 
 
 def test_every_flag_that_the_readme_shows_exists():
-    own = {"resume", "overwrite", "recipe", "help", "lowest-rate", "highest-rate", "steps", "output"}
+    own = {
+        "plan",
+        "hours",
+        "images-per-s",
+        "price-per-hour",
+        "resume",
+        "overwrite",
+        "recipe",
+        "help",
+        "lowest-rate",
+        "highest-rate",
+        "steps",
+        "output",
+    }
     shown = set(re.findall(r"python (?:train|lr_finder)\.py([^`\n]*)", readme()))
     flags = {flag for line in shown for flag in re.findall(r"--([a-z-]+)", line)}
     assert flags
