@@ -28,7 +28,7 @@ CONFIG = {
     "stochastic_depth": 0.0,  # probability that an image passes by the last block, less for earlier ones: arXiv:1603.09382
     "zero_init_residual": True,  # each block starts as the identity: arXiv:1706.02677, section 5.1
     # Data.
-    "data_dir": "data/imagenet",  # folder with train/<class>/* and val/<class>/*
+    "data_dir": "data/imagenet",  # folder with train.arrow and val.arrow, or train/<class>/* and val/<class>/*
     "train_resolution": 224,  # px; side of the random crop that the network sees in training
     "start_resolution": 0,  # px; of the first epochs, growing to train_resolution; 0 never grows
     "resolution_step": 32,  # px; resolutions in between are multiples of it; convolutions on a GPU like 32
