@@ -130,6 +130,13 @@ def new_state(config, num_classes, steps_per_epoch, device, precision):
     )
 
 
+def state_to_forget(config, images, device, precision):
+    """Return a TrainState for trying out steps: fresh weights, and a rate that stays where it is set."""
+    state = new_state(config, len(images.classes), len(images) // config["batch_size"], device, precision)
+    state.schedule = LambdaLR(state.optimizer, lambda step: 1.0)
+    return state
+
+
 class StepResult(NamedTuple):
     """Scalars on the device: reading one makes the host wait."""
 
@@ -298,9 +305,7 @@ def stop_if_diverged(figures, state, config):
 def find_learning_rate(config, batches, precision, monitor, lowest, highest, steps):
     """Return the result of a range test with this run's own step, on weights of its own that are then forgotten."""
     images = batches.splits["train"]
-    config = config | {"learning_rate": lowest}
-    state = new_state(config, len(images.classes), len(images) // config["batch_size"], batches.device, precision)
-    state.schedule = LambdaLR(state.optimizer, lambda step: 1.0)  # the test sets the rate itself
+    state = state_to_forget(config | {"learning_rate": lowest}, images, batches.device, precision)
     state.model.train()
 
     def step(rate, batch):
@@ -336,8 +341,7 @@ def measure_rates(config, splits, device, precision, monitor, seconds=20.0):
     """
     images = splits["train"]
     config = config | {"learning_rate": 1e-6}
-    state = new_state(config, len(images.classes), len(images) // config["batch_size"], device, precision)
-    state.schedule = LambdaLR(state.optimizer, lambda step: 1.0)
+    state = state_to_forget(config, images, device, precision)
     mix = build_mixing(config, len(images.classes))
     batches = data.BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], iter, monitor.say)
 
@@ -378,30 +382,32 @@ def measure_rates(config, splits, device, precision, monitor, seconds=20.0):
         batches.close()
 
 
-def rates_for_plan(config, options, splits, monitor):
-    """Return the Rates that the options state, or else this machine's."""
+def plan_new_run(config, options, splits, counts, monitor):
+    """Return (config, lines): the configuration with the epochs that fit, if hours are asked for, and its plan in words.
+
+    Args:
+        splits: to measure with; not needed where the options state images_per_s.
+        counts: of the images for training and for validation.
+    """
     if "images_per_s" in options:
-        return rates_stated(positive("images-per-s", options), config["val_resolution"])
-    device = choose_device(config)
-    return measure_rates(config, splits, device, choose_precision(config, device), monitor)
-
-
-def fit_into_hours(config, options, rates, train_images, val_images):
-    """Return the configuration with the epochs that fit into the hours asked for; as it is if none are asked for."""
-    if "hours" not in options:
-        return config
-    hours = positive("hours", options)
-    epochs = epochs_within(hours, config, rates, train_images, val_images, lambda stretched: not config_problems(stretched))
-    if epochs == 0:
-        raise ConfigError([f"--hours {hours:g}: too short for this recipe on this machine ({rates.source}); allow more"])
-    return config | {"epochs": epochs}
+        rates = rates_stated(positive("images-per-s", options), config["val_resolution"])
+    else:
+        device = choose_device(config)
+        rates = measure_rates(config, splits, device, choose_precision(config, device), monitor)
+    if "hours" in options:
+        hours = positive("hours", options)
+        epochs = epochs_within(hours, config, rates, *counts, lambda stretched: not config_problems(stretched))
+        if epochs == 0:
+            raise ConfigError([f"--hours {hours:g}: too short for this recipe on this machine ({rates.source}); allow more"])
+        config = config | {"epochs": epochs}
+    price = positive("price-per-hour", options) if "price_per_hour" in options else None
+    return config, plan_lines(plan_run(config, rates, *counts), config, rates, *counts, price)
 
 
 def print_plan(command):
     """Print what a new run would take; nothing is written."""
     config, options = command.config, command.options
-    device = choose_device(config)
-    with Monitor(config | {"log_file": None}, device) as monitor:
+    with Monitor(config | {"log_file": None}, choose_device(config)) as monitor:
         try:
             splits = open_images(config, None, monitor.say)
             counts = len(splits["train"]), len(splits["val"])
@@ -410,11 +416,8 @@ def print_plan(command):
                 raise
             splits, counts = None, data.IMAGENET_COUNTS
             monitor.say(f"no images in {config['data_dir']}: planned for ImageNet-1K")
-        rates = rates_for_plan(config, options, splits, monitor)
-        config = fit_into_hours(config, options, rates, *counts)
-        price = positive("price-per-hour", options) if "price_per_hour" in options else None
-        for line in plan_lines(plan_run(config, rates, *counts), config, rates, *counts, price):
-            monitor.say(line)
+        _, lines = plan_new_run(config, options, splits, counts, monitor)
+        monitor.say("\n".join(lines))
     return 0
 
 
@@ -492,6 +495,9 @@ def main(command):
         raise ConfigError(
             [f"--{' and --'.join(sorted(planning))} with --resume: a plan is made for a new run; change --epochs"]
         )
+    idle = sorted({"images_per_s", "price_per_hour"} & set(command.options))
+    if idle and not planning:
+        raise ConfigError([f"--{name.replace('_', '-')}: belongs to a plan; add --plan or --hours" for name in idle])
     if "plan" in planning:
         return print_plan(command)
     config, recipe, contents, remarks = open_checkpoint(command)
@@ -501,10 +507,9 @@ def main(command):
     with Monitor(config, device) as monitor:
         splits = open_images(config, contents, monitor.say)
         if "hours" in planning:
-            rates = rates_for_plan(config, command.options, splits, monitor)
             counts = len(splits["train"]), len(splits["val"])
-            config = fit_into_hours(config, command.options, rates, *counts)
-            remarks += plan_lines(plan_run(config, rates, *counts), config, rates, *counts)
+            config, lines = plan_new_run(config, command.options, splits, counts, monitor)
+            remarks += lines
             monitor.epochs = config["epochs"]
         return run(config, recipe, contents, remarks, splits, device, precision, monitor)
 

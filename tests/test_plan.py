@@ -94,12 +94,19 @@ def test_plan_measures_this_machine_and_writes_nothing(image_tree, tmp_path):
 
 
 def test_hours_chooses_the_epochs_and_trains(image_tree, tmp_path):
-    flags = ["--hours", "0.0001", "--images-per-s", "25"]  # 0.36 s, at 25 images/s at 224 px: 1,225 at 32 px
+    flags = [
+        "--hours",
+        "0.0001",
+        "--price-per-hour=100",
+        "--images-per-s",
+        "25",
+    ]  # 0.36 s, at 25 images/s at 224 px: 1,225 at 32 px
     arguments = tiny_run(image_tree, tmp_path / "run", swa_start_epoch=0)
     status, output = run_program("train.py", [*arguments, *flags], cwd=tmp_path)
     assert status == 0, output
     epochs = int(re.search(r"plan: (\d+) epochs", output)[1])
     assert epochs > 3
+    assert "0.01 at 100 per hour" in output
     assert len(metrics.read_records(tmp_path / "run/metrics.jsonl")) == epochs
     assert f"epoch {epochs}/{epochs}: " in output
     status, output = run_program("train.py", ["--resume", tmp_path / "run/last.pt", "--hours=1"], cwd=tmp_path)
@@ -120,3 +127,9 @@ def test_impossible_budgets_are_refused(flags, reason, tmp_path):
     assert status == 2, output
     assert reason in output
     assert "Traceback" not in output
+
+
+def test_a_flag_of_the_plan_without_a_plan_is_refused(tmp_path):
+    status, output = run_program("train.py", ["--price-per-hour=0.752", "--images-per-s=282"], cwd=tmp_path)
+    assert status == 2, output
+    assert output.count("belongs to a plan; add --plan or --hours") == 2
