@@ -31,7 +31,8 @@ from engine.files import replacing
 from engine.images import packed_jpeg
 from engine.interruption import Interrupted, StopRequest
 from engine.packed import PackedSplit, PackedWriter, packed_schema, unfinished_files
-from engine.sources import ParquetRow, open_source
+from engine.places import ParquetRow
+from engine.sources import open_source
 from engine.workers import WorkerDied, available_cores, worker_pool
 
 IMAGENET_IMAGES = dict(zip(("train", "val"), IMAGENET_COUNTS, strict=True))
