@@ -4,6 +4,8 @@ A worker process makes a whole batch at a time, each image by engine/images.py. 
 (seed, epoch, index), so neither the number of workers nor a resumption changes it.
 """
 
+import collections
+import itertools
 import os
 import signal
 from pathlib import Path
@@ -11,9 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from engine.augmentation import augmented, build_augmentation
+from engine.buffers import BATCHES_HELD, BatchBuffers
 from engine.errors import DataError
 from engine.images import training_view, validation_view
 from engine.interruption import ignore_signals
@@ -24,6 +27,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tif
 IMAGENET_COUNTS = (1_281_167, 50_000)  # images for training and for validation
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
+BATCHES_AHEAD = 2  # that each worker has been asked for
 TRIES_TO_REPLACE = 100  # images drawn for an unreadable one before the data set itself is called unreadable
 
 
@@ -144,6 +148,11 @@ def resolution_of_epoch(config, epoch):
     return int(exact / config["resolution_step"] + 0.5) * config["resolution_step"]
 
 
+def largest_resolution(config):
+    """Return the largest side in px of any view that a run with this configuration asks for."""
+    return max(config["train_resolution"], config["val_resolution"], *config["more_val_resolutions"])
+
+
 def training_requests(split, config, epoch, start_batch=0):
     """Yield the epoch's BatchRequests from start_batch on; the last, incomplete batch is left out."""
     order = epoch_order(len(split), config["seed"], epoch)
@@ -152,31 +161,34 @@ def training_requests(split, config, epoch, start_batch=0):
         yield BatchRequest("train", epoch, resolution, order[batch * size : (batch + 1) * size])
 
 
-def validation_requests(split, config):
-    """Yield the BatchRequests that cover every validation image exactly once, in order."""
+def validation_requests(split, config, resolution):
+    """Yield the BatchRequests that cover every validation image exactly once, in order, at a resolution in px."""
     for indices in np.split(np.arange(len(split)), range(config["batch_size"], len(split), config["batch_size"])):
-        yield BatchRequest("val", 0, config["val_resolution"], indices)
+        yield BatchRequest("val", 0, resolution, indices)
 
 
 class BatchMaker(Dataset):
-    """Turns a BatchRequest into a Batch; runs inside the workers."""
+    """Makes the batch of a BatchRequest in the buffer of a given number; runs inside the workers.
 
-    def __init__(self, splits, config):
+    Item (number, request) is (number, request, the batch's bad images): the pixels and labels stay in the buffer.
+    """
+
+    def __init__(self, splits, config, buffers):
         self.splits = splits
+        self.buffers = buffers
         self.seed = config["seed"]
         self.min_crop_area = config["min_crop_area"]
         self.val_crop_ratio = config["val_crop_ratio"]
         self.augmentation = build_augmentation(config)
 
-    def __getitem__(self, request):
-        size = request.resolution
-        images = _empty_images(len(request.indices), size)
-        labels = torch.empty(len(request.indices), dtype=torch.int64)
+    def __getitem__(self, item):
+        number, request = item
+        images, labels = self.buffers.batch(number, len(request.indices), request.resolution)
         bad_images = []
         pixels = images.numpy()
-        for slot, index in enumerate(request.indices):
-            pixels[slot], labels[slot] = self._view(request, int(index), bad_images)
-        return Batch(images, labels, bad_images)
+        for place, index in enumerate(request.indices):
+            pixels[place], labels[place] = self._view(request, int(index), bad_images)
+        return number, request, bad_images
 
     def _view(self, request, index, bad_images):
         """Return (uint8 [H, W, 3], label); an unreadable training image is replaced by one drawn from the same RNG."""
@@ -195,14 +207,6 @@ class BatchMaker(Dataset):
                     return 0, split.labels[index]  # the reader of the batch stops the run
                 index = int(rng.integers(len(split)))
         raise DataError(f"{TRIES_TO_REPLACE} images in a row could not be read, the last: {bad_images[-1]}")
-
-
-def _empty_images(count, size):
-    """Return uint8 [count, size, size, 3], in a worker in shared memory: it would be copied there otherwise."""
-    if get_worker_info() is None:
-        return torch.empty(count, size, size, 3, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(count * size * size * 3)  # as torch's own default_collate does
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (count, size, size, 3))
 
 
 def report_bad_images(batches, split, known, limit, say):
@@ -233,8 +237,9 @@ def refuse_bad_images(batches, split):
 class BatchServer:
     """Serves batches on the device, made by one pool of worker processes that lives as long as the run.
 
-    The workers are forked at the first batch and then only told what to make, so that nothing is reloaded between epochs,
-    and so that one pool serves training, validation and the statistics of averaged weights. One pass at a time.
+    The workers are forked at once and then only told what to make, so that nothing is reloaded between epochs, and so that
+    one pool serves training, validation and the statistics of averaged weights. One pass at a time. They write into a ring
+    of buffers that they share with this process: no batch is copied or sent on its way to the device.
 
     Args:
         splits: {'train': ..., 'val': ...}.
@@ -245,24 +250,28 @@ class BatchServer:
 
     def __init__(self, splits, config, device, dtype, guard, say):
         workers = worker_count(config, device)
+        ahead = workers * BATCHES_AHEAD
         self.splits = splits
         self.config = config
         self.device, self.dtype = device, dtype
         self.guard, self.say = guard, say
-        self._queue = _Requests()
-        self._iterator = None
+        self._buffers = BatchBuffers(ahead + BATCHES_HELD, config["batch_size"], largest_resolution(config))
+        self._queue = _Requests(len(self._buffers))
         self._loader = DataLoader(
-            BatchMaker(splits, config),
+            BatchMaker(splits, config, self._buffers),
             sampler=self._queue,
             batch_size=None,  # the requests are batches already
             collate_fn=_unchanged,
             num_workers=workers,
+            multiprocessing_context="fork" if workers else None,  # the buffers are handed down, not sent
             persistent_workers=workers > 0,
-            prefetch_factor=2 if workers else None,
-            pin_memory=device.type == "cuda",
+            prefetch_factor=BATCHES_AHEAD if workers else None,
             worker_init_fn=_start_worker,
             generator=torch.Generator().manual_seed(0),  # else each pass would draw from the run's random state
         )
+        self._iterator = iter(self._loader) if workers else None  # forks
+        if device.type == "cuda" and not self._buffers.pin():
+            say("note: the batches' memory could not be pinned; copies to the GPU will not overlap with its work")
 
     def training(self, requests, bad_images):
         """Yield (images, labels) of each training request; unreadable images are replaced, named and added to bad_images."""
@@ -271,24 +280,28 @@ class BatchServer:
         batches = report_bad_images(batches, self.splits["train"], bad_images, limit, self.say)
         return to_device(batches, self.device, self.dtype)
 
-    def validation(self):
-        """Yield (images, labels) of every validation image, each exactly once."""
-        batches = self.guard(self.serve(validation_requests(self.splits["val"], self.config)))
+    def validation(self, resolution=None):
+        """Yield (images, labels) of every validation image, each exactly once; at val_resolution, or another one in px."""
+        requests = validation_requests(self.splits["val"], self.config, resolution or self.config["val_resolution"])
+        batches = self.guard(self.serve(requests))
         return to_device(refuse_bad_images(batches, self.splits["val"]), self.device, self.dtype)
 
     def serve(self, requests):
-        """Yield a Batch for each request, in main memory.
+        """Yield a Batch for each request, in main memory; it is overwritten once the next batch but one is asked for.
 
         Raises:
             WorkerDied: a worker process ended, for example killed by the OS for its memory; between two batches.
         """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # of an earlier pass, broken off, the last copies may still be under way
         self._queue.requests = requests
         self._iterator = iter(self._loader)
         # The DataLoader's handler of a worker's death would raise in the middle of a training step. Without it the death
         # is noticed at the next batch, within 5 seconds.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
-            yield from self._iterator
+            for number, request, bad_images in self._iterator:
+                yield Batch(*self._buffers.batch(number, len(request.indices), request.resolution), bad_images)
         except RuntimeError as error:
             dead = [worker for worker in getattr(self._iterator, "_workers", []) if not worker.is_alive()]
             if not dead:
@@ -304,6 +317,7 @@ class BatchServer:
         if shut_down is not None:
             shut_down()
         self._iterator = None
+        self._buffers.unpin()
 
 
 def _how_it_ended(exit_code):
@@ -313,10 +327,15 @@ def _how_it_ended(exit_code):
 
 
 class _Requests:
-    requests = ()
+    """Numbers each request with the buffer that its batch goes to: one after the other, around the ring."""
+
+    def __init__(self, buffers):
+        self.requests = ()
+        self._numbers = itertools.cycle(range(buffers))
 
     def __iter__(self):
-        return iter(self.requests)
+        for request in self.requests:
+            yield next(self._numbers), request
 
 
 def _unchanged(batch):
@@ -352,14 +371,19 @@ def to_device(batches, device, dtype):
     if device.type == "cuda":
         side_stream = torch.cuda.Stream(device)
         side_stream.wait_stream(torch.cuda.current_stream(device))  # for mean and std
+    copies = collections.deque()
     for batch in batches:
         with torch.cuda.stream(side_stream):  # None leaves everything as it is
             images = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2)  # [B, 3, H, W], channels-last
+            labels = batch.labels.to(device, non_blocking=True, copy=True)
+            if side_stream is not None:
+                copies.append(side_stream.record_event())
             images = images.float().sub_(mean).div_(std).to(dtype)
-            labels = batch.labels.to(device, non_blocking=True)
         if side_stream is not None:
             stream = torch.cuda.current_stream(device)
             stream.wait_stream(side_stream)
             images.record_stream(stream)  # else the side stream's allocator could hand the memory out again too early
             labels.record_stream(stream)
         yield images, labels
+        if len(copies) == BATCHES_HELD:
+            copies.popleft().synchronize()  # done long ago: its buffer may be filled anew from the next batch on

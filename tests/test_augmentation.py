@@ -81,7 +81,7 @@ def test_augmented_batches_do_not_depend_on_num_workers(image_tree):
         config = CONFIG | changes | {"num_workers": workers}
         server = data.BatchServer(data.open_splits(image_tree), config, torch.device("cpu"), torch.float32, iter, print)
         requests = data.training_requests(server.splits["train"], config, epoch=1)
-        seen.append(torch.cat([batch.images for batch in server.serve(requests)]))
+        seen.append(torch.cat([batch.images.clone() for batch in server.serve(requests)]))
         server.close()
     assert torch.equal(seen[0], seen[1])
     assert torch.equal(seen[0], seen[2])

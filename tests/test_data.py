@@ -1,4 +1,7 @@
+import itertools
 import re
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +27,7 @@ def server(splits, config=SMALL, said=None):
 def served(splits, requests, config=SMALL):
     batches = server(splits, config)
     try:
-        return [batch.images for batch in batches.serve(requests)]
+        return [batch.images.clone() for batch in batches.serve(requests)]
     finally:
         batches.close()
 
@@ -95,7 +98,7 @@ def test_persistent_workers_augment_each_epoch_anew_and_the_same_epoch_the_same(
     batches = server(splits, config)
     order = np.arange(8)
     requests = [data.BatchRequest("train", epoch, 32, order) for epoch in (0, 1, 0)]
-    first, second, again = (next(iter([*batches.serve([request])])).images for request in requests)
+    first, second, again = (next(iter([*batches.serve([request])])).images.clone() for request in requests)
     batches.close()
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
@@ -104,10 +107,10 @@ def test_persistent_workers_augment_each_epoch_anew_and_the_same_epoch_the_same(
 def test_a_view_depends_on_seed_epoch_and_index_alone(image_tree):
     splits = data.open_splits(image_tree)
     request = data.BatchRequest("train", 3, 32, np.array([5, 9, 5]))
-    images = data.BatchMaker(splits, SMALL)[request].images
+    (images,) = served(splits, [request])
     assert torch.equal(images[0], images[2])
-    assert torch.equal(images[1], data.BatchMaker(splits, SMALL)[request._replace(indices=np.array([9]))].images[0])
-    assert not torch.equal(images[0], data.BatchMaker(splits, SMALL | {"seed": 1})[request].images[0])
+    assert torch.equal(images[1], served(splits, [request._replace(indices=np.array([9]))])[0][0])
+    assert not torch.equal(images[0], served(splits, [request], SMALL | {"seed": 1})[0][0])
 
 
 def test_an_epoch_shows_no_image_twice_and_each_epoch_has_its_order(image_tree):
@@ -133,7 +136,7 @@ def test_a_resumed_epoch_reads_none_of_the_images_before_its_position(image_tree
 @pytest.mark.parametrize("batch_size", [1, 7, 20, 64])
 def test_validation_requests_cover_every_image_exactly_once(image_tree, batch_size):
     split = data.open_splits(image_tree)["val"]
-    requests = list(data.validation_requests(split, SMALL | {"batch_size": batch_size}))
+    requests = list(data.validation_requests(split, SMALL | {"batch_size": batch_size}, 32))
     assert np.concatenate([r.indices for r in requests]).tolist() == list(range(20))
     assert all(0 < len(r.indices) <= batch_size for r in requests)
 
@@ -158,6 +161,48 @@ def test_serving_leaves_the_runs_random_state_alone(image_tree):
     before = torch.get_rng_state()
     served(splits, data.training_requests(splits["train"], SMALL, 0), SMALL | {"num_workers": 1})
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_a_batch_stays_as_it_is_until_the_next_but_one_is_asked_for(image_tree, workers):
+    config = SMALL | {"num_workers": workers}
+    splits = data.open_splits(image_tree)
+    requests = [r for epoch in range(4) for r in data.training_requests(splits["train"], config, epoch)]
+    expected = served(splits, requests)
+    batches = server(splits, config)
+    before = None
+    for number, batch in enumerate(batches.serve(requests)):
+        time.sleep(0.01)  # the workers run ahead as far as they may
+        assert torch.equal(batch.images, expected[number])
+        assert before is None or torch.equal(before.images, expected[number - 1])
+        before = batch
+    batches.close()
+
+
+def test_a_pass_broken_off_leaves_nothing_in_the_next_one(image_tree):
+    config = SMALL | {"num_workers": 2}
+    splits = data.open_splits(image_tree)
+    requests = list(data.training_requests(splits["train"], config, 0))
+    expected = served(splits, requests)
+    batches = server(splits, config)
+    for taken in (1, 2, 3, 5):
+        for _ in itertools.islice(batches.serve(requests), taken):
+            pass
+        whole = [batch.images.clone() for batch in batches.serve(requests)]
+        assert all(torch.equal(a, b) for a, b in zip(whole, expected, strict=True))
+    batches.close()
+
+
+def test_batches_need_no_room_in_dev_shm(image_tree):
+    config = SMALL | {"num_workers": 2}
+    splits = data.open_splits(image_tree)
+    batches = server(splits, config)
+    for _ in batches.serve(data.training_requests(splits["train"], config, 0)):
+        worker = batches._iterator._workers[0].pid
+        mapped = Path(f"/proc/{worker}/maps").read_text()
+        assert "/dev/shm/torch" not in mapped and "/torch_" not in mapped
+    assert "/dev/zero (deleted)" in mapped  # anonymous shared memory
+    batches.close()
 
 
 # Bad images ----------------------------------------------------------------------------------------------------------
