@@ -1,8 +1,10 @@
-"""The demo's data set: real JPEG files of procedural pictures, made once, learned in minutes on a CPU.
+"""Data sets made of nothing: real JPEG files of procedural pictures. The demo's are learned in minutes on a CPU; the hard
+ones tell recipes apart.
 
-A class is a shape filled with a texture; each of the 5 textures comes in 2 shapes, each of the 5 shapes in 2 textures.
-Colours, size, place, rotation, background, clutter and noise are random, so that single pixels say next to nothing and the
-network has to find both form and pattern.
+A class is a shape filled with a texture. The demo has 10: each of 5 textures comes in 2 shapes, each of 5 shapes in 2
+textures. The hard set has all 100 pairs of 10 shapes and 10 textures, in which each has a near relative (a star of 5 and of
+6 rays, circles and a spiral). Colours, size, place, rotation, background, clutter and noise are random, so that single
+pixels say next to nothing and the network has to find both form and pattern.
 """
 
 import shutil
@@ -26,16 +28,22 @@ CLASSES = (
     "waves_ring",
     "waves_triangle",
 )
+SHAPES = ("disc", "hexagon", "square", "pentagon", "triangle", "cross", "ring", "moon", "star", "star6")
+TEXTURES = ("checks", "bricks", "dots", "holes", "circles", "spiral", "stripes", "zigzag", "waves", "lattice")
+HARD_CLASSES = tuple(f"{texture}_{shape}" for texture in TEXTURES for shape in SHAPES)
 TRAIN_IMAGES = 2000
 VAL_IMAGES = 500
 COMPLETE = "complete.txt"  # written last: a folder without it is the remains of an interrupted making
 
 
-def make_demo_data(folder, train_images=TRAIN_IMAGES, val_images=VAL_IMAGES, seed=0):
+def make_demo_data(folder, train_images=TRAIN_IMAGES, val_images=VAL_IMAGES, seed=0, classes=CLASSES, sides=(80, 128)):
     """Make the demo's ImageFolder tree at `folder`, unless it is there already.
 
     The tree is built beside its place and renamed, so that an interrupted making leaves nothing half-done.
 
+    Args:
+        classes: CLASSES, or HARD_CLASSES.
+        sides: px, the shortest and the longest side of a picture.
     Returns:
         True if it was made now, False if it was there.
     Raises:
@@ -50,11 +58,11 @@ def make_demo_data(folder, train_images=TRAIN_IMAGES, val_images=VAL_IMAGES, see
     shutil.rmtree(unfinished, ignore_errors=True)
     jobs = []
     for split_number, (split, count) in enumerate((("train", train_images), ("val", val_images))):
-        for name in CLASSES:
+        for name in classes:
             (unfinished / split / name).mkdir(parents=True)
         for number in range(count):
-            name = CLASSES[number % len(CLASSES)]
-            jobs.append((unfinished / split / name / f"{number:05d}.jpg", name, (seed, split_number, number)))
+            name = classes[number % len(classes)]
+            jobs.append((unfinished / split / name / f"{number:05d}.jpg", name, (seed, split_number, number), sides))
     with worker_pool(available_cores()) as pool:
         for _ in pool.map(_write_picture, *zip(*jobs, strict=True), chunksize=50):
             pass
@@ -63,14 +71,14 @@ def make_demo_data(folder, train_images=TRAIN_IMAGES, val_images=VAL_IMAGES, see
     return True
 
 
-def _write_picture(path, class_name, seed):
-    Image.fromarray(picture(class_name, np.random.default_rng(seed))).save(path, quality=90)
+def _write_picture(path, class_name, seed, sides):
+    Image.fromarray(picture(class_name, np.random.default_rng(seed), sides)).save(path, quality=90)
 
 
-def picture(class_name, rng):
-    """Return a random picture of the class, uint8 [h, w, 3], sides from 80 to 128 px."""
+def picture(class_name, rng, sides=(80, 128)):
+    """Return a random picture of the class, uint8 [h, w, 3], h and w from the first to the second of `sides` px."""
     texture, shape = class_name.split("_")
-    height, width = rng.integers(80, 129, size=2)
+    height, width = rng.integers(sides[0], sides[1] + 1, size=2)
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     image = _background(x, y, rng)
     _add_clutter(image, x, y, rng)
@@ -130,24 +138,41 @@ def _shape_mask(shape, u, v):
         return (distance < 1) & (distance > 0.55)
     if shape == "square":
         return np.maximum(np.abs(u), np.abs(v)) < 0.78
-    if shape == "star":
-        return distance < 0.68 + 0.38 * np.cos(5 * angle)
-    if shape == "triangle":
-        return np.maximum.reduce([u * np.cos(a) + v * np.sin(a) for a in (0, 2 * np.pi / 3, 4 * np.pi / 3)]) < 0.55
+    if shape in ("star", "star6"):
+        return distance < 0.68 + 0.38 * np.cos((6 if shape == "star6" else 5) * angle)
+    if shape == "moon":
+        return (distance < 0.95) & (np.hypot(u - 0.4, v) > 0.6)
+    if shape == "cross":
+        return np.minimum(np.abs(u), np.abs(v)) < np.where(distance < 1.05, 0.3, 0)
+    corners = {"triangle": (3, 0.55), "pentagon": (5, 0.75), "hexagon": (6, 0.8)}
+    if shape in corners:
+        number, reach = corners[shape]
+        turns = 2 * np.pi * np.arange(number) / number
+        return np.maximum.reduce([u * np.cos(a) + v * np.sin(a) for a in turns]) < reach
     raise ValueError(f"no shape {shape!r}")
 
 
 def _texture_mask(texture, s, t, period, phase):
     """Return where (s, t), in px from the shape's centre, lies on the brighter part of the texture."""
-    if texture == "circles":
-        return np.sin(2 * np.pi * np.hypot(s, t) / period + phase) > 0
+    if texture in ("circles", "spiral"):
+        turn = np.arctan2(t, s) if texture == "spiral" else 0
+        return np.sin(2 * np.pi * np.hypot(s, t) / period + turn + phase) > 0
     s, t = 2 * np.pi * s / period + phase, 2 * np.pi * t / period + phase
     if texture == "checks":
         return np.sin(s) * np.sin(t) > 0
+    if texture == "bricks":
+        row = np.floor(t / np.pi)
+        return (np.sin(s / 2 + row * np.pi / 2) ** 2 > 0.15) & (np.mod(t, np.pi) > 0.8)
     if texture == "dots":
         return np.sin(s) + np.sin(t) > 0.75
+    if texture == "holes":
+        return np.sin(s) + np.sin(t) > -0.75
     if texture == "stripes":
         return np.sin(s) > 0
     if texture == "waves":
         return np.sin(s + 1.6 * np.sin(0.6 * t)) > 0
+    if texture == "zigzag":
+        return np.sin(s + 1.2 * np.abs(np.mod(t, 2 * np.pi) - np.pi)) > 0
+    if texture == "lattice":
+        return np.maximum(np.sin(s), np.sin(t)) > 0.6
     raise ValueError(f"no texture {texture!r}")

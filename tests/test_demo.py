@@ -10,7 +10,7 @@ from conftest import finish, run_program, start_program
 from PIL import Image
 
 from engine import data
-from engine.demo import CLASSES, COMPLETE, make_demo_data, picture
+from engine.demo import CLASSES, COMPLETE, HARD_CLASSES, make_demo_data, picture
 from engine.errors import DataError
 
 
@@ -37,6 +37,22 @@ def test_it_is_made_once_and_the_same_each_time(small_copy, tmp_path):
     make_demo_data(tmp_path / "again", 20, 10)
     for path in (tmp_path / "again/train").rglob("*.jpg"):
         assert path.read_bytes() == (small_copy / "train" / path.relative_to(tmp_path / "again/train")).read_bytes()
+
+
+def test_the_hard_set_has_all_100_pairs_of_10_shapes_and_10_textures_of_any_size(tmp_path):
+    assert len(set(HARD_CLASSES)) == 100
+    make_demo_data(tmp_path / "hard", 200, 100, classes=HARD_CLASSES, sides=(40, 48))
+    splits = data.open_splits(tmp_path / "hard")
+    assert splits["train"].classes == sorted(HARD_CLASSES)
+    assert set(np.bincount(splits["train"].labels)) == {2}
+    with Image.open(tmp_path / "hard/val" / splits["val"].name(5)) as image:
+        assert 40 <= min(image.size) <= max(image.size) <= 48
+
+
+def test_no_two_classes_of_the_hard_set_are_drawn_alike():
+    pictures = [picture(name, np.random.default_rng(0), (64, 64)).astype(int) for name in HARD_CLASSES]  # the same dice
+    nearest = min(np.abs(a - b).mean() for n, a in enumerate(pictures) for b in pictures[:n])
+    assert nearest > 0.1
 
 
 def test_an_interrupted_making_leaves_nothing_half_done(tmp_path):
