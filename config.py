@@ -25,6 +25,7 @@ CONFIG = {
     # Model.
     "architecture": "resnet50",  # resnet50 is the subject; the smaller ones try an idea quickly
     "blur_pool": False,  # blurs before each strided convolution of 16 or more channels: arXiv:1904.11486
+    "blur_max_pool": False,  # the first pooling takes the largest of every 3 x 3 px and blurs before its stride; same source
     "stochastic_depth": 0.0,  # probability that an image passes by the last block, less for earlier ones: arXiv:1603.09382
     "zero_init_residual": True,  # each block starts as the identity: arXiv:1706.02677, section 5.1
     # Data.
@@ -35,6 +36,7 @@ CONFIG = {
     "resolution_ramp_start": 0.75,  # share of the epochs after which it grows
     "resolution_ramp_end": 0.875,  # share of the epochs after which train_resolution is reached
     "val_resolution": 224,  # px; side of the centre crop in validation
+    "more_val_resolutions": [],  # px, as 192,288; the finished weights are scored there too (FixRes, arXiv:1906.06423)
     "val_flip": False,  # true also reports the accuracy of image plus mirror image, beside the plain one
     "min_crop_area": 0.08,  # smallest share of the image's area in a training crop; torchvision's default
     "val_crop_ratio": 0.875,  # centre crop's side over the resized shorter side; 224/256 is the custom
@@ -73,6 +75,8 @@ CONFIG = {
     # Numbers and device.
     "precision": "auto",  # auto, fp32, fp16 (with a GradScaler) or bf16; auto takes bf16 where the hardware has it
     "device": "auto",  # auto, cuda or cpu
+    "compile": "auto",  # auto, on or off: torch.compile of the network; auto where Triton supports the GPU
+    "memory": "fast",  # fast keeps all activations; low and lowest compute ever more of them again, to the same bits
     "micro_batch_size": 0,  # images per forward pass; 0 is the whole batch, halved when the GPU's memory runs out
     "max_bad_steps": 20,  # steps in a row with a non-finite loss or gradient before the run stops
     "seed": 0,  # of weights, order and augmentation; the same seed on the same CPU gives the same bits
@@ -120,8 +124,8 @@ RECIPES = {
     # (calculated).
     "long": FFCV | {"epochs": 88},
     # Mosaic's mild recipe (mosaicml/benchmarks, blogs/resnet): 76.19 % published for 28.8 epochs; 9.5 epochs' worth of 224 px:
-    # 8.4 T4 hours at 400 images/s, 12 at 282 (calculated). Three things differ: whole epochs; the max-pool is not blurred;
-    # decay inside the gradient, as strong as its decoupled 5e-4 at momentum 0.875 and rate 2.048 (5e-4 * 0.125 / 2.048).
+    # 8.4 T4 hours at 400 images/s, 12 at 282 (calculated). Two things differ: whole epochs; decay inside the gradient, as
+    # strong as its decoupled 5e-4 at momentum 0.875 and rate 2.048 (5e-4 * 0.125 / 2.048).
     "mild": {
         "batch_size": 256,
         "learning_rate": 0.256,  # 2.048 at batch 2,048
@@ -131,6 +135,7 @@ RECIPES = {
         "warmup_epochs": 3,
         "grad_clip_value": float("inf"),
         "blur_pool": True,
+        "blur_max_pool": True,
         "zero_init_residual": False,
         "train_resolution": 176,
         "start_resolution": 88,
@@ -244,6 +249,21 @@ class Flag(NamedTuple):
         return "true or false"
 
 
+class Numbers(NamedTuple):
+    """A list of numbers, each as `number` admits; on the command line with commas in between, or none."""
+
+    number: Number
+
+    def read(self, text):
+        return [self.number.read(part) for part in text.split(",")] if text != "none" else []
+
+    def admits(self, value):
+        return isinstance(value, list) and all(map(self.number.admits, value))
+
+    def describe(self):
+        return f"{self.number.describe()}, several with commas in between, or none"
+
+
 class Text(NamedTuple):
     """A path or an address."""
 
@@ -266,6 +286,7 @@ ALLOWED = {
     "grad_clip_value": Number(0, math.inf, above_low=True),
     "architecture": Choice(("resnet18", "resnet34", "resnet50", "resnet101")),
     "blur_pool": Flag(),
+    "blur_max_pool": Flag(),
     "stochastic_depth": Number(0, 0.9),
     "zero_init_residual": Flag(),
     "data_dir": Text(),
@@ -275,6 +296,7 @@ ALLOWED = {
     "resolution_ramp_start": Number(0, 1),
     "resolution_ramp_end": Number(0, 1),
     "val_resolution": Number(32, 1024, whole=True),
+    "more_val_resolutions": Numbers(Number(32, 1024, whole=True)),
     "val_flip": Flag(),
     "min_crop_area": Number(0, 1, above_low=True),
     "val_crop_ratio": Number(0.1, 1.0),
@@ -309,6 +331,8 @@ ALLOWED = {
     "ema_every_steps": Number(1, 1_000_000, whole=True),
     "precision": Choice(("auto", "fp32", "fp16", "bf16")),
     "device": Choice(("auto", "cuda", "cpu")),
+    "compile": Choice(("auto", "on", "off")),
+    "memory": Choice(("fast", "low", "lowest")),
     "micro_batch_size": Number(0, 65536, whole=True),
     "max_bad_steps": Number(1, 1_000_000, whole=True),
     "seed": Number(0, 2**32 - 1, whole=True),
@@ -394,11 +418,14 @@ def config_problems(config):
 # On resume the checkpoint's configuration rules. These keys cannot bend the run, so they may change:
 FREE_ON_RESUME = {
     "data_dir": "the same images elsewhere; their number and classes are checked",
+    "more_val_resolutions": "figures of the finished weights, besides the run's own",
     "num_workers": "augmentation does not depend on who decodes",
     "make_demo_data": "the pictures are the same each time",
     "max_bad_images": "a limit",
     "device": "the weights move; rounding differs between devices",
     "precision": "the weights are kept in fp32; rounding differs",
+    "compile": "the same network; rounding differs",
+    "memory": "the same gradients",
     "micro_batch_size": "the gradient stays the batch's; only batch norm sees smaller groups",
     "max_bad_steps": "a limit",
     "checkpoint_dir": "a place",
@@ -427,6 +454,7 @@ REFUSED_ON_RESUME = {
     "start_resolution": "the first part of the run saw another size",
     "val_resolution": "the best figure so far was measured at another size",
     "blur_pool": "the saved weights belong to another network",
+    "blur_max_pool": "the saved weights belong to another network",
     "val_crop_ratio": "the best figure so far was measured with another crop",
 }
 

@@ -9,6 +9,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import stochastic_depth
 
 from engine.loss import start_bias_for
+from engine.recompute import recomputing
 
 LAYERS = {
     "resnet18": (BasicBlock, [2, 2, 2, 2]),
@@ -26,6 +27,7 @@ def build_model(config, num_classes):
     With `blur_pool` the strided convolutions blur their input; the state-dict keys stay the same.
     """
     block, layers = LAYERS[config["architecture"]]
+    block = recomputing(block, config["memory"])
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(config["seed"])
         model = ResNet(block, layers, num_classes=num_classes, zero_init_residual=config["zero_init_residual"])
@@ -33,11 +35,32 @@ def build_model(config, num_classes):
     drop_blocks_by_chance(model, config["stochastic_depth"])
     if config["blur_pool"]:
         blur_before_strides(model)
+    if config["blur_max_pool"]:
+        model.maxpool = BlurredMaxPool2d(channels=64)
     return model.to(memory_format=torch.channels_last)
 
 
+def _blur_filter(channels):
+    """Return the fixed 3 x 3 filter [1 2 1] x [1 2 1] / 16 for each channel, [channels, 1, 3, 3]."""
+    taps = torch.tensor([1.0, 2.0, 1.0]) / 4
+    return torch.outer(taps, taps).repeat(channels, 1, 1, 1)
+
+
+class BlurredMaxPool2d(torch.nn.Module):
+    """ResNet's max-pool without its stride, and then the blur with it (arXiv:1904.11486). It has no state-dict keys."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("blur", _blur_filter(channels), persistent=False)
+
+    def forward(self, images):
+        """Return [B, C, H/2, W/2] of [B, C, H, W]."""
+        largest = F.max_pool2d(images, kernel_size=3, stride=1, padding=1)
+        return F.conv2d(largest, self.blur, stride=2, padding=1, groups=images.shape[1])
+
+
 class BlurredConv2d(torch.nn.Conv2d):
-    """A convolution that first blurs its input by the fixed 3 x 3 filter [1 2 1] x [1 2 1] / 16, channel by channel.
+    """A convolution that first blurs its input, channel by channel.
 
     What a stride leaves out then still counts: fewer artefacts of sampling (arXiv:1904.11486; here as FFCV applies it).
     The filter is no part of the state dict, whose keys are those of Conv2d.
@@ -45,8 +68,7 @@ class BlurredConv2d(torch.nn.Conv2d):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        taps = torch.tensor([1.0, 2.0, 1.0]) / 4
-        self.register_buffer("blur", torch.outer(taps, taps).repeat(self.in_channels, 1, 1, 1), persistent=False)
+        self.register_buffer("blur", _blur_filter(self.in_channels), persistent=False)
 
     def forward(self, images):
         """Return the convolution of the blurred [B, C, H, W]."""

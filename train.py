@@ -32,9 +32,10 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from engine import averaging, checkpoint, data, metrics
+from engine.compiling import COMPILE_ERRORS, choose_compile, compile_network, give_up_compiling, uncompiled
 from engine.demo import make_demo_data
 from engine.device import AUTOCAST_DTYPES, autocast, build_scaler, choose_device, choose_precision, describe_device
-from engine.errors import TrainingStopped, UserError, run_program
+from engine.errors import TrainingStopped, UserError, first_line, run_program
 from engine.interruption import Interrupted, StopRequest, watch_spot_notice
 from engine.loss import build_mixing, main_class, training_loss
 from engine.monitor import Monitor, Throughput
@@ -116,11 +117,15 @@ class TrainState:
 def new_state(config, num_classes, steps_per_epoch, device, precision):
     """Return the TrainState at the start of a run."""
     model = build_model(config, num_classes).to(device)
+    averaged_model = averaging.build_average(model) if config["swa_start_epoch"] else None
+    ema_model = averaging.build_running_average(model, config)
+    if choose_compile(config, device)[0]:
+        compile_network(model, config["memory"])  # in place, after the averages were copied from it
     optimizer = build_optimizer(model, config)
     return TrainState(
         model=model,
-        averaged_model=averaging.build_average(model) if config["swa_start_epoch"] else None,
-        ema_model=averaging.build_running_average(model, config),
+        averaged_model=averaged_model,
+        ema_model=ema_model,
         optimizer=optimizer,
         schedule=build_schedule(optimizer, config, steps_per_epoch),
         scaler=build_scaler(device, precision),
@@ -176,19 +181,33 @@ def train_step(state, images, targets, config):
     return StepResult(loss, grad_norm, correct)
 
 
-def train_step_within_memory(state, images, targets, config, say):
-    """Take a train_step; when the GPU's memory does not suffice, halve the micro-batch and take it again."""
+def adapting_train_step(state, images, targets, config, say):
+    """Take a train_step; where the GPU's memory or the compiler fails, say so, adapt and take it again.
+
+    Out of memory the micro-batch is halved. What cannot be compiled runs as written, unless `compile` is on.
+    """
     while True:
         try:
             return train_step(state, images, targets, config)
         except torch.OutOfMemoryError:
             if state.micro_batch_size == 1:
                 raise TrainingStopped("out of GPU memory with a single image: lower --train-resolution") from None
-        # outside the handler, where the failed step's tensors are no longer referenced
+            out_of_memory = True
+        except COMPILE_ERRORS as error:
+            reason = first_line(error)
+            if config["compile"] == "on":
+                raise TrainingStopped(f"the network could not be compiled ({reason}); try --compile off") from error
+            out_of_memory = False
+        # outside the handlers, where the failed step's tensors are no longer referenced
         state.optimizer.zero_grad(set_to_none=True)
-        state.micro_batch_size = math.ceil(min(state.micro_batch_size, len(targets)) / 2)
-        torch.cuda.empty_cache()
-        say(f"out of GPU memory: the batch of {len(targets)} now goes in micro-batches of {state.micro_batch_size}")
+        if out_of_memory:
+            state.micro_batch_size = math.ceil(min(state.micro_batch_size, len(targets)) / 2)
+            torch.cuda.empty_cache()
+            hint = " (--memory low needs less)" if config["memory"] == "fast" else ""
+            say(f"out of GPU memory{hint}: the batch of {len(targets)} now goes in micro-batches of {state.micro_batch_size}")
+        else:
+            give_up_compiling(state.model)
+            say(f"WARNING: the network could not be compiled ({reason}); it runs as written from now on, more slowly")
 
 
 # The loop ------------------------------------------------------------------------------------------------------------
@@ -201,9 +220,9 @@ def train(state, config, batches, checkpoints, monitor):
         requests = data.training_requests(images, config, state.epoch, state.batch)
         monitor.start(f"epoch {state.epoch + 1}/{config['epochs']}", len(images) // config["batch_size"], state.batch)
         trained = train_one_epoch(state, batches.training(requests, state.bad_images), config, checkpoints, monitor)
-        validated = average_and_validate(state, batches, config, monitor)
+        validated, elsewhere = average_and_validate(state, batches, config, monitor)
         is_best = note_best(state, validated)
-        monitor.record_epoch(epoch_record(state, config, trained, validated))
+        monitor.record_epoch(epoch_record(state, config, trained, validated, elsewhere))
         state.epoch, state.batch = state.epoch + 1, 0
         state.sums.reset()
         checkpoints.save(state, is_best)
@@ -215,7 +234,7 @@ def train_one_epoch(state, device_batches, config, checkpoints, monitor):
     speed = Throughput()
     mix = build_mixing(config, state.model.fc.out_features)
     for images, labels in device_batches:
-        result = train_step_within_memory(state, *mix(images, labels), config, monitor.say)
+        result = adapting_train_step(state, *mix(images, labels), config, monitor.say)
         state.sums.add(result.loss, result.correct, result.grad_norm, len(labels))
         state.batch += 1
         averaging.follow(state.ema_model, state.model, config, steps_done=state.schedule.last_epoch)
@@ -233,7 +252,12 @@ def train_one_epoch(state, device_batches, config, checkpoints, monitor):
 
 
 def average_and_validate(state, batches, config, monitor):
-    """Bring the averaged weights up to date and validate; return {'raw': ..., 'averaged': ..., 'ema': ...} of evaluate()'s."""
+    """Bring the averaged weights up to date and validate.
+
+    Returns:
+        {'raw': ..., 'averaged': ..., 'ema': ...} of evaluate()'s figures; after the last epoch also {px: the same} for each of
+        more_val_resolutions, before that {}.
+    """
     checkpoint.require_finite(state.model.state_dict(), config["checkpoint_dir"])
     models = {"raw": state.model}
     context = autocast(state.device, state.precision)
@@ -245,8 +269,16 @@ def average_and_validate(state, batches, config, monitor):
     if state.ema_model is not None and state.ema_model.n_averaged:
         models["ema"] = state.ema_model
     num_images = len(batches.splits["val"])
-    monitor.start(f"epoch {state.epoch + 1}: validation", math.ceil(num_images / config["batch_size"]))
-    return evaluate(models, monitor.watch(batches.validation()), num_images, context, config["val_flip"])
+
+    def validated_at(resolution):
+        what = f"epoch {state.epoch + 1}: validation at {resolution} px"
+        monitor.start(what, math.ceil(num_images / config["batch_size"]))
+        with uncompiled():  # a last batch of its own size would be compiled for one use
+            return evaluate(models, monitor.watch(batches.validation(resolution)), num_images, context, config["val_flip"])
+
+    is_last = state.epoch + 1 == config["epochs"]
+    elsewhere = config["more_val_resolutions"] if is_last else []
+    return validated_at(config["val_resolution"]), {resolution: validated_at(resolution) for resolution in elsewhere}
 
 
 def note_best(state, validated):
@@ -258,7 +290,7 @@ def note_best(state, validated):
     return is_best
 
 
-def epoch_record(state, config, trained, validated):
+def epoch_record(state, config, trained, validated, elsewhere):
     """Return the epoch's line of metrics.jsonl: loss in nats, accuracy in percent, sizes in px."""
     figures, speed = trained
     record = {
@@ -281,6 +313,8 @@ def epoch_record(state, config, trained, validated):
         "best_top1": state.best["top1"],
         "bad_images": len(state.bad_images),
     }
+    if elsewhere:
+        record["more_val"] = [{"val_resolution": resolution, **figures} for resolution, figures in elsewhere.items()]
     # what follows depends on the machine and on interruptions, what precedes does not
     record |= {"images_per_s": speed.overall(), "seconds": speed.seconds(), "time": time.time()}
     if state.device.type == "cuda":
@@ -311,7 +345,7 @@ def find_learning_rate(config, batches, precision, monitor, lowest, highest, ste
     def step(rate, batch):
         for group in state.optimizer.param_groups:
             group["lr"] = rate * rate_factor(config)  # the rates of the test are those that the configuration names
-        result = train_step_within_memory(state, *batch, config, monitor.say)
+        result = adapting_train_step(state, *batch, config, monitor.say)
         return result.loss.item(), math.isfinite(result.grad_norm.item())
 
     requests = itertools.cycle(itertools.islice(data.training_requests(images, config, epoch=0), BATCHES_IN_CYCLE))
@@ -350,11 +384,11 @@ def measure_rates(config, splits, device, precision, monitor, seconds=20.0):
         epochs = (data.training_requests(images, fixed, epoch) for epoch in itertools.count())
         state.model.train()
         device_batches = batches.training(itertools.chain.from_iterable(epochs), set())
-        return rate(lambda *batch: train_step_within_memory(state, *mix(*batch), config, monitor.say).loss, device_batches)
+        return rate(lambda *batch: adapting_train_step(state, *mix(*batch), config, monitor.say).loss, device_batches)
 
     @torch.inference_mode()
     def score(images, labels):
-        with autocast(device, precision):
+        with uncompiled(), autocast(device, precision):
             return state.model(images).sum()
 
     def rate(work, device_batches):
@@ -526,6 +560,8 @@ def run(config, recipe, contents, remarks, splits, device, precision, monitor):
             f"recipe {recipe}: {config['architecture']} on {len(images):,} images of {len(images.classes)} classes, "
             f"{steps_per_epoch} steps an epoch; {describe_device(device)}, {precision}, PyTorch {torch.__version__}"
         )
+        compiles, why = choose_compile(config, device)
+        monitor.say(f"the network {'is compiled' if compiles else 'runs as written'}: {why}")
         for remark in remarks:
             monitor.say(remark)
         batches = data.BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], stop.between, monitor.say)

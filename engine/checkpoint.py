@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from engine.errors import CheckpointError, TrainingStopped
+from engine.errors import CheckpointError, TrainingStopped, first_line
 from engine.files import replacing
 
 FORMAT, VERSION = "resnet50-training-run", 1
@@ -63,7 +63,7 @@ def read(path):
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"{path} is not a checkpoint of this program: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} is not a checkpoint of this program: {first_line(error)}") from error
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of a training run")
     return contents
@@ -101,10 +101,6 @@ def _holds_plain_weights(path):
     except Exception:
         return False
     return isinstance(contents, dict)
-
-
-def _first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class _HashingFile:

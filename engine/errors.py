@@ -21,6 +21,11 @@ class TrainingStopped(UserError):
     """The run cannot go on; what is on disk is good."""
 
 
+def first_line(error):
+    """Return the first line of an exception's message, or its kind if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def run_program(name, main, *arguments):
     """Return the exit status of main(*arguments): its own, or that of the UserError that ended it."""
     try:

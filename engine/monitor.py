@@ -140,6 +140,8 @@ def epoch_line(record, epochs):
         text += f"; averaged top-1 {record['averaged_val_top1']:.2f} %"
     if "ema_val_top1" in record:
         text += f"; EMA top-1 {record['ema_val_top1']:.2f} %"
+    for other in record.get("more_val", ()):
+        text += f"; at {other['val_resolution']} px {max(of['top1'] for of in other.values() if isinstance(of, dict)):.2f} %"
     text += f"; lr {record['learning_rate']:.2e}, {record['images_per_s']:.0f} images/s, {record['seconds']:.0f} s"
     if record["skipped_steps"]:
         text += f"; {record['skipped_steps']} steps skipped"

@@ -62,6 +62,8 @@ def plan_run(config, rates, train_images, val_images):
         passes += config["epochs"] - config["swa_start_epoch"] + 1
     if config["ema_half_life_steps"]:
         passes += config["epochs"]
+    kinds = 1 + bool(config["swa_start_epoch"]) + bool(config["ema_half_life_steps"])
+    passes += sum(kinds * (side / config["val_resolution"]) ** 2 for side in config["more_val_resolutions"])  # at the end
     passes *= 2 if config["val_flip"] else 1
     return Plan(phases, passes * val_images / rates.validation / 3600)
 

@@ -167,7 +167,8 @@ def test_a_flag_that_would_bend_the_run_is_refused_on_resume_with_the_reason(key
 
 @pytest.mark.parametrize("key", FREE_ON_RESUME)
 def test_a_flag_that_cannot_bend_the_run_may_change_on_resume(key):
-    value = {"num_workers": 3, "device": "cpu", "precision": "bf16", "micro_batch_size": 2}.get(key, CONFIG[key])
+    others = {"more_val_resolutions": [256], "num_workers": 3, "device": "cpu", "precision": "bf16", "micro_batch_size": 2}
+    value = others.get(key, CONFIG[key])
     assert resumed_config(CONFIG, {key: value}, batch=5)[key] == value
 
 

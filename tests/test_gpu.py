@@ -7,7 +7,7 @@ from config import CONFIG
 from engine import data
 from engine.device import AUTOCAST_DTYPES, build_scaler
 from engine.metrics import TrainingSums
-from train import new_state, train_step, train_step_within_memory
+from train import adapting_train_step, new_state, train_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -95,7 +95,7 @@ def test_out_of_gpu_memory_halves_the_micro_batch_and_goes_on():
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(reserved / total)
     try:
-        result = train_step_within_memory(state, images, labels, config, said.append)
+        result = adapting_train_step(state, images, labels, config, said.append)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert torch.isfinite(result.loss)

@@ -82,8 +82,19 @@ def test_blur_pool_is_a_convolution_of_the_image_blurred_by_1_2_1(kernel):
     torch.testing.assert_close(flat, conv.weight.sum((1, 2, 3)).view(1, 8, 1, 1).expand_as(flat))
 
 
-def test_blur_pool_changes_no_weight_and_no_key():
-    plain, blurred = (build_model(CONFIG | {"blur_pool": blur}, 10) for blur in (False, True))
+def test_blur_max_pool_takes_the_largest_of_every_3x3_px_and_blurs_before_its_stride():
+    pool = build_model(CONFIG | {"blur_max_pool": True}, 10).maxpool
+    images = torch.randn(2, 64, 12, 14)
+    largest = F.max_pool2d(images, 3, stride=1, padding=1)
+    ones = torch.tensor([1.0, 2.0, 1.0]) / 4
+    rows = F.conv2d(largest.reshape(-1, 1, 12, 14), ones.view(1, 1, 3, 1), padding=(1, 0))
+    blurred = F.conv2d(rows, ones.view(1, 1, 1, 3), padding=(0, 1)).view(2, 64, 12, 14)
+    torch.testing.assert_close(pool(images), blurred[..., ::2, ::2])
+
+
+@pytest.mark.parametrize("key", ["blur_pool", "blur_max_pool"])
+def test_blur_pool_changes_no_weight_and_no_key(key):
+    plain, blurred = (build_model(CONFIG | {key: blur}, 10) for blur in (False, True))
     first, second = plain.state_dict(), blurred.state_dict()
     assert list(first) == list(second)
     assert all(torch.equal(first[name], second[name]) for name in first)

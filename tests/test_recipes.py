@@ -8,7 +8,7 @@ import torch
 from conftest import run_here, run_program, tiny_run
 
 from config import CONFIG, RECIPES, config_problems, parse_command_line
-from engine import data, metrics
+from engine import checkpoint, data, metrics
 from engine.optim import build_optimizer, build_schedule
 from evaluate import evaluate
 from model import build_model
@@ -166,6 +166,27 @@ def test_the_fast_recipe_trains_from_the_command_line(image_tree, tmp_path):
     assert math.isfinite(record["train_loss"])
     assert "val_flip_top1" in record
     assert ", with flip " in output
+
+
+# Resolution at test time ----------------------------------------------------------------------------------------------
+
+
+def test_the_finished_weights_are_scored_at_further_resolutions_as_evaluate_scores_them(image_tree, tmp_path):
+    folder = tmp_path / "run"
+    assert run_here(tiny_run(image_tree, folder, more_val_resolutions="48,64", val_flip=True)) == 0
+    *earlier, last = metrics.read_records(folder / "metrics.jsonl")
+    assert all("more_val" not in record for record in earlier)
+    assert [other["val_resolution"] for other in last["more_val"]] == [48, 64]
+    for other in last["more_val"]:
+        size = other["val_resolution"]
+        config = parse_command_line(tiny_run(image_tree, folder, val_resolution=size)).config
+        model = build_model(config, 10)
+        model.load_state_dict(checkpoint.read(folder / "last.pt")["model"])
+        server = data.BatchServer(data.open_splits(image_tree), config, torch.device("cpu"), torch.float32, iter, print)
+        expected = evaluate({"raw": model}, server.validation(), 20, torch.no_grad(), flip=True)["raw"]
+        assert other["raw"] == pytest.approx(expected)
+        assert set(other) == {"val_resolution", "raw", "averaged"}
+    assert "at 64 px" in (tmp_path / "run.log").read_text()
 
 
 # Flip as test-time augmentation --------------------------------------------------------------------------------------

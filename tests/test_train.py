@@ -167,7 +167,7 @@ def test_out_of_memory_halves_the_micro_batch_and_the_step_is_the_same(fails_in_
     tight.model.fails_in_backward = fails_in_backward
     said = []
     train.train_step(whole, *some_batch(), config)
-    train.train_step_within_memory(tight, *some_batch(), config, said.append)
+    train.adapting_train_step(tight, *some_batch(), config, said.append)
     assert tight.micro_batch_size == 2
     assert [text[-16:] for text in said] == ["micro-batches of 4"[-16:], "micro-batches of 2"[-16:]]
     for ours, theirs in zip(tight.model.parameters(), whole.model.parameters(), strict=True):
@@ -180,7 +180,7 @@ def test_out_of_memory_with_a_single_image_stops_the_run():
     state.model.__class__ = NeedsMemory
     state.model.room = 0
     with pytest.raises(TrainingStopped, match="lower --train-resolution"):
-        train.train_step_within_memory(state, *some_batch(), QUICK, lambda text: None)
+        train.adapting_train_step(state, *some_batch(), QUICK, lambda text: None)
 
 
 def test_the_micro_batch_is_remembered_in_the_checkpoint(tiny_arguments, tmp_path):
