@@ -231,14 +231,13 @@ def train(state, config, batches, checkpoints, monitor):
 def train_one_epoch(state, device_batches, config, checkpoints, monitor):
     """Train on the batches, the rest of the epoch in progress; return its figures."""
     state.model.train()
-    speed = Throughput()
+    speed = Throughput(state.device)
     mix = build_mixing(config, state.model.fc.out_features)
-    for images, labels in device_batches:
+    for images, labels in speed.watch(device_batches):
         result = adapting_train_step(state, *mix(images, labels), config, monitor.say)
         state.sums.add(result.loss, result.correct, result.grad_norm, len(labels))
         state.batch += 1
         averaging.follow(state.ema_model, state.model, config, steps_done=state.schedule.last_epoch)
-        speed.add(len(labels))
         figures = None
         if state.batch % config["log_every_steps"] == 0:
             figures = state.sums.read()  # here, and only here, the host waits for the device
@@ -317,6 +316,7 @@ def epoch_record(state, config, trained, validated, elsewhere):
         record["more_val"] = [{"val_resolution": resolution, **figures} for resolution, figures in elsewhere.items()]
     # what follows depends on the machine and on interruptions, what precedes does not
     record |= {"images_per_s": speed.overall(), "seconds": speed.seconds(), "time": time.time()}
+    record["data_wait_share"] = speed.waited() / max(speed.seconds(), 1e-9)
     if state.device.type == "cuda":
         record["gpu_memory_peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
     return record

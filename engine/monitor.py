@@ -149,22 +149,55 @@ def epoch_line(record, epochs):
 
 
 class Throughput:
-    """Images per second, since the last reading and over all."""
+    """Images per second, since the last reading and over all, and how long the device waited for them.
 
-    def __init__(self):
+    Args:
+        device: torch.device whose waiting is measured: of a GPU by its own clock, between the end of a step's work and the
+            arrival of the next batch, so that a host that runs ahead counts for nothing.
+    """
+
+    def __init__(self, device):
         self.images = 0
         self.started = self._read_at = time.perf_counter()
         self._read_images = 0
         self._stopped = None
+        self._on_gpu = device.type == "cuda"
+        self._waits = []  # (instant asked for, instant there) of batches not yet summed up
+        self._waited = 0.0
 
-    def add(self, images):
-        self.images += images
+    def watch(self, batches):
+        """Yield (images, labels) and count the images and the waiting for them."""
+        batches = iter(batches)
+        while True:
+            asked = self._instant()
+            try:
+                images, labels = next(batches)
+            except StopIteration:
+                return
+            self._waits.append((asked, self._instant()))
+            self.images += len(labels)
+            yield images, labels
+
+    def _instant(self):
+        if not self._on_gpu:
+            return time.perf_counter()
+        return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
+
+    def waited(self):
+        """Return the seconds that the device waited for batches so far; waits for the device."""
+        if self._waits and self._on_gpu:
+            self._waits[-1][1].synchronize()
+        for asked, there in self._waits:
+            self._waited += asked.elapsed_time(there) / 1000 if self._on_gpu else there - asked
+        self._waits.clear()
+        return self._waited
 
     def recent(self):
         """Return images/s since the last call."""
         now = time.perf_counter()
         rate = (self.images - self._read_images) / max(now - self._read_at, 1e-9)
         self._read_at, self._read_images = now, self.images
+        self.waited()  # whoever asks has waited for the device: add up what there is
         return rate
 
     def stop(self):

@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from conftest import REPOSITORY, tiny_run
 from config import CONFIG
 from engine.metrics import TrainingMetrics
 from engine.monitor import GpuFigures, Monitor, Throughput
+
+CPU = torch.device("cpu")
 
 
 def run_on_a_terminal(arguments):
@@ -51,7 +54,7 @@ def test_figures_appear_in_plain_lines_now_and_then_where_there_is_no_terminal(t
     figures = TrainingMetrics(1.5, 25.0, 0.3, 64, 0, 0, 0)
     with Monitor(CONFIG | {"log_file": str(tmp_path / "log")}, torch.device("cpu")) as monitor:
         monitor.start("epoch 1/2", 10)
-        monitor.advance(figures, 0.001, Throughput())
+        monitor.advance(figures, 0.001, Throughput(CPU))
         monitor.advance()
     assert capfd.readouterr().out == "epoch 1/2: batch 1/10, loss 1.500, top1 25.0%, lr 1.00e-03, img/s 0\n"
 
@@ -78,8 +81,8 @@ def test_every_line_of_the_log_has_its_time(tmp_path):
 
 
 def test_throughput_counts_images_per_second():
-    speed = Throughput()
-    speed.add(30)
+    speed = Throughput(CPU)
+    assert len(list(speed.watch([(None, range(10))] * 3))) == 3
     assert speed.recent() > speed.overall() * 0.5 > 0
     assert speed.recent() == 0
 
@@ -87,9 +90,19 @@ def test_throughput_counts_images_per_second():
 def test_the_throughput_of_training_does_not_count_what_comes_after(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("engine.monitor.time.perf_counter", lambda: now[0])
-    speed = Throughput()
-    speed.add(30)
+    speed = Throughput(CPU)
+    assert len(list(speed.watch([(None, range(10))] * 3))) == 3
     now[0] += 10
     speed.stop()
     now[0] += 50  # validation
     assert (speed.seconds(), speed.overall()) == (10, 3)
+
+
+def test_the_time_between_asking_for_a_batch_and_getting_it_is_the_waiting(monkeypatch):
+    clock = iter([0, 1, 4, 10, 12, 20])  # made; of each of two batches asked for and got; asked for in vain
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    speed = Throughput(CPU)
+    for _ in speed.watch([(None, range(5)), (None, range(5))]):
+        pass
+    assert speed.waited() == (4 - 1) + (12 - 10)
+    assert speed.waited() == 5

@@ -24,7 +24,7 @@ from engine.errors import CheckpointError, DataError
 from engine.interruption import Interrupted, StopRequest, watch_spot_notice
 from engine.monitor import Monitor
 
-NOT_REPEATABLE = ("images_per_s", "seconds", "time")
+NOT_REPEATABLE = ("images_per_s", "seconds", "time", "data_wait_share")
 
 
 def assert_same_run(folder, reference):
