@@ -5,7 +5,7 @@ from engine.files import replacing
 RAW, AVERAGED, EMA, MUTED = "#2166ac", "#d6604d", "#1b7837", "#8c8c8c"
 
 
-def _new_figure(rows, columns, size):
+def new_figure(rows, columns, size):
     """Return (figure, axes), or None where matplotlib is missing; imported here, since it takes half a second."""
     try:
         from matplotlib.figure import Figure
@@ -19,7 +19,8 @@ def _new_figure(rows, columns, size):
     return figure, axes
 
 
-def _save(figure, path):
+def save_figure(figure, path):
+    """Write the figure as a PNG, whole or not at all."""
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=110)
 
@@ -30,7 +31,7 @@ def draw_curves(records, path):
     Returns:
         False if matplotlib is not installed.
     """
-    drawing = _new_figure(2, 2, (11, 7))
+    drawing = new_figure(2, 2, (11, 7))
     if drawing is None:
         return False
     figure, ((loss, top1), (rate, speed)) = drawing
@@ -54,7 +55,7 @@ def draw_curves(records, path):
         axis.set_title(title, loc="left")
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
-    _save(figure, path)
+    save_figure(figure, path)
     return True
 
 
@@ -64,7 +65,7 @@ def draw_range_test(result, path):
     Returns:
         False if matplotlib is not installed.
     """
-    drawing = _new_figure(1, 1, (9, 5.5))
+    drawing = new_figure(1, 1, (9, 5.5))
     if drawing is None:
         return False
     figure, ((axis,),) = drawing
@@ -82,5 +83,5 @@ def draw_range_test(result, path):
     axis.set_xlabel("learning rate")
     axis.set_ylabel("training loss")
     axis.legend(frameon=False, loc="lower left")
-    _save(figure, path)
+    save_figure(figure, path)
     return True

@@ -245,6 +245,15 @@ class GpuFigures:
             "utilization_percent": busy.gpu,
         }
 
+    def clock_mhz(self):
+        """Return the clock of the multiprocessors now, or None where it cannot be read."""
+        if self._handle is None:
+            return None
+        try:
+            return self._nvml.nvmlDeviceGetClockInfo(self._handle, self._nvml.NVML_CLOCK_SM)
+        except self._nvml.NVMLError:
+            return None
+
     def text(self):
         """Return the figures for the bar, {'GPU': '11,701 MiB 98 %'} or {}."""
         figures = self.read()

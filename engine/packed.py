@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import DataError
-from engine.files import sync_folder
+from engine.files import replacing, sync_folder
 
 try:
     import pyarrow as pa
@@ -146,6 +146,22 @@ def packed_rows(schema, rows):
         [pa.array(contents, pa.binary()), pa.array(names, pa.string())], fields=list(schema.field("image").type)
     )
     return pa.record_batch([image, pa.array(labels, pa.int64())], schema=schema).serialize()
+
+
+def write_split(path, rows, classes, rows_in_batch=256):
+    """Write a small packed split at once.
+
+    Args:
+        rows: list of (image file's bytes, file name, label).
+        classes: the classes in the order of their labels.
+        rows_in_batch: rows of a record batch, together below 2 GiB.
+    """
+    schema = packed_schema(classes, {})
+    with replacing(path) as file:
+        file.write(schema.serialize())
+        for start in range(0, len(rows), rows_in_batch):
+            file.write(packed_rows(schema, rows[start : start + rows_in_batch]))
+        file.write(END_OF_STREAM)
 
 
 class PackedWriter:

@@ -1,10 +1,9 @@
 """What the README says of speed is what was measured and kept."""
 
-import json
-
 from conftest import REPOSITORY, run_program
 
-import benchmark
+from benchmarks.input_speed import input_tables, read_originals
+from benchmarks.measuring import recorded
 
 BEGIN = "<!-- input benchmark: written by PYTHONPATH=. python tests/test_benchmark.py -->"
 END = "<!-- end of input benchmark -->"
@@ -12,8 +11,7 @@ README = REPOSITORY / "README.md"
 
 
 def measured_table():
-    newest = (benchmark.RESULTS / "input.jsonl").read_text().splitlines()[-1]
-    return "\n".join(benchmark.input_tables(json.loads(newest)))
+    return "\n".join(input_tables(recorded("input")[-1]))
 
 
 def test_the_readmes_table_of_input_speed_is_the_newest_measurement():
@@ -31,7 +29,7 @@ def test_the_input_benchmark_measures_every_contender_on_real_files(tmp_path):
 
 
 def test_made_originals_resemble_imagenets_in_pixels_and_bytes():
-    contents = benchmark.read_originals(None, 20)
+    contents = read_originals(None, 20)
     assert 90_000 < sum(map(len, contents)) / 20 < 130_000  # ImageNet's mean is about 110 kB
 
 

@@ -11,14 +11,11 @@ from conftest import encoded, photo, run_here, tiny_run
 from config import CONFIG
 from engine import data, metrics
 from engine.errors import DataError
-from engine.packed import END_OF_STREAM, PackedSplit, packed_rows, packed_schema
+from engine.packed import END_OF_STREAM, PackedSplit, packed_rows, packed_schema, write_split
 
 
 def pack(path, rows, classes, rows_in_batch=7):
-    """Write rows (bytes, name, label) as a packed split."""
-    schema = packed_schema(classes, {})
-    batches = [packed_rows(schema, rows[start : start + rows_in_batch]) for start in range(0, len(rows), rows_in_batch)]
-    path.write_bytes(b"".join([schema.serialize(), *batches, END_OF_STREAM]))
+    write_split(path, rows, classes, rows_in_batch)
     return path
 
 

@@ -1,0 +1,141 @@
+"""What all measurements share: rounds, ratios, and the facts that a figure depends on."""
+
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+from engine.workers import available_cores
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "benchmarks"
+
+
+def installed_timm():
+    """Return timm, or None for one contender less; imported here, since it takes a second."""
+    try:
+        import timm
+    except ImportError:
+        return None
+    return timm
+
+
+def environment():
+    """Return what a figure depends on besides the code measured: date, commit, hardware, versions."""
+    import PIL
+    import simplejpeg
+    import torchvision
+
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "cpu": cpu_name(),
+        "cores": available_cores(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "pillow": PIL.__version__,
+            "simplejpeg": simplejpeg.__version__,
+        },
+    }
+
+
+def commit():
+    """Return the commit measured, with a + if files were changed since; None outside of a git checkout."""
+
+    def git(*arguments):
+        done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def cpu_name():
+    """Return the CPU's name as the system gives it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def measured_in_rounds(contenders, rounds, count, clock):
+    """Run every contender once a round, in turn; return {name: [images/s of each round]}.
+
+    Args:
+        contenders: {name: function without arguments that handles `count` images}.
+        clock: time.perf_counter; or time.process_time for work of this process alone, which a busy machine disturbs less.
+    """
+    rates = {name: [] for name in contenders}
+    for round_number in range(rounds + 1):
+        for name, run in contenders.items():
+            started = clock()
+            run()
+            if round_number:  # the first round warms up
+                rates[name].append(round(count / (clock() - started), 1))
+    return rates
+
+
+def ratio(rates, reference):
+    """Return the median over the rounds of one contender's images/s over another's in the same round."""
+    return statistics.median(ours / theirs for ours, theirs in zip(rates, reference, strict=True))
+
+
+def rate_cell(rates, reference=None):
+    """Return a table's cell: median and range of images/s, and the ratio to the reference, if there is one."""
+    digits = 0 if min(rates) >= 100 else 1
+    median, low, high = (f"{value:,.{digits}f}" for value in (statistics.median(rates), min(rates), max(rates)))
+    return f"{median} ({low} to {high})" + (f", {ratio(rates, reference):.2f}x" if reference else "")
+
+
+def run_quietly(command):
+    """Run a command to its end in the repository's root; raise RuntimeError with the end of its output if it fails."""
+    done = subprocess.run([*map(str, command)], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{command[1]} ended with status {done.returncode}: {done.stdout[-2000:]}")
+
+
+def record(name, results):
+    """Append the results to benchmarks/NAME.jsonl."""
+    with open(RESULTS / f"{name}.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(results) + "\n")
+
+
+def recorded(name):
+    """Return the results in benchmarks/NAME.jsonl, oldest first."""
+    path = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def in_processes(work, argument_lists):
+    """Run work(*arguments) in a process of its own for each of the lists, all at once."""
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=work, args=arguments) for arguments in argument_lists]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+
+def cpus_granted(processes, seconds=1.0):
+    """Return how many CPUs' worth of time so many busy processes get: fewer than the cores where a machine is shared."""
+    before = os.times()
+    in_processes(_spin, [(seconds,)] * processes)
+    after = os.times()
+    return (after.children_user + after.children_system - before.children_user - before.children_system) / seconds
+
+
+def _spin(seconds):
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
