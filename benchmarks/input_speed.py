@@ -221,13 +221,12 @@ def input_tables(results):
     lines += ["", f"| {title} | images/s |", "|---|---|"]
     rates = loaders["rates"]
     lines += [f"| {name} | {rate_cell(rate, rates['torchvision'])} |" for name, rate in rates.items()]
-    shares = {}
+    shares, workers = {}, loaders["workers"]
     for form in ("originals", "packed"):
-        alone = statistics.median(results["one_core"][str(loaders["resolution"])][f"ours, {form}"])
+        alone = workers * statistics.median(results["one_core"][str(loaders["resolution"])][f"ours, {form}"])
         bare = ratio(rates[f"ours, {form}"], rates[f"no loader, {form}"])
-        shares[form] = (
-            f"{statistics.median(rates[f'ours, {form}']) / loaders['workers'] / alone:.0%} of that ({bare:.0%} of the same processes)"
-        )
+        share = statistics.median(rates[f"ours, {form}"]) / alone
+        shares[form] = f"{share:.0%} of that ({bare:.0%} of the same processes)"
     lines += [
         "",
         f"{loaders['workers']} times one core's rate is the most there could be; as many processes without a loader come short "

@@ -15,12 +15,10 @@ def draw_benchmarks(measured, path):
     Returns:
         False if matplotlib is not installed.
     """
-    step = measured["step"]
+    step, loaders = measured["step"], measured["input"]["loaders"]
     largest = str(step["resolutions"][-1])
     groups = {
-        f"Files to batches, {measured['input']['loaders']['workers']} workers, {measured['input']['loaders']['resolution']} px": (
-            measured["input"]["loaders"]["rates"]
-        ),
+        f"Files to batches, {loaders['workers']} workers, {loaders['resolution']} px": loaders["rates"],
         f"Train step, {largest} px": {name: rates[largest] for name, rates in step["rates"].items() if rates[largest]},
         f"Training end to end, {measured['train']['resolution']} px": measured["train"]["rates"],
     }

@@ -68,7 +68,6 @@ def reference_step(job, device, precision):
 
 def timm_step(job, device, precision):
     """Return the step of timm's training script: its model, optimizer and scaler; its meter is read at each 50th step."""
-    timm = installed_timm()
     import timm.optim
     import timm.utils
 

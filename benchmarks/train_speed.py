@@ -70,9 +70,9 @@ def train_tables(results):
     """Return the results as lines of Markdown."""
     rates, where = results["rates"], results["gpu"] or f"{results['cpu']}, {results['cores']} cores"
     return [
-        f"ResNet-50 at {results['resolution']} px, batches of {results['batch_size']}, packed JPEGs of {PACKED_SIDE} px, {where}, "
-        f"PyTorch {results['versions']['torch']}, {results['date']}; images/s, median of {results['rounds']} rounds (lowest to "
-        "highest), and the median ratio to the step in the same round.",
+        f"ResNet-50 at {results['resolution']} px, batches of {results['batch_size']}, packed JPEGs of {PACKED_SIDE} px, "
+        f"{where}, PyTorch {results['versions']['torch']}, {results['date']}; images/s, median of {results['rounds']} rounds "
+        "(lowest to highest), and the median ratio to the step in the same round.",
         "",
         "| | images/s |",
         "|---|---|",
