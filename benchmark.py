@@ -15,12 +15,13 @@ import sys
 from pathlib import Path
 
 from benchmarks.input_speed import input_benchmark, input_tables
-from benchmarks.measuring import environment, record
+from benchmarks.measuring import record
 from benchmarks.picture import draw_benchmarks
 from benchmarks.recipe_evidence import contenders, recipe_benchmark, recipe_tables
 from benchmarks.step_speed import CPU_CONTENDERS, step_benchmark, step_tables
 from benchmarks.train_speed import train_benchmark, train_tables
 from engine.device import choose_device
+from engine.environment import environment
 from engine.errors import run_program
 from engine.workers import available_cores
 

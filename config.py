@@ -87,6 +87,7 @@ CONFIG = {
     "keep_checkpoints": 0,  # newest epoch_NNN.pt to keep; 0 keeps all (about 0.4 GB each with AdamW and SWA)
     "log_file": "training.log",  # time-stamped record of everything said, appended to
     "log_every_steps": 50,  # steps between readings of the loss; each one waits for the device
+    "tensorboard": False,  # true also writes every epoch's figures for TensorBoard, to checkpoint_dir/tensorboard
     # Interruption.
     "spot_notice": False,  # true polls the EC2 instance metadata for the two-minute termination notice
     "spot_notice_url": "http://169.254.169.254",  # address of the instance metadata service (IMDSv2)
@@ -342,6 +343,7 @@ ALLOWED = {
     "keep_checkpoints": Number(0, 10_000, whole=True),
     "log_file": Text(),
     "log_every_steps": Number(1, 1_000_000, whole=True),
+    "tensorboard": Flag(),
     "spot_notice": Flag(),
     "spot_notice_url": Text(),
 }
@@ -434,6 +436,7 @@ FREE_ON_RESUME = {
     "keep_checkpoints": "a record",
     "log_file": "a record",
     "log_every_steps": "a record",
+    "tensorboard": "a record",
     "spot_notice": "a way to stop",
     "spot_notice_url": "a way to stop",
 }

@@ -1,25 +1,39 @@
-"""Top-1, top-5 and loss of a checkpoint on the validation images: python evaluate.py checkpoints/best.pt
+"""What a training run has given: scores, an ensemble, the classes of image files, weights for other programs.
 
-Every image counts exactly once; the figures come with their resolution and test-time augmentation.
+python evaluate.py checkpoints/best.pt                      top-1, top-5 and loss on every validation image, once
+python evaluate.py A/best.pt B/best.pt                      each of them, and their ensemble (mean of the probabilities)
+python evaluate.py epoch_030.pt epoch_035.pt --average      the mean of their weights, in one network
+python evaluate.py best.pt --details checkpoints/details    also each class's accuracy and the most confused pairs
+python evaluate.py --classify cat.jpg holiday/              the five most probable classes of each image
+python evaluate.py best.pt --export model.onnx              or model.pt, model.safetensors; with a model card
+
+Besides a run's checkpoints, weights with torchvision's keys in a .pt or .safetensors file.
 """
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.optim.swa_utils import AveragedModel
 
-from config import CONFIG
-from engine import checkpoint, data
+from engine import averaging, checkpoint, classify, data, metrics
+from engine.confusion import count_confusions, write_details
 from engine.device import AUTOCAST_DTYPES, autocast, choose_device, choose_precision
-from engine.errors import run_program
+from engine.environment import commit
+from engine.errors import UserError, run_program
+from engine.export import export, model_card, model_facts
+from engine.files import replacing
 from engine.metrics import topk_correct
-from model import build_model
+from engine.networks import IN_WORDS, KINDS, load_networks
+
+ENSEMBLE = "ensemble"
+
+# Scores --------------------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def evaluate(models, device_batches, num_images, context, flip=False):
+def evaluate(models, device_batches, num_images, context, flip=False, ensemble=False, confusions_of=None):
     """Return {name: {'loss', 'top1', 'top5', 'images'}} of each model; the images are read once for all.
 
     Args:
@@ -28,71 +42,115 @@ def evaluate(models, device_batches, num_images, context, flip=False):
         num_images: how many images there must be.
         context: autocast of the precision.
         flip: also score the mean of the logits of each image and of its mirror image, as 'flip_loss', 'flip_top1', 'flip_top5'.
+        ensemble: also score the mean of the models' probabilities, as a further name, 'ensemble'.
+        confusions_of: name whose result gets 'confusions' too, of count_confusions.
     Returns:
         loss: mean cross-entropy without label smoothing; top1 and top5: percent.
     """
-    views = ("", "flip_") if flip else ("",)
-    totals = {}
-    for name, model in models.items():
+    totals, confusions, count = {}, 0, 0
+    for model in models.values():
         model.eval()
-        device = next(model.parameters()).device
-        totals[name] = {view: torch.zeros(3, dtype=torch.float64, device=device) for view in views}
-    count = 0
     for images, labels in device_batches:
-        for name, model in models.items():
-            with context:
-                logits = model(images).float()
-                if flip:
-                    mean_logits = (logits + model(images.flip(3)).float()) / 2
-            totals[name][""] += _scores(logits, labels)
-            if flip:
-                totals[name]["flip_"] += _scores(mean_logits, labels)
+        for view, logits_of in _logits_by_view(models, images, context, flip, ensemble):
+            for name, logits in logits_of.items():
+                totals[name, view] = totals.get((name, view), 0) + _scores(logits, labels)
+            if view == "" and confusions_of is not None:
+                confusions = confusions + count_confusions(logits_of[confusions_of], labels)
         count += len(labels)
     assert count == num_images, f"{count} images evaluated, {num_images} expected"
     results = {}
-    for name, of_views in totals.items():
-        results[name] = {"images": count}
-        for view, total in of_views.items():
-            loss, top1, top5 = (total / count).tolist()
-            results[name] |= {f"{view}loss": loss, f"{view}top1": 100 * top1, f"{view}top5": 100 * top5}
+    for (name, view), total in totals.items():
+        loss, top1, top5 = (total / count).tolist()
+        results.setdefault(name, {"images": count})
+        results[name] |= {f"{view}loss": loss, f"{view}top1": 100 * top1, f"{view}top5": 100 * top5}
+    if confusions_of is not None:
+        results[confusions_of]["confusions"] = confusions
     return results
 
 
+def _logits_by_view(models, images, context, flip, ensemble):
+    """Yield ('', {name: logits [B, C]}) and, with flip, ('flip_', the same of image and mirror image)."""
+    with context:
+        plain = {name: model(images).float() for name, model in models.items()}
+        mirrored = {name: model(images.flip(3)).float() for name, model in models.items()} if flip else {}
+    views = {"": plain}
+    if flip:
+        views["flip_"] = {name: (plain[name] + mirrored[name]) / 2 for name in models}
+    for view, logits_of in views.items():
+        if ensemble:  # logarithms of mean probabilities: logits whose softmax they are
+            logits_of = logits_of | {ENSEMBLE: mean_probabilities(logits_of.values()).log()}
+        yield view, logits_of
+
+
+def mean_probabilities(logits):
+    """Return the mean of the softmax of several logits [B, C]."""
+    return torch.stack([F.softmax(of_one, dim=1) for of_one in logits]).mean(dim=0)
+
+
 def _scores(logits, labels):
-    """Return the batch's sums [3] of the loss, the top-1 and the top-5 hits."""
+    """Return the batch's sums [3] of the loss, the top-1 and the top-5 hits, float64."""
     loss = F.cross_entropy(logits, labels, reduction="sum")
-    return torch.stack([loss, topk_correct(logits, labels, 1), topk_correct(logits, labels, 5)])
+    return torch.stack([loss, topk_correct(logits, labels, 1), topk_correct(logits, labels, 5)]).double()
 
 
-def main(arguments):
-    contents = checkpoint.read(arguments.checkpoint)
-    config = CONFIG | contents["config"] | {"device": arguments.device}
-    if arguments.flip:
-        config["val_flip"] = True
-    if arguments.data_dir:
-        config["data_dir"] = arguments.data_dir
-    device = choose_device(config)
-    precision = choose_precision(config, device)
-    splits = data.open_splits(config["data_dir"])
-    if splits["val"].classes != contents["classes"]:
-        raise data.DataError(f"the classes in {config['data_dir']} are not the {len(contents['classes'])} of the checkpoint")
-    models = {"raw weights": build_model(config, len(contents["classes"])).to(device)}
-    models["raw weights"].load_state_dict(contents["model"])
-    for key, name in (("averaged_model", "averaged weights"), ("ema_model", "running average")):
-        if contents.get(key) is not None and contents[key]["n_averaged"] > 0:
-            models[name] = AveragedModel(models["raw weights"], use_buffers=True)
-            models[name].load_state_dict(contents[key])
+# The three uses ------------------------------------------------------------------------------------------------------
 
-    server = data.BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], guard=iter, say=print)
+
+def averaged_network(networks, batches, context):
+    """Return one Network whose weights are the mean of the others', with batch-norm statistics of its own.
+
+    Args:
+        batches: BatchServer whose training images give the statistics.
+    """
+    first = networks[0]
+    states = [network.model.state_dict() for network in networks]
+    mean = {
+        key: torch.stack([state[key] for state in states]).mean(0) if tensor.is_floating_point() else tensor
+        for key, tensor in states[0].items()
+    }
+    first.model.load_state_dict(mean)
+    requests = data.training_requests(batches.splits["train"], first.config, epoch=0)
+    some = (request for request, _ in zip(requests, range(first.config["swa_batch_norm_batches"]), strict=False))
+    averaging.refresh_batch_norm(first.model, batches.training(some, set()), context)
+    return first._replace(name=f"mean of the weights of {', '.join(network.name for network in networks)}", kind="mean")
+
+
+def score(networks, arguments, device):
+    """Print each network's figures on the validation images, and those of their ensemble."""
+    config = networks[0].config
+    splits, precision = open_matching_splits(networks, config), choose_precision(config, device)
+    context = autocast(device, precision)
+    resolutions = arguments.resolution or [config["val_resolution"]]
+    settings = config | {"more_val_resolutions": resolutions}
+    server = data.BatchServer(splits, settings, device, AUTOCAST_DTYPES[precision], guard=iter, say=print)
     try:
-        results = evaluate(models, server.validation(), len(splits["val"]), autocast(device, precision), config["val_flip"])
+        if arguments.average:
+            networks = [averaged_network(networks, server, context)]
+        models = {network.name: network.model for network in networks}
+        several = len({network.path for network in networks}) > 1
+        subject = ENSEMBLE if several else networks[-1].name if len(networks) == 1 else None
+        if arguments.details and subject is None:
+            raise UserError("--details with several kinds of weights: choose one with --weights raw, averaged or ema")
+        for resolution in resolutions:
+            batches, of = server.validation(resolution), subject if arguments.details else None
+            flip = config["val_flip"]
+            results = evaluate(models, batches, len(splits["val"]), context, flip, ensemble=several, confusions_of=of)
+            where = f"{resolution} px centre crop (ratio {config['val_crop_ratio']:.4g})"
+            for name, figures in results.items():
+                name = f"{ENSEMBLE} of {len(models)}" if name == ENSEMBLE else name
+                print(f"{name}: {_in_words(figures, '')}, {where}, no test-time augmentation, {precision}")
+                if flip:
+                    print(f"{name}: {_in_words(figures, 'flip_')}, {where}, image and mirror image, {precision}")
+            if arguments.details:
+                prefix = arguments.details + (f"_{resolution}" if len(resolutions) > 1 else "")
+                title = f"{subject}: {_in_words(results[subject], '')}, {where}"
+                names = getattr(splits["val"], "class_names", {})
+                print(
+                    "wrote "
+                    + ", ".join(write_details(prefix, results[subject]["confusions"], splits["val"].classes, names, title))
+                )
     finally:
         server.close()
-    crop = f"{config['val_resolution']} px centre crop (ratio {config['val_crop_ratio']})"
-    for name, figures in results.items():
-        print(f"{arguments.checkpoint}, {name}: {_in_words(figures, '')}, {crop}, no test-time augmentation, {precision}")
-        if config["val_flip"]:
-            print(f"{arguments.checkpoint}, {name}: {_in_words(figures, 'flip_')}, {crop}, image and mirror image, {precision}")
 
 
 def _in_words(figures, view):
@@ -100,10 +158,152 @@ def _in_words(figures, view):
     return f"top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f} on {figures['images']:,} images"
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", help="a checkpoint of a run")
-    parser.add_argument("--data-dir", help="folder with val/<class>/*; default: the run's")
+def open_matching_splits(networks, config):
+    """Return the splits of data_dir; raise DataError if their classes are not the networks'."""
+    splits = data.open_splits(config["data_dir"])
+    for network in networks:
+        known = network.classes
+        if known is not None and splits["val"].classes != known:
+            raise data.DataError(f"the classes in {config['data_dir']} are not the {len(known)} of {network.path}")
+        if network.model.fc.out_features != len(splits["val"].classes):
+            there, here = network.model.fc.out_features, len(splits["val"].classes)
+            raise data.DataError(f"{network.path} tells {there} classes apart; {config['data_dir']} has {here}")
+    return splits
+
+
+def classify_files(networks, arguments, device):
+    """Print the most probable classes of each image file; return 1 if one could not be read, else 0."""
+    first = networks[0]
+    precision = choose_precision(first.config, device)
+    classes = first.classes or [str(number) for number in range(first.model.fc.out_features)]
+    if any((network.classes or classes) != classes for network in networks):
+        raise UserError("these checkpoints were trained on different classes: classify with one at a time")
+    skipped, seen = [], []
+
+    def probabilities(images):
+        with autocast(device, precision):
+            return mean_probabilities([network.model.eval()(images).float() for network in networks])
+
+    def skip(path, reason):
+        skipped.append(path)
+        print(f"evaluate.py: skipped {path} ({reason})", file=sys.stderr)
+
+    files = classify.image_files(arguments.classify)
+    config = first.config | ({"val_resolution": arguments.resolution[0]} if arguments.resolution else {})
+    dtype = AUTOCAST_DTYPES[precision]
+    for prediction in classify.classify(files, probabilities, classes, config, device, dtype, skip):
+        names = [f"{100 * share:.1f} % {first.class_names.get(name, name)}" for name, share in prediction.best]
+        print(f"{prediction.path}: {'; '.join(names)}")
+        if arguments.contact_sheet:
+            seen.append(prediction)
+    if arguments.contact_sheet and seen:
+        classify.write_contact_sheet(arguments.contact_sheet, seen, first.class_names)
+        print(f"wrote {arguments.contact_sheet}")
+    return 1 if skipped else 0
+
+
+def export_network(network, arguments):
+    """Write the network's weights for other programs, and the model card beside them."""
+    contents, config = network.contents, network.config
+    best = contents.get("best", {})
+    accuracy = None
+    if best and best["epoch"] == contents["epoch"] and best["weights"] == network.kind:
+        crop = f"{config['val_resolution']} px centre crop (ratio {config['val_crop_ratio']:.4g}), no test-time augmentation"
+        accuracy = f"top-1 {best['top1']:.2f} %, {crop}"
+    run = {
+        "weights": IN_WORDS.get(network.kind, "as in the file"),
+        "made_with": f"PyTorch {torch.__version__}, commit {commit()}",
+    }
+    if contents:
+        run |= {key: contents[key] for key in ("recipe", "train_images")} | {
+            "epochs": contents["epoch"],
+            "seed": config["seed"],
+        }
+        records = metrics.read_records(network.path.parent / checkpoint.RECORDS)
+        records = [record for record in records if record["epoch"] <= contents["epoch"]]
+        if records:
+            run["hours"] = sum(record["seconds"] for record in records) / 3600
+            run["energy_wh"] = sum(record.get("gpu_energy_wh", 0) for record in records)
+            run["hardware"] = records[-1].get("hardware")
+    classes = network.classes or [str(number) for number in range(network.model.fc.out_features)]
+    facts = model_facts(config, classes, network.class_names, accuracy, run)
+    print(export(network.model.cpu().float(), arguments.export, facts))
+    card = Path(arguments.export).with_suffix(".md")
+    with replacing(card, "w") as file:
+        file.write(model_card(arguments.export, facts, arguments.price_per_hour))
+    print(f"wrote {card}")
+
+
+def parse_arguments(arguments=None):
+    """Return what the command line asks for; ends the program with status 2 where that is impossible."""
+    parser = argparse.ArgumentParser(
+        "evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT", help="default checkpoints/best.pt")
+    parser.add_argument("--data-dir", help="folder with val.arrow or val/<class>/*; default: the run's")
     parser.add_argument("--flip", action="store_true", help="also score the mean over image and mirror image")
+    parser.add_argument("--resolution", type=int, nargs="+", metavar="PX", help="score at these sizes; default: the run's")
+    parser.add_argument("--weights", choices=("auto", "all", *KINDS), help="default: all of one checkpoint, auto of several")
+    parser.add_argument("--average", action="store_true", help="the mean of the checkpoints' weights instead of an ensemble")
+    parser.add_argument("--details", metavar="PREFIX", help="write PREFIX_classes.csv, PREFIX_confusions.csv and PREFIX.png")
+    parser.add_argument("--classify", nargs="+", metavar="PATH", help="image files and folders to classify")
+    parser.add_argument("--contact-sheet", metavar="PNG", help="of --classify: a picture of all images with their class")
+    parser.add_argument("--export", metavar="FILE", help="write FILE.pt, FILE.safetensors or FILE.onnx, and a model card")
+    parser.add_argument("--price-per-hour", type=float, help="of --export: for the model card")
+    parser.add_argument("--architecture", default="resnet50", help="of weights without a checkpoint; default resnet50")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    sys.exit(run_program("evaluate.py", main, parser.parse_args()))
+    parsed = parser.parse_args(arguments)
+    parsed.checkpoints = parsed.checkpoints or ["checkpoints/best.pt"]
+    for flag, owner in (("contact_sheet", "classify"), ("price_per_hour", "export")):
+        if getattr(parsed, flag) is not None and not getattr(parsed, owner):
+            parser.error(f"--{flag.replace('_', '-')} belongs to --{owner}")
+    if parsed.classify and parsed.export:
+        parser.error("--classify and --export: one at a time")
+    if parsed.average and (parsed.classify or len(parsed.checkpoints) < 2):
+        parser.error("--average: takes two or more checkpoints, to score or to --export")
+    if parsed.export and len(parsed.checkpoints) > 1 and not parsed.average:
+        parser.error("--export takes one checkpoint, or the --average of several")
+    if parsed.resolution and not all(32 <= px <= 1024 for px in parsed.resolution):
+        parser.error(f"--resolution {parsed.resolution}: from 32 to 1024 px")
+    return parsed
+
+
+def main(arguments):
+    device = choose_device({"device": arguments.device})
+    single = len(arguments.checkpoints) == 1 and not (arguments.classify or arguments.export)
+    kinds = arguments.weights or ("all" if single else "auto")
+    networks = [
+        network for path in arguments.checkpoints for network in load_networks(path, kinds, device, arguments.architecture)
+    ]
+    changes = {"device": device.type}
+    if arguments.flip:
+        changes["val_flip"] = True
+    if arguments.data_dir:
+        changes["data_dir"] = arguments.data_dir
+    networks = [network._replace(config=network.config | changes) for network in networks]
+    if arguments.classify:
+        return classify_files(networks, arguments, device)
+    if arguments.export:
+        network = networks[0]
+        if arguments.average:
+            network = averaged_for_export(networks, device)
+        export_network(network, arguments)
+        return 0
+    score(networks, arguments, device)
+    return 0
+
+
+def averaged_for_export(networks, device):
+    """Return the averaged_network of several; its statistics come from the training images."""
+    config = networks[0].config
+    precision = choose_precision(config, device)
+    splits = open_matching_splits(networks, config)
+    server = data.BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], guard=iter, say=print)
+    try:
+        return averaged_network(networks, server, autocast(device, precision))
+    finally:
+        server.close()
+
+
+if __name__ == "__main__":
+    sys.exit(run_program("evaluate.py", main, parse_arguments()))

@@ -22,6 +22,7 @@ if __name__ == "__main__":  # before torch is imported: --help and typing errors
     COMMAND = command_from_terminal("train.py", __doc__, OWN_FLAGS)
 
 import itertools
+import json
 import math
 import time
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from engine import averaging, checkpoint, data, metrics
 from engine.compiling import COMPILE_ERRORS, choose_compile, compile_network, give_up_compiling, uncompiled
 from engine.demo import make_demo_data
 from engine.device import AUTOCAST_DTYPES, autocast, build_scaler, choose_device, choose_precision, describe_device
+from engine.environment import environment
 from engine.errors import TrainingStopped, UserError, first_line, run_program
 from engine.interruption import Interrupted, StopRequest, watch_spot_notice
 from engine.loss import build_mixing, main_class, training_loss
@@ -555,7 +557,8 @@ def run(config, recipe, contents, remarks, splits, device, precision, monitor):
         steps_per_epoch = len(images) // config["batch_size"]
         if contents is None:
             checkpoint.delete_run(config["checkpoint_dir"])  # refused above unless it is asked for or there is none
-        monitor.log(f"configuration: {config}")
+        monitor.log(f"environment: {json.dumps(environment())}")
+        monitor.log(f"configuration: {json.dumps(config)}")
         monitor.say(
             f"recipe {recipe}: {config['architecture']} on {len(images):,} images of {len(images.classes)} classes, "
             f"{steps_per_epoch} steps an epoch; {describe_device(device)}, {precision}, PyTorch {torch.__version__}"
@@ -579,6 +582,7 @@ def run(config, recipe, contents, remarks, splits, device, precision, monitor):
                 state.load_state_dict(contents, config, steps_per_epoch)
                 contents = None  # hundreds of megabytes
             facts = {"config": config, "recipe": recipe, "classes": images.classes, "train_images": len(images)}
+            facts["class_names"] = getattr(images, "class_names", {})  # what people call them, where a packed file knows
             checkpoints = checkpoint.CheckpointFolder(config, facts, monitor.say)
             monitor.open_records(checkpoints.folder, state.epoch)
             train(state, config, batches, checkpoints, monitor)

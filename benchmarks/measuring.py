@@ -3,15 +3,10 @@
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import subprocess
 import time
 from pathlib import Path
-
-import torch
-
-from engine.workers import available_cores
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks"
@@ -24,49 +19,6 @@ def installed_timm():
     except ImportError:
         return None
     return timm
-
-
-def environment():
-    """Return what a figure depends on besides the code measured: date, commit, hardware, versions."""
-    import PIL
-    import simplejpeg
-    import torchvision
-
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "cpu": cpu_name(),
-        "cores": available_cores(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "pillow": PIL.__version__,
-            "simplejpeg": simplejpeg.__version__,
-        },
-    }
-
-
-def commit():
-    """Return the commit measured, with a + if files were changed since; None outside of a git checkout."""
-
-    def git(*arguments):
-        done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def cpu_name():
-    """Return the CPU's name as the system gives it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def measured_in_rounds(contenders, rounds, count, clock):

@@ -11,10 +11,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.measuring import REPOSITORY, environment, record, recorded, run_quietly
+from benchmarks.measuring import REPOSITORY, record, recorded, run_quietly
 from config import CONFIG, RECIPES
 from engine.data import resolution_of_epoch
 from engine.demo import HARD_CLASSES, make_demo_data
+from engine.environment import environment
 from engine.metrics import read_records
 
 NAME = "recipes"

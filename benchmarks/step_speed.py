@@ -15,7 +15,7 @@ import torch
 from benchmarks.measuring import REPOSITORY, installed_timm, rate_cell
 from config import CONFIG
 from engine.device import AUTOCAST_DTYPES, autocast, choose_device, choose_precision
-from engine.monitor import GpuFigures
+from engine.telemetry import GpuFigures
 
 # torchvision's classification reference as users run it: AMP on a GPU, SGD, contiguous images, .item() for its meters.
 REFERENCE = "torchvision reference"

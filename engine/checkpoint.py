@@ -97,10 +97,30 @@ def verify(path):
 
 def _holds_plain_weights(path):
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:
+        return bool(read_plain_weights(path))
+    except CheckpointError:
         return False
-    return isinstance(contents, dict)
+
+
+def read_plain_weights(path):
+    """Return the state dict {key: tensor} that a .pt file or a .safetensors file holds, and nothing else.
+
+    Raises:
+        CheckpointError: the file holds something else.
+    """
+    try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise CheckpointError(f"{path}: safetensors is not installed: pip install safetensors") from error
+    except Exception as error:
+        raise CheckpointError(f"{path} holds no weights: {first_line(error)}") from error
+    if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+        raise CheckpointError(f"{path} holds something else than weights alone")
+    return weights
 
 
 class _HashingFile:

@@ -353,6 +353,13 @@ def worker_count(config, device):
     return available_cores() if device.type == "cuda" else 1  # on a CPU run the cores are busy training
 
 
+def build_normalise(device, dtype):
+    """Return the function uint8 [B, 3, H, W] -> the same in `dtype`, zero mean and unit variance per channel over ImageNet."""
+    mean = torch.tensor(IMAGENET_MEAN, device=device).mul(255).view(1, 3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=device).mul(255).view(1, 3, 1, 1)
+    return lambda images: images.float().sub_(mean).div_(std).to(dtype)
+
+
 def to_device(batches, device, dtype):
     """Yield (images, labels) of each Batch on the device, ready for the network.
 
@@ -365,12 +372,11 @@ def to_device(batches, device, dtype):
     Yields:
         images [B, 3, H, W] channels-last, zero mean and unit variance per channel over ImageNet; labels int64 [B].
     """
-    mean = torch.tensor(IMAGENET_MEAN, device=device).mul(255).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=device).mul(255).view(1, 3, 1, 1)
+    normalise = build_normalise(device, dtype)
     side_stream = None
     if device.type == "cuda":
         side_stream = torch.cuda.Stream(device)
-        side_stream.wait_stream(torch.cuda.current_stream(device))  # for mean and std
+        side_stream.wait_stream(torch.cuda.current_stream(device))  # for normalise
     copies = collections.deque()
     for batch in batches:
         with torch.cuda.stream(side_stream):  # None leaves everything as it is
@@ -378,7 +384,7 @@ def to_device(batches, device, dtype):
             labels = batch.labels.to(device, non_blocking=True, copy=True)
             if side_stream is not None:
                 copies.append(side_stream.record_event())
-            images = images.float().sub_(mean).div_(std).to(dtype)
+            images = normalise(images)
         if side_stream is not None:
             stream = torch.cuda.current_stream(device)
             stream.wait_stream(side_stream)

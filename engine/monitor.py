@@ -1,4 +1,4 @@
-"""What a run shows: the progress bar, the log, the GPU's figures."""
+"""What a run shows: the progress bar, the log, the records."""
 
 import contextlib
 import logging
@@ -13,8 +13,10 @@ from engine.checkpoint import CURVES, RECORDS
 from engine.curves import draw_curves
 from engine.errors import UserError
 from engine.metrics import append_record, keep_records_up_to, read_records
+from engine.telemetry import GpuFigures, GpuSampler
+from engine.tensorboard import open_tensorboard
 
-PLAIN_LINE_SECONDS = 30.0  # between progress lines where the output is no terminal
+PLAIN_LINE_SECONDS = 30.0  # between progress lines in the log, and on an output that is no terminal
 
 
 class Monitor:
@@ -28,6 +30,9 @@ class Monitor:
     def __init__(self, config, device):
         self.epochs = config["epochs"]
         self.gpu = GpuFigures(device)
+        self._sampler = GpuSampler(self.gpu)
+        self._config = config
+        self._board = None
         self._log = logging.Logger("training")  # not from the registry: each run has its own file
         if config["log_file"] is not None:
             try:
@@ -43,10 +48,14 @@ class Monitor:
         self._next_plain_line = 0.0
 
     def __enter__(self):
+        self._sampler.start()
         return self
 
     def __exit__(self, *exception):
         self.finish()
+        self._sampler.stop()
+        if self._board is not None:
+            self._board.close()
         for handler in self._log.handlers:
             with contextlib.suppress(OSError):  # what a full disk did not take has been complained of
                 handler.close()
@@ -86,10 +95,13 @@ class Monitor:
             if figures is not None:
                 self._bar.set_postfix(figures, refresh=False)
             self._bar.update()
-        elif figures is not None and time.monotonic() >= self._next_plain_line:
+        if figures is not None and time.monotonic() >= self._next_plain_line:
             self._next_plain_line = time.monotonic() + PLAIN_LINE_SECONDS
             shown = ", ".join(f"{name} {text}" for name, text in figures.items())
-            print(f"{self._what}: batch {self._done}/{self._total}, {shown}", flush=True)
+            line = f"{self._what}: batch {self._done}/{self._total}, {shown}"
+            self.log(line)
+            if self._bar is None:
+                print(line, flush=True)
 
     def watch(self, batches):
         """Yield the batches and count each."""
@@ -108,14 +120,19 @@ class Monitor:
         """Begin or go on with metrics.jsonl; the records of epochs that will be trained again are dropped."""
         self._folder = folder
         keep_records_up_to(folder / RECORDS, epochs_done)
+        if self._config["tensorboard"]:
+            self._board = open_tensorboard(folder, epochs_done)
 
     def record_epoch(self, record):
         """Write the epoch's record to metrics.jsonl, say its line and draw the curves anew."""
         self.finish()
         record = {name: None if value != value else value for name, value in record.items()}  # JSON knows no NaN
+        record |= self._sampler.summary()
         path = self._folder / RECORDS
         try:
             append_record(path, record)
+            if self._board is not None:
+                self._board.add(record)
             if not draw_curves(read_records(path), self._folder / CURVES) and record["epoch"] == 1:
                 self.say("matplotlib is not installed: no curves.png (pip install matplotlib)")
         except OSError as error:  # a full disk must not end the run
@@ -211,52 +228,3 @@ class Throughput:
     def overall(self):
         """Return images/s over all these seconds."""
         return self.images / max(self.seconds(), 1e-9)
-
-
-class GpuFigures:
-    """Memory and utilisation of the run's GPU by NVML; without a GPU, or without NVML, there are simply none."""
-
-    def __init__(self, device):
-        self._handle = None
-        if device.type != "cuda":
-            return
-        try:
-            import pynvml
-
-            pynvml.nvmlInit()
-            uuid = torch.cuda.get_device_properties(device).uuid  # NVML ignores CUDA_VISIBLE_DEVICES: no index
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-            self._nvml = pynvml
-        except Exception:  # no nvidia-ml-py, no driver access, a container without NVML: the bar does without
-            self._handle = None
-
-    def read(self):
-        """Return {'memory_mib', 'memory_total_mib', 'utilization_percent'}, or {} where nothing can be read."""
-        if self._handle is None:
-            return {}
-        try:
-            memory = self._nvml.nvmlDeviceGetMemoryInfo(self._handle)
-            busy = self._nvml.nvmlDeviceGetUtilizationRates(self._handle)
-        except self._nvml.NVMLError:
-            return {}
-        return {
-            "memory_mib": memory.used // 2**20,
-            "memory_total_mib": memory.total // 2**20,
-            "utilization_percent": busy.gpu,
-        }
-
-    def clock_mhz(self):
-        """Return the clock of the multiprocessors now, or None where it cannot be read."""
-        if self._handle is None:
-            return None
-        try:
-            return self._nvml.nvmlDeviceGetClockInfo(self._handle, self._nvml.NVML_CLOCK_SM)
-        except self._nvml.NVMLError:
-            return None
-
-    def text(self):
-        """Return the figures for the bar, {'GPU': '11,701 MiB 98 %'} or {}."""
-        figures = self.read()
-        if not figures:
-            return {}
-        return {"GPU": f"{figures['memory_mib']:,} MiB {figures['utilization_percent']} %"}

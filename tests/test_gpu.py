@@ -1,12 +1,16 @@
 """What only a GPU can show: python -m pytest -m gpu"""
 
+import time
+
 import pytest
 import torch
 
 from config import CONFIG
 from engine import data
+from engine.demo import make_demo_data
 from engine.device import AUTOCAST_DTYPES, build_scaler
 from engine.metrics import TrainingSums
+from engine.monitor import Throughput
 from train import adapting_train_step, new_state, train_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -106,3 +110,97 @@ def test_out_of_gpu_memory_halves_the_micro_batch_and_goes_on():
 def test_scaler_only_rescales_in_fp16():
     assert build_scaler(torch.device("cuda"), "fp16").get_scale() > 1
     assert build_scaler(torch.device("cuda"), "bf16").get_scale() == 1
+
+
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_a_whole_step_from_the_arrival_of_the_batch_never_waits_for_the_device(compile):
+    config, state = small_state("fp16", optimizer="sgd", compile=compile)
+    images, labels = random_batch(config, torch.float16)
+    state.model.train()
+    for _ in range(3):
+        train_step(state, images, labels, config)  # compiles, allocates
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = train_step(state, images, labels, config)
+        state.sums.add(result.loss, result.correct, result.grad_norm, len(labels))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert state.schedule.last_epoch == 4
+
+
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_less_memory_modes_hold_less_and_learn_the_same(compile):
+    peaks, losses = {}, {}
+    for memory in ("fast", "low", "lowest"):
+        config, state = small_state("fp16", optimizer="sgd", memory=memory, compile=compile, learning_rate=0.01)
+        images, labels = random_batch(config, torch.float16, resolution=128)
+        state.model.train()
+        train_step(state, images, labels, config)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        losses[memory] = [train_step(state, images, labels, config).loss.item() for _ in range(5)]
+        peaks[memory] = torch.cuda.max_memory_allocated() - before
+        del state
+    assert peaks["low"] < 0.8 * peaks["fast"]
+    assert peaks["lowest"] <= peaks["low"]
+    assert losses["low"] == pytest.approx(losses["fast"], rel=0.05)
+    assert losses["lowest"] == pytest.approx(losses["fast"], rel=0.05)
+
+
+def test_batch_256_at_224_px_fits_in_8_gb_in_the_low_mode_and_in_11_by_default():
+    for memory, limit_gib in (("low", 8), ("fast", 11)):
+        config, state = small_state("fp16", optimizer="sgd", memory=memory, batch_size=256, compile="off", swa_start_epoch=0)
+        images, labels = random_batch(config, torch.float16, resolution=224)
+        state.model.train()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(2):
+            train_step(state, images, labels, config)
+        assert torch.cuda.max_memory_allocated() < limit_gib * 2**30
+        del state
+
+
+def test_compiled_gradients_are_the_plain_ones():
+    gradients = {}
+    for compile in ("off", "on"):
+        config, state = small_state("fp32", optimizer="sgd", compile=compile)
+        images, labels = random_batch(config, torch.float32)
+        state.model.train()
+        train_step(state, images, labels, config)
+        gradients[compile] = [p.grad.flatten() for p in state.model.parameters()]
+    for ours, theirs in zip(gradients["on"], gradients["off"], strict=True):
+        assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.999
+
+
+def test_batches_from_workers_arrive_pinned_and_whole(tmp_path):
+    make_demo_data(tmp_path / "images", 60, 20)
+    config = CONFIG | {"batch_size": 8, "train_resolution": 64, "val_resolution": 64, "num_workers": 2}
+    splits = data.open_splits(tmp_path / "images")
+    requests = [r for epoch in range(3) for r in data.training_requests(splits["train"], config, epoch)]
+    said, seen = [], {}
+    for name in ("cpu", "cuda"):
+        server = data.BatchServer(splits, config, torch.device(name), torch.float32, iter, said.append)
+        assert name == "cpu" or next(server.serve(requests[:1])).images.is_pinned()
+        seen[name] = [(images.cpu(), labels.cpu()) for images, labels in server.training(requests, set())]
+        server.close()
+    assert said == []
+    for (images, labels), (others, other_labels) in zip(seen["cpu"], seen["cuda"], strict=True):
+        torch.testing.assert_close(images, others, atol=1e-5, rtol=1e-5)
+        assert torch.equal(labels, other_labels)
+
+
+def test_the_waiting_for_data_is_measured_on_the_device():
+    speed = Throughput(torch.device("cuda"))
+
+    def batches():
+        for _ in range(3):
+            torch.cuda.synchronize()
+            time.sleep(0.05)
+            yield None, range(4)
+
+    for _ in speed.watch(batches()):
+        torch.cuda._sleep(1000)
+    assert 0.15 <= speed.waited() < 0.5
+    assert speed.images == 12

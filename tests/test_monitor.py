@@ -13,7 +13,8 @@ from conftest import REPOSITORY, tiny_run
 
 from config import CONFIG
 from engine.metrics import TrainingMetrics
-from engine.monitor import GpuFigures, Monitor, Throughput
+from engine.monitor import Monitor, Throughput
+from engine.telemetry import GpuFigures
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,87 @@
+"""Image files to the classes that networks see in them, and a contact sheet to look at."""
+
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from engine.data import build_normalise
+from engine.files import replacing
+from engine.images import decode_rgb, validation_view
+
+IMAGES_AT_ONCE = 64
+THUMBNAIL = 168  # px
+
+
+class Prediction(NamedTuple):
+    """What the networks see in one file."""
+
+    path: Path
+    best: list  # (class, probability from 0 to 1), the most probable first
+
+
+def image_files(paths):
+    """Yield the files named, and of folders every file in them, sorted; what is no image is found out when it is read."""
+    for path in map(Path, paths):
+        if path.is_dir():
+            yield from sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+        else:
+            yield path
+
+
+@torch.inference_mode()
+def classify(paths, probabilities, classes, config, device, dtype, skip, k=5):
+    """Yield a Prediction for each file that can be read.
+
+    Args:
+        probabilities: function of images [B, 3, H, W] on the device, normalised: float [B, C], each row adding up to 1.
+        config: for val_resolution and val_crop_ratio.
+        skip: called with (path, reason) for each file that cannot be read.
+    """
+    views, files = [], []
+    normalise = build_normalise(device, dtype)
+
+    def predictions():
+        batch = torch.from_numpy(np.stack(views)).to(device).permute(0, 3, 1, 2)
+        best = probabilities(normalise(batch)).topk(min(k, len(classes)), dim=1)
+        for path, shares, labels in zip(files, best.values.tolist(), best.indices.tolist(), strict=True):
+            yield Prediction(path, [(classes[label], share) for label, share in zip(labels, shares, strict=True)])
+        views.clear()
+        files.clear()
+
+    for path in paths:
+        try:
+            views.append(validation_view(path.read_bytes(), config["val_resolution"], config["val_crop_ratio"]))
+        except Exception as error:  # decoders fail in their own ways
+            skip(path, f"{type(error).__name__}: {error}")
+            continue
+        files.append(path)
+        if len(files) == IMAGES_AT_ONCE:
+            yield from predictions()
+    if files:
+        yield from predictions()
+
+
+def write_contact_sheet(path, predictions, class_names, columns=6):
+    """Write a PNG of every image in small, with its first class and that one's probability."""
+    width, height = THUMBNAIL + 12, THUMBNAIL + 40
+    rows = -(-len(predictions) // columns)
+    sheet = Image.new("RGB", (width * min(columns, max(len(predictions), 1)), height * max(rows, 1)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for number, prediction in enumerate(predictions):
+        left, top = width * (number % columns) + 6, height * (number // columns) + 6
+        picture = Image.fromarray(decode_rgb(prediction.path.read_bytes()))
+        picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        sheet.paste(picture, (left + (THUMBNAIL - picture.width) // 2, top + (THUMBNAIL - picture.height) // 2))
+        name, probability = prediction.best[0]
+        words = class_names.get(name, name).split(",")[0]
+        while draw.textlength(words, font) > THUMBNAIL - 38 and len(words) > 1:
+            words = words[:-2] + "…"
+        draw.text((left, top + THUMBNAIL + 6), f"{words} {100 * probability:.0f} %", fill="black", font=font)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    with replacing(path) as file:
+        file.write(buffer.getvalue())
