@@ -83,6 +83,8 @@ def parse_arguments(arguments=None):
     count(recipes, "--epochs", 16, "epochs of fast; the others get the same compute")
     count(recipes, "--train-images", 20_000, "training images")
     count(recipes, "--val-images", 5_000, "validation images")
+    count(recipes, "--classes", 100, "classes of the images, at most 100")
+    recipes.add_argument("--min-crop-area", type=float, default=0.25, help="of all recipes, as the pictures are small; 0.25")
     count(recipes, "--seeds", 3, "runs of each")
     recipes.add_argument("--contenders", nargs="+", metavar="NAME", choices=contenders(128, 16), help="default: all")
 

@@ -159,7 +159,8 @@ def state_of(run):
     if not run.sessions:
         return f"{done} epochs are recorded; there is no log of the run, so sessions and configuration are unknown."
     last = run.sessions[-1]
-    what = f"Recipe {run.recipe}: {run.config['architecture']} on {last.images:,} images of {last.classes} classes, {last.hardware}."
+    data = f"{last.images:,} images of {last.classes} classes"
+    what = f"Recipe {run.recipe}: {run.config['architecture']} on {data}, {last.hardware}."
     if last.ended == "finished":
         return f"{what} Finished after {done} epochs."
     ended = f"{last.ended}, last heard of at {last.last_word:%Y-%m-%d %H:%M:%S}" if last.ended == SILENT_END else last.ended
@@ -252,10 +253,10 @@ def course(run, price_per_hour):
     away = sum(one.seconds_away for one in breaks) / 3600
     text = f"{len(run.sessions)} sessions, {len(breaks)} interruptions."
     if breaks:
-        text += (
-            f" Between sessions the run stood still for {clock(away)}; at least {sum(one.steps_lost for one in breaks):,} steps were "
-            f"done twice ({clock(lost)} of training). Of a session that was killed, the steps after its last word are not known."
-        )
+        steps = sum(one.steps_lost for one in breaks)
+        twice = f"at least {steps:,} steps were done twice ({clock(lost)} of training)"
+        text += f" Between sessions the run stood still for {clock(away)}; {twice}."
+        text += " Of a session that was killed, the steps after its last word are not known."
     header = ("session", "begun", "length", "from", "to", "end", "")
     bars = [(*span, number % 2) for number, span in enumerate(hours)]
     found = [heading("Course"), paragraph(text), timeline("Sessions", bars), table(header, rows)]

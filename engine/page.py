@@ -16,18 +16,22 @@ VARIABLES = {INK: "ink", FAINT: "faint", LINE: "line"} | {colour: f"series-{n}" 
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1c2430; --faint: #5d6877; --line: #d9dee5; --panel: #f5f7fa;
-  --series-0: #2166ac; --series-1: #c2512e; --series-2: #1b7837; --series-3: #7b4fa0; --series-4: #8c6d1f; --series-5: #6b7480; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14181e; --ink: #e4e9f0; --faint: #98a3b3; --line: #313946; --panel: #1c222b;
-  --series-0: #6fb1f0; --series-1: #f08b66; --series-2: #69c584; --series-3: #bd95e0; --series-4: #d8b45c; --series-5: #a3adba; } }
+  --series-0: #2166ac; --series-1: #c2512e; --series-2: #1b7837;
+  --series-3: #7b4fa0; --series-4: #8c6d1f; --series-5: #6b7480; }
+@media (prefers-color-scheme: dark) { :root {
+  --paper: #14181e; --ink: #e4e9f0; --faint: #98a3b3; --line: #313946; --panel: #1c222b;
+  --series-0: #6fb1f0; --series-1: #f08b66; --series-2: #69c584;
+  --series-3: #bd95e0; --series-4: #d8b45c; --series-5: #a3adba; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem clamp(0.8rem, 3vw, 2.5rem) 4rem; max-width: 76rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
+body { margin: 0 auto; padding: 1.5rem clamp(0.8rem, 3vw, 2.5rem) 4rem; max-width: 76rem;
+  background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0.5rem 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 0.6rem; }
 p { max-width: 60rem; } .faint { color: var(--faint); }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; }
 table { border-collapse: collapse; width: 100%; font-size: 0.92rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 0.35rem 0.8rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { background: var(--panel); font-weight: 600; } tr:last-child td { border-bottom: 0; } td:first-child { white-space: nowrap; }
+th { background: var(--panel); font-weight: 600; } tr:last-child td { border-bottom: 0; }
+td:first-child { white-space: nowrap; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 1rem; }
 figure { margin: 0; padding: 0.6rem 0.6rem 0.2rem; background: var(--panel); border-radius: 8px; }
 figcaption { font-weight: 600; font-size: 0.95rem; padding: 0 0.3rem; } svg { width: 100%; height: auto; display: block; }

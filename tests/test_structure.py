@@ -18,6 +18,7 @@ MAY_IMPORT = {  # of the project's own; engine, config and model import no scrip
     "train.py": {"engine", "config", "model", "evaluate"},
     "lr_finder.py": {"engine", "config", "model", "evaluate", "train"},
     "prepare_data.py": {"engine"},
+    "report.py": {"engine", "config"},
     "benchmark.py": {"engine", "benchmarks"},
     "benchmarks": {"engine", "config", "model", "evaluate", "train", "benchmarks"},
     "config.py": {"engine"},

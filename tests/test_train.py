@@ -216,7 +216,7 @@ def test_a_run_leaves_checkpoints_records_log_and_curves(tiny_arguments, tmp_pat
     log = (tmp_path / "run.log").read_text().splitlines()
     assert all(line[:4].isdigit() and line[10] == "T" for line in log)
     text = "\n".join(log)
-    for said in ("configuration: {'batch_size': 8", "recipe seed: resnet18", "epoch 1/3:", "epoch 3/3:", "finished 3 epochs"):
+    for said in ('configuration: {"batch_size": 8', "recipe seed: resnet18", "epoch 1/3:", "epoch 3/3:", "finished 3 epochs"):
         assert said in text
     printed = capfd.readouterr()
     assert "epoch 3/3:" in printed.out
