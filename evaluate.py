@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from config import CONFIG
 from engine import averaging, checkpoint, classify, data, metrics
 from engine.confusion import count_confusions, write_details
 from engine.device import AUTOCAST_DTYPES, autocast, choose_device, choose_precision
@@ -26,6 +27,7 @@ from engine.export import export, model_card, model_facts
 from engine.files import replacing
 from engine.metrics import topk_correct
 from engine.networks import IN_WORDS, KINDS, load_networks
+from model import build_model
 
 ENSEMBLE = "ensemble"
 
@@ -272,9 +274,10 @@ def main(arguments):
     device = choose_device({"device": arguments.device})
     single = len(arguments.checkpoints) == 1 and not (arguments.classify or arguments.export)
     kinds = arguments.weights or ("all" if single else "auto")
-    networks = [
-        network for path in arguments.checkpoints for network in load_networks(path, kinds, device, arguments.architecture)
-    ]
+    defaults = CONFIG | {"architecture": arguments.architecture}
+    networks = []
+    for path in arguments.checkpoints:
+        networks += load_networks(path, kinds, defaults, lambda *of: build_model(*of).to(device))
     changes = {"device": device.type}
     if arguments.flip:
         changes["val_flip"] = True

@@ -39,14 +39,13 @@ def load_networks(path, kinds, defaults, build):
     """
     path = Path(path)
     try:
-        if path.suffix == ".safetensors" and path.exists():
-            return [_network_of_weights(path, defaults, build)]
         contents = checkpoint.read(path)
     except CheckpointError as error:
         try:
-            return [_network_of_weights(path, defaults, build)]
-        except CheckpointError:
-            raise error from None
+            weights = checkpoint.read_plain_weights(path)
+        except CheckpointError as other:
+            raise (other if path.suffix == ".safetensors" and path.exists() else error) from None
+        return [_network_of_weights(path, weights, defaults, build)]
     there = [kind for kind, key in KINDS.items() if contents.get(key) is not None and contents[key].get("n_averaged", 1) > 0]
     if kinds == "auto":
         best = contents["best"]
@@ -66,9 +65,9 @@ def load_networks(path, kinds, defaults, build):
     return networks
 
 
-def _network_of_weights(path, defaults, build):
+def _network_of_weights(path, weights, defaults, build):
     """Return the Network of a file with weights alone."""
-    weights = _without_prefix(checkpoint.read_plain_weights(path))
+    weights = _without_prefix(weights)
     if "fc.weight" not in weights:
         raise CheckpointError(f"{path} holds no weights of a ResNet with torchvision's keys")
     config = dict(defaults)
