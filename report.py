@@ -238,28 +238,30 @@ def course(run, price_per_hour):
     if not run.sessions:
         return []
     start = run.sessions[0].begun
-    hours = [((s.begun - start).total_seconds() / 3600, (s.last_word - start).total_seconds() / 3600) for s in run.sessions]
+    spans = [((s.begun - start).total_seconds(), (s.last_word - start).total_seconds()) for s in run.sessions]
+    unit, size = ("hours", 3600) if spans[-1][1] > 2 * 3600 else ("minutes", 60)
     rows = []
     for number, session in enumerate(run.sessions, start=1):
         at = f"{session.begun:%Y-%m-%d %H:%M:%S}"
         rows.append(
             (number, at, clock(session.seconds / 3600), position(session.first_position), position(session.last_position))
         )
-        rows[-1] += (session.ended, f"{len(session.warnings)} warnings" if session.warnings else "")
+        rows[-1] += (session.ended, f"warnings: {len(session.warnings)}" if session.warnings else "")
     breaks = interruptions(run.sessions)
     lost_images = sum(one.images_lost for one in breaks)
     speeds = list(column(run.records, "images_per_s").values())
     lost = lost_images / statistics.median(speeds) / 3600 if speeds else 0
     away = sum(one.seconds_away for one in breaks) / 3600
-    text = f"{len(run.sessions)} sessions, {len(breaks)} interruptions."
+    text = f"Sessions: {len(run.sessions)}; interruptions: {len(breaks)}."
     if breaks:
         steps = sum(one.steps_lost for one in breaks)
-        twice = f"at least {steps:,} steps were done twice ({clock(lost)} of training)"
+        twice = f"at least {steps:,} steps were done twice ({clock(lost)} of training)" if steps else "no step was done twice"
         text += f" Between sessions the run stood still for {clock(away)}; {twice}."
-        text += " Of a session that was killed, the steps after its last word are not known."
+        if any(one.how == SILENT_END for one in breaks):
+            text += " Of a session that was killed, the steps after its last word in the log are not known."
     header = ("session", "begun", "length", "from", "to", "end", "")
-    bars = [(*span, number % 2) for number, span in enumerate(hours)]
-    found = [heading("Course"), paragraph(text), timeline("Sessions", bars), table(header, rows)]
+    bars = [(begin / size, end / size, number % 2) for number, (begin, end) in enumerate(spans)]
+    found = [heading("Course"), paragraph(text), timeline("Sessions", bars, unit), table(header, rows)]
     warnings = [(f"{session.begun:%Y-%m-%d %H:%M}", text) for session in run.sessions for text in session.warnings]
     if warnings:
         found.append(table(("session of", f"warnings (the last {min(20, len(warnings))} of {len(warnings)})"), warnings[-20:]))

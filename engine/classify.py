@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from engine.data import build_normalise
 from engine.files import replacing
@@ -74,7 +74,7 @@ def write_contact_sheet(path, predictions, class_names, columns=6):
     for number, prediction in enumerate(predictions):
         left, top = width * (number % columns) + 6, height * (number // columns) + 6
         picture = Image.fromarray(decode_rgb(prediction.path.read_bytes()))
-        picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        picture = ImageOps.contain(picture, (THUMBNAIL, THUMBNAIL))
         sheet.paste(picture, (left + (THUMBNAIL - picture.width) // 2, top + (THUMBNAIL - picture.height) // 2))
         name, probability = prediction.best[0]
         words = class_names.get(name, name).split(",")[0]

@@ -101,11 +101,8 @@ def _draw(path, of_classes, of_pairs, title):
     accuracies.set_title("Top-1 of each class in %, the worst first", loc="left")
     accuracies.set_xlabel("classes")
     accuracies.xaxis.get_major_locator().set_params(integer=True)
-    for row in of_classes[:3]:
-        if row["top1"] is not None:
-            accuracies.annotate(
-                f" {_short(row['name'])}: {row['top1']:.0f} %", (of_classes.index(row) + 1, row["top1"]), fontsize=8
-            )
+    worst = [f"{_short(row['name'])} {row['top1']:.0f} %" for row in of_classes[:8] if row["top1"] is not None]
+    accuracies.text(0.98, 0.03, "worst:\n" + "\n".join(worst), transform=accuracies.transAxes, ha="right", fontsize=8)
     names = [f"{_short(row['name'])} → {_short(row['taken_for_name'])}" for row in of_pairs][::-1]
     pairs.barh(range(len(names)), [row["percent_of_class"] for row in of_pairs][::-1], color=AVERAGED)
     pairs.set_yticks(range(len(names)), names, fontsize=8)

@@ -31,10 +31,12 @@ p { max-width: 60rem; } .faint { color: var(--faint); }
 table { border-collapse: collapse; width: 100%; font-size: 0.92rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 0.35rem 0.8rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { background: var(--panel); font-weight: 600; } tr:last-child td { border-bottom: 0; }
-td:first-child { white-space: nowrap; }
+@media (min-width: 40rem) { td:first-child { white-space: nowrap; } }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 1rem; }
 figure { margin: 0; padding: 0.6rem 0.6rem 0.2rem; background: var(--panel); border-radius: 8px; }
 figcaption { font-weight: 600; font-size: 0.95rem; padding: 0 0.3rem; } svg { width: 100%; height: auto; display: block; }
+figure { overflow-x: auto; } .wide svg { min-width: 44rem; }
+svg text { font-family: inherit !important; }
 .key { display: flex; flex-wrap: wrap; gap: 0 1rem; padding: 0.1rem 0.3rem; font-size: 0.82rem; color: var(--faint); }
 .key i { display: inline-block; width: 1.1em; border-top: 3px solid; margin-right: 0.35em; vertical-align: middle; }
 .key i.dashed { border-top-style: dotted; }
@@ -85,11 +87,12 @@ def chart(title, series, unit, x_label="epoch", steps=False):
     return Block("chart", (title, _svg(figure, axis), [(name, dashed) for name, _, dashed in series]))
 
 
-def timeline(title, bars):
-    """Return a drawing block of spans on a line of hours, or None without matplotlib.
+def timeline(title, bars, unit):
+    """Return a drawing block of spans on a line of time, or None without matplotlib.
 
     Args:
-        bars: list of (first hour, last hour, series number of its colour).
+        bars: list of (begin, end, series number of its colour).
+        unit: of the times, such as 'hours'.
     """
     drawing = new_figure(1, 1, (11.5, 1.25))
     if drawing is None or not bars:
@@ -101,7 +104,7 @@ def timeline(title, bars):
     axis.set_yticks([])
     axis.set_ylim(-0.2, 1.2)
     axis.spines["left"].set_visible(False)
-    axis.set_xlabel("hours since the run was begun")
+    axis.set_xlabel(f"{unit} since the run was begun")
     return Block("chart", (title, _svg(figure, axis), []))
 
 
@@ -118,7 +121,7 @@ def _svg(figure, axis):
     for spine in axis.spines.values():
         spine.set_color(LINE)
     file = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.sans-serif": ["system-ui"]}):
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # letters as text; the page's style gives them its font
         figure.savefig(file, format="svg")
     text = file.getvalue()
     text = text[text.index("<svg") :]
@@ -173,7 +176,7 @@ def _html_of(block):
         return f"<p>{html.escape(block.content[0])}</p>"
     if block.kind == "table":
         header, rows = block.content
-        head = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in header)
+        head = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in header) if any(header) else ""
         body = "".join("<tr>" + "".join(f"<td>{html.escape(_text(cell))}</td>" for cell in row) + "</tr>" for row in rows)
         return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     title, svg, names = block.content
@@ -181,7 +184,8 @@ def _html_of(block):
         f'<span><i{" class=dashed" if dashed else ""} style="color: var(--series-{number})"></i>{html.escape(name)}</span>'
         for number, (name, dashed) in enumerate(names)
     )
-    return f'<figure><figcaption>{html.escape(title)}</figcaption><div class="key">{key}</div>{svg}</figure>'
+    wide = ' class="wide"' if not names else ""  # the timeline, which says nothing when it is small
+    return f'<figure{wide}><figcaption>{html.escape(title)}</figcaption><div class="key">{key}</div>{svg}</figure>'
 
 
 def _text(cell):

@@ -1,22 +1,47 @@
-"""What the README says of speed is what was measured and kept."""
+"""What the README says of speed and recipes is what was measured and kept."""
 
+import statistics
+
+import pytest
+import torch
 from conftest import REPOSITORY, run_program
 
+import benchmark
 from benchmarks.input_speed import input_tables, read_originals
 from benchmarks.measuring import recorded
+from benchmarks.recipe_evidence import compute, contenders, recipe_tables
+from benchmarks.step_speed import LOOPS, step_tables
+from benchmarks.train_speed import train_tables
+from config import CONFIG, config_problems
 
-BEGIN = "<!-- input benchmark: written by PYTHONPATH=. python tests/test_benchmark.py -->"
-END = "<!-- end of input benchmark -->"
 README = REPOSITORY / "README.md"
 
 
-def measured_table():
-    return "\n".join(input_tables(recorded("input")[-1]))
+def newest_study():
+    runs = recorded("recipes")
+    return [run for run in runs if run["study"] == runs[-1]["study"]]
 
 
-def test_the_readmes_table_of_input_speed_is_the_newest_measurement():
-    table = README.read_text().split(BEGIN)[1].split(END)[0].strip()
-    assert table == measured_table(), "run PYTHONPATH=. python tests/test_benchmark.py"
+TABLES = {
+    "input": lambda: input_tables(recorded("input")[-1]),
+    "step": lambda: step_tables(recorded("step")[-1]),
+    "train": lambda: train_tables(recorded("train")[-1]),
+    "recipes": lambda: recipe_tables(newest_study()),
+}
+
+
+def marks(name):
+    return (
+        f"<!-- {name} benchmark: written by PYTHONPATH=. python tests/test_benchmark.py -->",
+        f"<!-- end of {name} benchmark -->",
+    )
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_readmes_tables_are_the_newest_measurements(name):
+    begin, end = marks(name)
+    table = README.read_text().split(begin)[1].split(end)[0].strip()
+    assert table == "\n".join(TABLES[name]()), "run PYTHONPATH=. python tests/test_benchmark.py"
 
 
 def test_the_input_benchmark_measures_every_contender_on_real_files(tmp_path):
@@ -33,6 +58,106 @@ def test_made_originals_resemble_imagenets_in_pixels_and_bytes():
     assert 90_000 < sum(map(len, contents)) / 20 < 130_000  # ImageNet's mean is about 110 kB
 
 
+# Step and training ---------------------------------------------------------------------------------------------------
+
+
+def test_the_step_benchmark_measures_each_contender_in_a_process_of_its_own(tmp_path):
+    flags = ["step", "--device=cpu", "--batch-size=2", "--resolutions", "32", "--rounds=1", "--seconds=1", "--no-record"]
+    flags += ["--contenders", "torchvision reference", "ours"]
+    status, output = run_program("benchmark.py", flags, cwd=tmp_path)
+    assert status == 0, output
+    assert "| torchvision reference | fp32 | " in output
+    assert "| ours | " in output
+
+
+@pytest.mark.parametrize("loop", ["reference", "ours"])
+def test_the_loops_compared_really_learn(loop):
+    torch.manual_seed(0)
+    job = {"batch_size": 8, "compile": "off", "channels_last": True}
+    step = LOOPS[loop](job, torch.device("cpu"), "fp32")
+    images, labels = torch.randn(8, 3, 32, 32).to(memory_format=torch.channels_last), torch.arange(8) % 2
+    network = next(
+        cell.cell_contents
+        for cell in step.__closure__
+        if hasattr(cell.cell_contents, "parameters") or hasattr(cell.cell_contents, "model")
+    )
+    network = getattr(network, "model", network)
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    for _ in range(3):
+        step(images, labels)
+    assert all(not torch.equal(parameter, old) for parameter, old in zip(network.parameters(), before, strict=True))
+
+
+def test_training_is_measured_end_to_end_by_train_py_itself(tmp_path):
+    flags = ["train", "--device=cpu", "--batch-size=4", "--resolution=32", "--steps=2", "--rounds=1", "--seconds=1"]
+    status, output = run_program("benchmark.py", [*flags, "--no-record"], cwd=tmp_path)
+    assert status == 0, output
+    assert "| training, end to end | " in output
+    assert "was spent waiting for data" in output
+
+
+def test_wrong_flags_are_refused():
+    for flags in (["input", "--rounds=0"], ["nothing"], ["step", "--contenders", "theirs"], ["train", "--compile=maybe"]):
+        with pytest.raises(SystemExit) as ended:
+            benchmark.parse_arguments(flags)
+        assert ended.value.code == 2
+
+
+# Recipes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("resolution", "epochs"), [(64, 10), (128, 16), (224, 16)])
+def test_the_recipes_compared_are_sound_and_of_equal_compute(resolution, epochs):
+    configs = contenders(resolution, epochs)
+    for name, changes in configs.items():
+        assert config_problems(CONFIG | changes) == [], name
+        assert compute(changes) == pytest.approx(compute(configs["fast"]), rel=0.06), name
+    for name, changes in configs.items():
+        if name.startswith("fast, "):
+            assert changes != configs["fast"], name
+
+
+def test_at_224_px_the_fast_recipe_compared_is_the_fast_recipe():
+    fast = contenders(224, 16)["fast"]
+    expected = {"train_resolution": 192, "start_resolution": 160, "val_resolution": 256, "warmup_epochs": 2, "epochs": 16}
+    assert {key: fast[key] for key in expected} == expected
+
+
+def test_the_table_of_recipes_gives_means_spreads_and_paired_differences():
+    study = {"resolution": 64, "epochs": 10, "architecture": "resnet18", "train_images": 10, "val_images": 5}
+    study |= {"batch_size": 32, "classes": 20}
+    facts = {"gpu": None, "cpu": "a CPU", "cores": 2, "date": "2026-01-01", "versions": {"torch": "2"}, "study": study}
+    scores = {"fast": {0: 50.0, 1: 54.0}, "seed": {0: 40.0, 1: 47.0}}
+    runs = []
+    for name, of_seeds in scores.items():
+        config = contenders(64, 10)[name]
+        for seed, top1 in of_seeds.items():
+            figures = {"top1": top1, "flip_top1": top1 + 1, "top1_elsewhere": {"56": top1 - 2}, "config": config}
+            runs.append(facts | figures | {"contender": name, "seed": seed, "pixels_per_image": compute(config)})
+    lines = recipe_tables(runs)
+    deviation = statistics.stdev([40.0, 47.0])
+    assert any(line.endswith(f"| 43.50 ± {deviation:.2f} | -8.50 | 2 |") and line.startswith("| seed | ") for line in lines)
+    assert any("| 52.00 ± 2.83 |  | 2 |" in line for line in lines)
+    assert "with flip 53.00" in lines[-1] and "at 56 px (its training resolution) 50.00" in lines[-1]
+
+
+def test_the_recipe_benchmark_trains_and_goes_on_with_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.measuring.RESULTS", tmp_path)
+    flags = ["recipes", f"--data-dir={tmp_path / 'images'}", "--architecture=resnet18", "--resolution=32", "--batch-size=16"]
+    flags += ["--epochs=3", "--train-images=32", "--val-images=16", "--classes=4", "--num-workers=0", "--device=cpu"]
+    arguments = benchmark.parse_arguments([*flags, "--seeds=1", "--contenders", "fast"])
+    first = benchmark.recipe_benchmark(arguments)
+    assert [run["contender"] for run in first] == ["fast"]
+    assert 0 <= first[0]["top1"] <= 100
+    assert recorded("recipes") == first
+    again = benchmark.recipe_benchmark(arguments)
+    assert again == first  # nothing is trained twice
+
+
 if __name__ == "__main__":
-    before, rest = README.read_text().split(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n\n{measured_table()}\n\n{END}{rest.split(END)[1]}")
+    text = README.read_text()
+    for name, table in TABLES.items():
+        begin, end = marks(name)
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n\n" + "\n".join(table()) + f"\n\n{end}{rest.split(end)[1]}"
+    README.write_text(text)

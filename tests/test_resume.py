@@ -166,6 +166,7 @@ def test_sigterm_saves_everything_and_the_resumed_run_equals_the_uninterrupted_o
     assert_same_run(tmp_path / "run", reference)
 
 
+@pytest.mark.slow
 def test_resnet50_killed_in_mid_epoch_and_resumed_ends_with_the_same_bits(image_tree, tmp_path):
     changes = {"architecture": "resnet50", "epochs": 2, "batch_size": 10, "swa_batch_norm_batches": 2}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
