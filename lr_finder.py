@@ -29,8 +29,8 @@ from engine.errors import run_program
 from engine.files import replacing
 from engine.interruption import Interrupted, StopRequest
 from engine.monitor import Monitor
-from engine.range_test import USUAL_RANGE
-from train import describe_rates, find_learning_rate, open_images
+from engine.range_test import USUAL_RANGE, describe_rates
+from train import find_learning_rate, open_images
 
 
 def range_from(options, config):

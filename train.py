@@ -42,8 +42,8 @@ from engine.interruption import Interrupted, StopRequest, watch_spot_notice
 from engine.loss import build_mixing, main_class, training_loss
 from engine.monitor import Monitor, Throughput
 from engine.optim import build_optimizer, build_schedule, rate_factor
-from engine.plan import Rates, epochs_within, plan_lines, plan_run, rates_stated
-from engine.range_test import BATCHES_IN_CYCLE, USUAL_RANGE, range_test
+from engine.plan import epochs_within, measure_rates, plan_lines, plan_run, rates_stated
+from engine.range_test import BATCHES_IN_CYCLE, USUAL_RANGE, describe_rates, range_test
 from engine.workers import WorkerDied
 from evaluate import evaluate
 from model import build_model
@@ -357,63 +357,28 @@ def find_learning_rate(config, batches, precision, monitor, lowest, highest, ste
     return result
 
 
-def describe_rates(result):
-    """Return the sentence that a range test's result amounts to."""
-    divergence = f"{result['divergence']:.2g}" if result["divergence"] else f"not reached up to {result['rates'][-1]:.2g}"
-    return (
-        f"suggested learning_rate: {result['suggestion']:g} ({result['reason']}; steepest descent {result['steepest']:.2g}, "
-        f"valley {result['valley']:.2g}, divergence {divergence})"
-    )
-
-
 # The plan ------------------------------------------------------------------------------------------------------------
 
 
-def measure_rates(config, splits, device, precision, monitor, seconds=20.0):
-    """Return the Rates of this machine, data included, with the run's own step on weights that are then forgotten.
-
-    Args:
-        seconds: of measuring each: training at the smallest and the largest resolution of the run, and validation.
-    """
-    images = splits["train"]
+def measure(config, splits, device, precision, monitor, seconds=20.0):
+    """Return the Rates of this machine, data included, with the run's own step on weights that are then forgotten."""
     config = config | {"learning_rate": 1e-6}
-    state = state_to_forget(config, images, device, precision)
-    mix = build_mixing(config, len(images.classes))
-    batches = data.BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], iter, monitor.say)
+    state = state_to_forget(config, splits["train"], device, precision)
+    mix = build_mixing(config, len(splits["train"].classes))
 
-    def training_rate(resolution):
-        fixed = config | {"start_resolution": 0, "train_resolution": resolution}
-        epochs = (data.training_requests(images, fixed, epoch) for epoch in itertools.count())
+    def train_on(images, labels):
         state.model.train()
-        device_batches = batches.training(itertools.chain.from_iterable(epochs), set())
-        return rate(lambda *batch: adapting_train_step(state, *mix(*batch), config, monitor.say).loss, device_batches)
+        return adapting_train_step(state, *mix(images, labels), config, monitor.say).loss
 
     @torch.inference_mode()
     def score(images, labels):
         with uncompiled(), autocast(device, precision):
-            return state.model(images).sum()
+            return state.model.eval()(images).sum()
 
-    def rate(work, device_batches):
-        monitor.start("measuring this machine", None)
-        counted, started = 0, None
-        for images, labels in monitor.watch(device_batches):
-            result = work(images, labels)
-            counted += len(labels)
-            if started is None:  # the first batch warms up
-                result.item()
-                counted, started = 0, time.perf_counter()
-            elif time.perf_counter() - started > seconds:
-                break
-        result.item()  # what was begun counts, so wait for its end
-        monitor.finish()
-        return max(counted, 1) / (time.perf_counter() - started)
-
+    source = f"measured on {describe_device(device)}, {precision}, data included"
+    batches = data.BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], iter, monitor.say)
     try:
-        sizes = [data.resolution_of_epoch(config, epoch) for epoch in range(config["epochs"])]
-        training = {size: training_rate(size) for size in sorted({min(sizes), max(sizes)})}
-        state.model.eval()
-        endless = itertools.chain.from_iterable(batches.validation() for _ in itertools.count())
-        return Rates(training, rate(score, endless), f"measured on {describe_device(device)}, {precision}, data included")
+        return measure_rates(config, batches, train_on, score, source, monitor, seconds)
     finally:
         batches.close()
 
@@ -429,7 +394,7 @@ def plan_new_run(config, options, splits, counts, monitor):
         rates = rates_stated(positive("images-per-s", options), config["val_resolution"])
     else:
         device = choose_device(config)
-        rates = measure_rates(config, splits, device, choose_precision(config, device), monitor)
+        rates = measure(config, splits, device, choose_precision(config, device), monitor)
     if "hours" in options:
         hours = positive("hours", options)
         epochs = epochs_within(hours, config, rates, *counts, lambda stretched: not config_problems(stretched))

@@ -4,7 +4,7 @@ import itertools
 import time
 from typing import NamedTuple
 
-from engine.data import resolution_of_epoch
+from engine.data import resolution_of_epoch, training_requests
 
 
 class Rates(NamedTuple):
@@ -28,6 +28,43 @@ def rates_stated(images_per_s, val_resolution):
     """Return the Rates that follow from one figure, images/s in training at 224 px; a forward pass is a third of the work."""
     validation = 3 * images_per_s * (224 / val_resolution) ** 2
     return Rates({224: images_per_s}, validation, f"calculated from {images_per_s:g} images/s at 224 px")
+
+
+def measure_rates(config, batches, train_on, score, source, monitor, seconds):
+    """Return the Rates of this machine, data included.
+
+    Args:
+        batches: BatchServer of the run's images.
+        train_on, score: take a batch (images, labels) in training and in validation; they return a tensor on the device.
+        source: of the rates, in words.
+        seconds: of measuring each: training at the smallest and the largest resolution of the run, and validation.
+    """
+
+    def rate(work, device_batches):
+        monitor.start("measuring this machine", None)
+        counted, started = 0, None
+        for images, labels in monitor.watch(device_batches):
+            result = work(images, labels)
+            counted += len(labels)
+            if started is None:  # the first batch warms up
+                result.item()
+                counted, started = 0, time.perf_counter()
+            elif time.perf_counter() - started > seconds:
+                break
+        result.item()  # what was begun counts, so wait for its end
+        monitor.finish()
+        return max(counted, 1) / (time.perf_counter() - started)
+
+    def endless(epoch_of):
+        return itertools.chain.from_iterable(epoch_of(epoch) for epoch in itertools.count())
+
+    def requests(resolution):
+        fixed = config | {"start_resolution": 0, "train_resolution": resolution}
+        return endless(lambda epoch: training_requests(batches.splits["train"], fixed, epoch))
+
+    sizes = [resolution_of_epoch(config, epoch) for epoch in range(config["epochs"])]
+    training = {size: rate(train_on, batches.training(requests(size), set())) for size in sorted({min(sizes), max(sizes)})}
+    return Rates(training, rate(score, endless(lambda epoch: batches.validation())), source)
 
 
 class Phase(NamedTuple):

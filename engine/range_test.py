@@ -102,3 +102,12 @@ def _smoothed(values, width):
     steps = np.arange(len(values))
     weights = np.exp(-0.5 * ((steps[:, None] - steps[None]) / max(width, 1e-6)) ** 2)
     return (weights @ values) / weights.sum(axis=1)
+
+
+def describe_rates(result):
+    """Return the sentence that a range test's result amounts to."""
+    divergence = f"{result['divergence']:.2g}" if result["divergence"] else f"not reached up to {result['rates'][-1]:.2g}"
+    return (
+        f"suggested learning_rate: {result['suggestion']:g} ({result['reason']}; steepest descent {result['steepest']:.2g}, "
+        f"valley {result['valley']:.2g}, divergence {divergence})"
+    )

@@ -71,21 +71,16 @@ def test_the_step_benchmark_measures_each_contender_in_a_process_of_its_own(tmp_
 
 
 @pytest.mark.parametrize("loop", ["reference", "ours"])
-def test_the_loops_compared_really_learn(loop):
-    torch.manual_seed(0)
+def test_the_loops_compared_really_train_their_network(loop):
     job = {"batch_size": 8, "compile": "off", "channels_last": True}
     step = LOOPS[loop](job, torch.device("cpu"), "fp32")
-    images, labels = torch.randn(8, 3, 32, 32).to(memory_format=torch.channels_last), torch.arange(8) % 2
-    network = next(
-        cell.cell_contents
-        for cell in step.__closure__
-        if hasattr(cell.cell_contents, "parameters") or hasattr(cell.cell_contents, "model")
-    )
-    network = getattr(network, "model", network)
-    before = [parameter.detach().clone() for parameter in network.parameters()]
-    for _ in range(3):
-        step(images, labels)
-    assert all(not torch.equal(parameter, old) for parameter, old in zip(network.parameters(), before, strict=True))
+    held = [cell.cell_contents for cell in step.__closure__]
+    network = next(getattr(thing, "model", thing) for thing in held if hasattr(getattr(thing, "model", thing), "conv1"))
+    before = network.conv1.weight.detach().clone(), network.fc.weight.detach().clone()
+    images, labels = torch.randn(8, 3, 32, 32).to(memory_format=torch.channels_last), torch.arange(8)
+    step(images, labels)
+    assert not torch.equal(network.conv1.weight, before[0])
+    assert not torch.equal(network.fc.weight, before[1])
 
 
 def test_training_is_measured_end_to_end_by_train_py_itself(tmp_path):

@@ -76,7 +76,7 @@ def test_a_machines_rates_are_measured_at_the_smallest_and_largest_size_and_in_v
     config = parse_command_line(arguments).config
     splits = data.open_splits(image_tree)
     with Monitor(config | {"log_file": None}, torch.device("cpu")) as monitor:
-        rates = train.measure_rates(config, splits, torch.device("cpu"), "fp32", monitor, seconds=0.5)
+        rates = train.measure(config, splits, torch.device("cpu"), "fp32", monitor, seconds=0.5)
     assert list(rates.training) == [32, 96]
     assert rates.training[32] > rates.training[96] > 0
     assert rates.validation > rates.training[96]
