@@ -296,7 +296,7 @@ def machine(run, price_per_hour):
         ("GPU utilisation, mean and lowest", f"{statistics.mean(busy):.0f} %, {min(lowest):.0f} %" if busy else None),
         ("GPU temperature, highest", _highest(records, "gpu_temperature_highest_c", "°C")),
         ("GPU power, mean", spread(list(column(records, "gpu_power_w").values()))),
-        ("GPU energy", f"{energy:.3f} kWh" if energy is not None else None),
+        ("GPU energy of the recorded epochs", f"{energy:.3f} kWh" if energy is not None else None),
         ("clock held down, worst epoch", ", ".join(f"{why} {share:.0%}" for why, share in throttled.items()) or None),
         ("skipped steps", sum(record.get("skipped_steps", 0) for record in records)),
         ("unreadable training images", records[-1].get("bad_images", 0) if records else 0),

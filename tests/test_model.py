@@ -4,7 +4,7 @@ import torch.nn.functional as F
 import torchvision
 
 from config import CONFIG
-from model import BlurredConv2d, build_model
+from model import BlurredConv2d, BlurredMaxPool2d, build_model
 
 
 def test_state_dict_is_interchangeable_with_torchvisions_resnet50():
@@ -137,3 +137,28 @@ def test_stochastic_depth_keeps_the_mean():
     assert seen[0].mean().item() == pytest.approx(1, abs=0.05)
     kept = seen[0][(seen[0].flatten(1) != 0).any(1)]
     assert kept.mean().item() == pytest.approx(1 / 0.6, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"blur_pool": True, "blur_max_pool": True, "memory": "low"}, {"architecture": "resnet18"}]
+)
+def test_every_stage_forward_and_backward_stays_channels_last(changes):
+    model = build_model(CONFIG | changes, 10).train()
+    strided = []
+
+    def note(tensor):
+        strided.append(tensor.is_contiguous(memory_format=torch.channels_last))
+
+    def check(module, inputs, output):
+        note(output)
+        output.register_hook(note)  # its gradient
+
+    layers = [m for m in model.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.BatchNorm2d, BlurredMaxPool2d))]
+    for layer in layers:
+        layer.register_forward_hook(check)
+    images = torch.randn(4, 3, 64, 64).to(memory_format=torch.channels_last)
+    model(images).sum().backward()
+    assert len(strided) >= 2 * len(layers)
+    assert all(strided)
+    weights = [m.weight.grad for m in layers if isinstance(m, torch.nn.Conv2d) and m.kernel_size != (1, 1)]
+    assert all(gradient.is_contiguous(memory_format=torch.channels_last) for gradient in weights)

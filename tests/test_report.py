@@ -290,7 +290,7 @@ def test_the_use_of_a_gpu_is_reported_from_its_records(run_folder, tmp_path):
     assert found["GPU utilisation, mean and lowest"] == ["91 %, 50 %"]
     assert found["GPU memory, peak as NVML counts it"] == ["11,011 MiB"]
     assert found["GPU temperature, highest"] == ["71 °C"]
-    assert found["GPU energy"] == [f"{12 * 70.5 / 1000:.3f} kWh"]
+    assert found["GPU energy of the recorded epochs"] == [f"{12 * 70.5 / 1000:.3f} kWh"]
     assert found["clock held down, worst epoch"] == ["power cap 11%"]
     assert "GPU power" in page
 
