@@ -15,6 +15,7 @@ from conftest import finish, run_here, run_program, start_program, tiny_run
 
 import report
 from config import CONFIG
+from engine.figures import read_run
 from engine.history import SILENT_END, interruptions, read_sessions
 from engine.metrics import TrainingMetrics
 from engine.monitor import Monitor, Throughput
@@ -91,10 +92,11 @@ def test_the_reports_figures_are_those_of_the_raw_records(run_folder, tmp_path):
     assert "Sessions: 3; interruptions: 2." in markdown
     away = sum((stamps[start] - stamps[start - 1]).total_seconds() for start in starts[1:])
     assert f"the run stood still for {away:.0f} seconds" in markdown
-    assert "stopped by SIGTERM, saved" in found["1"][-2]
-    assert found["2"][-2] == SILENT_END
-    assert found["3"][-2] == "finished"
-    assert found["3"][3] == "end of epoch 12"
+    of_sessions = cells(markdown.split("## Course")[1].split("## Machine")[0])
+    assert of_sessions["1"][-2] == "stopped by SIGTERM, saved"
+    assert of_sessions["2"][-2] == SILENT_END
+    assert of_sessions["3"][-2] == "finished"
+    assert of_sessions["3"][3] == "end of epoch 12"
 
 
 def test_the_sessions_positions_are_those_of_the_log(run_folder):
@@ -162,7 +164,7 @@ def test_a_shared_log_gives_each_run_its_own_sessions_and_a_replaced_run_is_forg
         arguments = [flag for flag in tiny_run(image_tree, tmp_path / name, epochs=2) if not flag.startswith("--log_file")]
         assert run_here([*arguments, log, *more]) == 0
     assert len(read_sessions(tmp_path / "training.log")) == 3
-    runs = [report.read_run(tmp_path / name) for name in "ab"]
+    runs = [read_run(tmp_path / name, CONFIG) for name in "ab"]
     assert [len(run.sessions) for run in runs] == [1, 1]
     assert runs[0].sessions[0].begun >= runs[1].sessions[0].last_word
     markdown, page = reported(tmp_path / "a", tmp_path / "b", folder=tmp_path)
