@@ -11,7 +11,7 @@ from conftest import run_program, tiny_run
 import train
 from config import CONFIG
 from engine import checkpoint
-from engine.compiling import choose_compile
+from engine.compiling import COMPILE_ERRORS, choose_compile, compile_network, give_up_compiling, uncompiled
 
 CPU = torch.device("cpu")
 QUICK = CONFIG | {"batch_size": 8, "epochs": 4, "warmup_epochs": 1, "swa_start_epoch": 3, "architecture": "resnet18"}
@@ -70,10 +70,38 @@ def test_where_compiling_fails_under_auto_the_same_step_is_taken_as_written_and_
     assert len(said) == 1
 
 
+class Broken(torch.nn.Module):
+    def forward(self, images):
+        torch._dynamo.graph_break()
+        return images + 1
+
+
+def test_what_cannot_be_compiled_as_a_whole_is_an_error_and_no_silent_detour():
+    model = Broken()
+    compile_network(model, "fast")
+    with pytest.raises(COMPILE_ERRORS):
+        model(torch.zeros(2))
+    with uncompiled():
+        assert model(torch.zeros(2)).tolist() == [1, 1]
+    give_up_compiling(model)
+    assert model(torch.zeros(2)).tolist() == [1, 1]
+
+
+def test_more_shapes_than_allowed_are_an_error_and_no_silent_detour(monkeypatch):
+    monkeypatch.setattr("engine.compiling.SHAPES", 2)
+    model = torch.nn.ReLU()
+    compile_network(model, "fast")
+    for size in (3, 4):
+        model(torch.zeros(size))
+    with pytest.raises(COMPILE_ERRORS):
+        model(torch.zeros(5))
+
+
 @pytest.mark.slow
-def test_compiled_gradients_statistics_and_losses_are_the_plain_ones():
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_compiled_gradients_statistics_and_losses_are_the_plain_ones(memory):
     """As exact as the order of fp32 sums: cosine above 0.999 per tensor, statistics within 1e-3 after 10 steps."""
-    config = QUICK | {"learning_rate": 1e-3, "swa_start_epoch": 0}
+    config = QUICK | {"learning_rate": 1e-3, "swa_start_epoch": 0, "memory": memory}
     gradients, statistics, losses = {}, {}, {}
     for kind in ("on", "off"):
         state = train.new_state(config | {"compile": kind}, 5, 10, CPU, "fp32")

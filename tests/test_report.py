@@ -278,6 +278,16 @@ def test_the_sampler_samples_in_its_own_thread_and_hands_each_second_out_once():
     assert first["gpu_energy_wh"] > 0 and second["gpu_energy_wh"] > 0
 
 
+def test_the_energies_of_the_epochs_add_up_to_that_of_the_run():
+    sampler = GpuSampler(GpuFigures(torch.device("cpu")))
+    samples = [(float(instant), {"power_w": 60.0 + instant}) for instant in range(0, 60, 10)]
+    energy = 0
+    for piece in (samples[:2], samples[2:3], samples[3:]):
+        sampler._samples += piece
+        energy += sampler.summary()["gpu_energy_wh"]
+    assert energy == pytest.approx(summary_of(samples)["gpu_energy_wh"])
+
+
 def test_the_use_of_a_gpu_is_reported_from_its_records(run_folder, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -304,12 +314,12 @@ def test_tensorboard_gets_every_epochs_figures_once_even_after_a_resumption(imag
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = tmp_path / "run"
-    assert run_here(tiny_run(image_tree, folder, epochs=3, tensorboard=True)) == 0
-    assert run_here([f"--resume={folder}/last.pt", "--epochs=5"]) == 0
+    assert run_here(tiny_run(image_tree, folder, epochs=3, tensorboard=True, checkpoint_every_epochs=2)) == 0
+    assert run_here([f"--resume={folder}/epoch_002.pt", "--epochs=5"]) == 0  # the third epoch is trained once more
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
-    written = {event.step: event.value for event in events.Scalars("val_top1")}
-    assert written == {r["epoch"]: pytest.approx(r["val_top1"]) for r in raw_records(folder)}
+    written = [(event.step, event.value) for event in events.Scalars("val_loss")]
+    assert written == [(r["epoch"], pytest.approx(r["val_loss"])) for r in raw_records(folder)]
     assert len(written) == 5
 
 
