@@ -529,7 +529,7 @@ def run(config, recipe, contents, remarks, splits, device, precision, monitor):
             f"{steps_per_epoch} steps an epoch; {describe_device(device)}, {precision}, PyTorch {torch.__version__}"
         )
         compiles, why = choose_compile(config, device)
-        monitor.say(f"the network {'is compiled' if compiles else 'runs as written'}: {why}")
+        monitor.say(f"the network is {'compiled' if compiles else 'not compiled'}: {why}")
         for remark in remarks:
             monitor.say(remark)
         batches = data.BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], stop.between, monitor.say)

@@ -14,7 +14,7 @@ def choose_compile(config, device):
     if config["compile"] != "auto":
         return config["compile"] == "on", "as asked for"
     if device.type != "cuda":
-        return False, "on a CPU it takes minutes before the first step"
+        return False, "on a CPU that takes minutes before the first step"
     capability = torch.cuda.get_device_capability(device)
     name = f"compute capability {capability[0]}.{capability[1]}"
     if capability < LEAST_CAPABILITY:
