@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from engine.metrics import append_record, keep_records_up_to, read_records
 from engine.telemetry import GpuFigures, GpuSampler
 from engine.tensorboard import open_tensorboard
 
+DRAWING_SECONDS = 20.0  # between drawings of curves.png, besides the last
 PLAIN_LINE_SECONDS = 30.0  # between progress lines in the log, and on an output that is no terminal
 
 
@@ -33,6 +35,7 @@ class Monitor:
         self._sampler = GpuSampler(self.gpu)
         self._config = config
         self._board = None
+        self._next_drawing = -math.inf
         self._log = logging.Logger("training")  # not from the registry: each run has its own file
         if config["log_file"] is not None:
             try:
@@ -133,11 +136,18 @@ class Monitor:
             append_record(path, record)
             if self._board is not None:
                 self._board.add(record)
-            if not draw_curves(read_records(path), self._folder / CURVES) and record["epoch"] == 1:
-                self.say("matplotlib is not installed: no curves.png (pip install matplotlib)")
+            self._draw_curves_if_due(read_records(path), is_last=record["epoch"] == self.epochs)
         except OSError as error:  # a full disk must not end the run
             self.say(f"WARNING: the record of epoch {record['epoch']} could not be written: {error}")
         self.say(epoch_line(record, self.epochs))
+
+    def _draw_curves_if_due(self, records, is_last):
+        """Draw the curves anew, unless that was done a moment ago: it takes about a second, more than a small epoch."""
+        if not is_last and time.monotonic() < self._next_drawing:
+            return
+        self._next_drawing = time.monotonic() + DRAWING_SECONDS
+        if not draw_curves(records, self._folder / CURVES) and len(records) == 1:
+            self.say("matplotlib is not installed: no curves.png (pip install matplotlib)")
 
 
 def _complain_of_the_log(record):

@@ -107,3 +107,18 @@ def test_the_time_between_asking_for_a_batch_and_getting_it_is_the_waiting(monke
         pass
     assert speed.waited() == (4 - 1) + (12 - 10)
     assert speed.waited() == 5
+
+
+def test_curves_are_drawn_at_first_at_last_and_now_and_then(tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.monitor.DRAWING_SECONDS", 1000.0)
+    drawn = []
+    monkeypatch.setattr("engine.monitor.draw_curves", lambda records, path: drawn.append(len(records)) or True)
+    figures = {"train_loss": None, "val_loss": 1.0, "val_top1": 1.0, "val_top5": 1.0, "learning_rate": 1.0}
+    figures |= {"images_per_s": 1.0, "seconds": 1.0, "skipped_steps": 0}
+    with Monitor(CONFIG | {"log_file": str(tmp_path / "log"), "epochs": 6}, CPU) as monitor:
+        monitor.open_records(tmp_path, 0)
+        for epoch in range(1, 7):
+            if epoch == 4:
+                monkeypatch.setattr("engine.monitor.time.monotonic", lambda: 1e9)  # much later
+            monitor.record_epoch({"epoch": epoch} | figures)
+    assert drawn == [1, 4, 6]

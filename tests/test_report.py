@@ -27,7 +27,7 @@ from engine.telemetry import GpuFigures, GpuSampler, summary_of
 def run_folder(image_tree, tmp_path_factory):
     """A run of 12 epochs with averaging from the ninth, stopped by SIGTERM, killed by SIGKILL, and finished."""
     folder = tmp_path_factory.mktemp("report") / "run"
-    arguments = tiny_run(image_tree, folder, epochs=12, swa_start_epoch=9, checkpoint_minutes=0.002)
+    arguments = tiny_run(image_tree, folder, epochs=12, swa_start_epoch=9, checkpoint_minutes=0.01)
     for number, epochs in ((signal.SIGTERM, 2), (signal.SIGKILL, 5)):
         process = start_program("train.py", arguments, start_new_session=True)
         while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < epochs:
