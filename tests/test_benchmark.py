@@ -91,6 +91,19 @@ def test_training_is_measured_end_to_end_by_train_py_itself(tmp_path):
     assert "was spent waiting for data" in output
 
 
+def test_alone_it_measures_everything_keeps_the_results_and_draws_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    kept = []
+    monkeypatch.setattr(benchmark, "record", lambda name, results: kept.append(name))
+    for name, (_, tables) in benchmark.MEASURES.items():  # the measuring itself takes a quarter of an hour
+        monkeypatch.setitem(benchmark.MEASURES, name, (lambda arguments: recorded(arguments.what)[-1], tables))
+    assert benchmark.main(benchmark.parse_arguments([])) == 0
+    assert kept == ["input", "step", "train"]
+    output = capsys.readouterr().out
+    assert "| ours, packed | " in output and "| timm | " in output and "| training, end to end | " in output
+    assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_wrong_flags_are_refused():
     for flags in (["input", "--rounds=0"], ["nothing"], ["step", "--contenders", "theirs"], ["train", "--compile=maybe"]):
         with pytest.raises(SystemExit) as ended:
