@@ -56,11 +56,11 @@ def test_without_a_compiler_a_run_that_asks_for_one_stops_and_says_why(image_tre
 
 def test_where_compiling_fails_under_auto_the_same_step_is_taken_as_written_and_it_is_said(monkeypatch, tmp_path):
     monkeypatch.setitem(os.environ, "TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     monkeypatch.setattr(train, "choose_compile", lambda config, device: (True, "for this test"))
     said = []
     state = train.new_state(QUICK, 5, 10, CPU, "fp32")
-    result = train.adapting_train_step(state, *some_batch(), QUICK, said.append)
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        result = train.adapting_train_step(state, *some_batch(), QUICK, said.append)
     monkeypatch.setattr(train, "choose_compile", lambda config, device: (False, "for this test"))
     plain = train.new_state(QUICK, 5, 10, CPU, "fp32")
     expected = train.train_step(plain, *some_batch(), QUICK)
