@@ -16,7 +16,7 @@ from engine.errors import UserError
 
 CONFIG = {
     # The seed's six.
-    "batch_size": 256,  # images per optimizer step; 256 at 224 px fits the 16 GB of a T4
+    "batch_size": 256,  # images per optimizer step, of all GPUs together; 256 at 224 px fits the 16 GB of a T4
     "learning_rate": 0.0005,  # peak rate, reached after warmup_epochs; "auto" asks lr_finder.py first
     "epochs": 100,  # passes over the training images; the whole rate plan stretches with it
     "weight_decay": 1e-4,  # per step, as the optimizer defines it; norms and biases get none
@@ -27,6 +27,7 @@ CONFIG = {
     "blur_pool": False,  # blurs before each strided convolution of 16 or more channels: arXiv:1904.11486
     "blur_max_pool": False,  # the first pooling takes the largest of every 3 x 3 px and blurs before its stride; same source
     "stochastic_depth": 0.0,  # probability that an image passes by the last block, less for earlier ones: arXiv:1603.09382
+    "sync_batch_norm": False,  # of several GPUs: true normalises over all their images, false each one over its own
     "zero_init_residual": True,  # each block starts as the identity: arXiv:1706.02677, section 5.1
     # Data.
     "data_dir": "data/imagenet",  # folder with train.arrow and val.arrow, or train/<class>/* and val/<class>/*
@@ -50,7 +51,7 @@ CONFIG = {
     "color_jitter": 0.0,  # largest relative change of brightness, contrast and saturation
     "random_erasing": 0.0,  # probability that a box of an image is painted over (arXiv:1708.04896)
     "make_demo_data": False,  # true makes the demo's pictures in data_dir on first use
-    "num_workers": "auto",  # processes that decode images; "auto" is one per CPU core, 0 decodes in the main process
+    "num_workers": "auto",  # processes that decode images, for each GPU; "auto" shares out the cores, 0 is the main process
     "max_bad_images": 100,  # unreadable training images replaced before the run stops; in validation the first one stops it
     # Optimizer.
     "optimizer": "adamw",  # adamw, adam (decay inside the gradient) or sgd
@@ -77,7 +78,7 @@ CONFIG = {
     "device": "auto",  # auto, cuda or cpu
     "compile": "auto",  # auto, on or off: torch.compile of the network; auto where Triton supports the GPU
     "memory": "fast",  # fast keeps all activations; low and lowest compute ever more of them again, to the same bits
-    "micro_batch_size": 0,  # images per forward pass; 0 is the whole batch, halved when the GPU's memory runs out
+    "micro_batch_size": 0,  # images per forward pass of a GPU; 0 is all it gets, halved when its memory runs out
     "max_bad_steps": 20,  # steps in a row with a non-finite loss or gradient before the run stops
     "seed": 0,  # of weights, order and augmentation; the same seed on the same CPU gives the same bits
     # Records.
@@ -289,6 +290,7 @@ ALLOWED = {
     "blur_pool": Flag(),
     "blur_max_pool": Flag(),
     "stochastic_depth": Number(0, 0.9),
+    "sync_batch_norm": Flag(),
     "zero_init_residual": Flag(),
     "data_dir": Text(),
     "train_resolution": Number(32, 1024, whole=True),

@@ -21,10 +21,12 @@ from config import CONFIG
 from engine import averaging, checkpoint, classify, data, metrics
 from engine.confusion import count_confusions, write_details
 from engine.device import AUTOCAST_DTYPES, autocast, choose_device, choose_precision
+from engine.distributed import refuse_several, summed
 from engine.environment import commit
 from engine.errors import UserError, run_program
 from engine.export import export, model_card, model_facts
 from engine.files import replacing
+from engine.interruption import StopRequest
 from engine.metrics import topk_correct
 from engine.networks import IN_WORDS, KINDS, load_networks
 from model import build_model
@@ -38,10 +40,12 @@ ENSEMBLE = "ensemble"
 def evaluate(models, device_batches, num_images, context, flip=False, ensemble=False, confusions_of=None):
     """Return {name: {'loss', 'top1', 'top5', 'images'}} of each model; the images are read once for all.
 
+    Of several processes each scores its own images, and all return the figures of all images.
+
     Args:
         models: {name: network}; put into evaluation mode.
-        device_batches: yields (images [B, 3, H, W] ready for the network, labels int64 [B]).
-        num_images: how many images there must be.
+        device_batches: yields (images [B, 3, H, W] ready for the network, labels int64 [B]); B may be 0.
+        num_images: how many images there must be, over all processes.
         context: autocast of the precision.
         flip: also score the mean of the logits of each image and of its mirror image, as 'flip_loss', 'flip_top1', 'flip_top5'.
         ensemble: also score the mean of the models' probabilities, as a further name, 'ensemble'.
@@ -59,10 +63,11 @@ def evaluate(models, device_batches, num_images, context, flip=False, ensemble=F
             if view == "" and confusions_of is not None:
                 confusions = confusions + count_confusions(logits_of[confusions_of], labels)
         count += len(labels)
+    count = int(summed(torch.tensor(count)))
     assert count == num_images, f"{count} images evaluated, {num_images} expected"
     results = {}
     for (name, view), total in totals.items():
-        loss, top1, top5 = (total / count).tolist()
+        loss, top1, top5 = (summed(total) / count).tolist()
         results.setdefault(name, {"images": count})
         results[name] |= {f"{view}loss": loss, f"{view}top1": 100 * top1, f"{view}top5": 100 * top5}
     if confusions_of is not None:
@@ -124,7 +129,7 @@ def score(networks, arguments, device):
     context = autocast(device, precision)
     resolutions = arguments.resolution or [config["val_resolution"]]
     settings = config | {"more_val_resolutions": resolutions}
-    server = data.BatchServer(splits, settings, device, AUTOCAST_DTYPES[precision], guard=iter, say=print)
+    server = data.BatchServer(splits, settings, device, AUTOCAST_DTYPES[precision], StopRequest(), say=print)
     try:
         if arguments.average:
             networks = [averaged_network(networks, server, context)]
@@ -271,6 +276,7 @@ def parse_arguments(arguments=None):
 
 
 def main(arguments):
+    refuse_several("evaluate.py")
     device = choose_device({"device": arguments.device})
     single = len(arguments.checkpoints) == 1 and not (arguments.classify or arguments.export)
     kinds = arguments.weights or ("all" if single else "auto")
@@ -301,7 +307,7 @@ def averaged_for_export(networks, device):
     config = networks[0].config
     precision = choose_precision(config, device)
     splits = open_matching_splits(networks, config)
-    server = data.BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], guard=iter, say=print)
+    server = data.BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], StopRequest(), say=print)
     try:
         return averaged_network(networks, server, autocast(device, precision))
     finally:

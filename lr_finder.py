@@ -25,6 +25,7 @@ import torch
 from engine import data
 from engine.curves import draw_range_test
 from engine.device import AUTOCAST_DTYPES, choose_device, choose_precision, describe_device
+from engine.distributed import refuse_several
 from engine.errors import run_program
 from engine.files import replacing
 from engine.interruption import Interrupted, StopRequest
@@ -55,6 +56,7 @@ def range_from(options, config):
 
 
 def main(command):
+    refuse_several("lr_finder.py")
     config = command.config
     lowest, highest, steps = range_from(command.options, config)
     device = choose_device(config)
@@ -63,7 +65,7 @@ def main(command):
     with Monitor(config | {"log_file": None}, device) as monitor, StopRequest() as stop:
         splits = open_images(config, None, monitor.say)
         monitor.say(f"range test from {lowest:g} to {highest:g} in {steps} steps; {describe_device(device)}, {precision}")
-        batches = data.BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], stop.between, monitor.say)
+        batches = data.BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.say)
         try:
             result = find_learning_rate(config, batches, precision, monitor, lowest, highest, steps)
         except Interrupted as cause:

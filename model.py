@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import stochastic_depth
 
+from engine.device import choose_device
 from engine.loss import start_bias_for
 from engine.recompute import recomputing
+from engine.sync_norm import synced_batch_norm
 
 LAYERS = {
     "resnet18": (BasicBlock, [2, 2, 2, 2]),
@@ -30,7 +32,10 @@ def build_model(config, num_classes):
     block = recomputing(block, config["memory"])
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(config["seed"])
-        model = ResNet(block, layers, num_classes=num_classes, zero_init_residual=config["zero_init_residual"])
+        zero_init, norm = config["zero_init_residual"], None
+        if config["sync_batch_norm"]:
+            norm = synced_batch_norm(choose_device(config))
+        model = ResNet(block, layers, num_classes=num_classes, zero_init_residual=zero_init, norm_layer=norm)
     torch.nn.init.constant_(model.fc.bias, start_bias_for(config["loss"], num_classes))
     drop_blocks_by_chance(model, config["stochastic_depth"])
     if config["blur_pool"]:

@@ -1,9 +1,10 @@
-"""Train ResNet-50 on ImageNet, or on any folder of images, on one GPU.
+"""Train ResNet-50 on ImageNet, or on any folder of images, on one GPU or on several.
 
 python train.py                                the seed's run on data/imagenet
 python train.py --recipe demo                  minutes on a CPU, no download
 python train.py --recipe fast --hours 12       the recipe stretched into a budget; --plan only says what it would take
 python train.py --resume checkpoints/last.pt   go on where a run was stopped; --resume auto takes the newest good file
+torchrun --nproc_per_node=4 train.py           the same run on four GPUs
 """
 
 import sys
@@ -32,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from engine import averaging, checkpoint, data, metrics
+from engine import averaging, checkpoint, data, distributed, metrics
 from engine.compiling import COMPILE_ERRORS, choose_compile, compile_network, give_up_compiling, uncompiled
 from engine.demo import make_demo_data
 from engine.device import AUTOCAST_DTYPES, autocast, build_scaler, choose_device, choose_precision, describe_device
@@ -44,6 +45,7 @@ from engine.monitor import Monitor, Throughput
 from engine.optim import build_optimizer, build_schedule, rate_factor
 from engine.plan import epochs_within, measure_rates, plan_lines, plan_run, rates_stated
 from engine.range_test import BATCHES_IN_CYCLE, USUAL_RANGE, describe_rates, range_test
+from engine.recompute import statistics_untouched
 from engine.workers import WorkerDied
 from evaluate import evaluate
 from model import build_model
@@ -56,6 +58,7 @@ class TrainState:
     """Exactly what a resumed run needs."""
 
     model: torch.nn.Module
+    network: torch.nn.Module  # the model as it is called in training: with several processes it exchanges gradients
     averaged_model: torch.nn.Module | None
     ema_model: torch.nn.Module | None
     optimizer: torch.optim.Optimizer
@@ -68,13 +71,20 @@ class TrainState:
     batch: int = 0  # batches of the next one done
     best: dict = field(default_factory=lambda: {"top1": 0.0, "epoch": 0, "weights": "raw"})
     bad_images: set = field(default_factory=set)  # indices of training images that could not be read
+    rehearsed: set = field(default_factory=set)  # resolutions that each process has tried out alone
 
     @property
     def device(self):
         return next(self.model.parameters()).device
 
     def state_dict(self):
-        """Return everything as a dict of tensors and plain values, for a checkpoint."""
+        """Return everything as a dict of tensors and plain values, for a checkpoint of any number of processes.
+
+        Each process must ask; what is their own is brought together.
+        """
+        for model in (self.model, self.ema_model):
+            if model is not None:
+                distributed.average_statistics(model)
         return {
             "epoch": self.epoch,
             "batch": self.batch,
@@ -85,13 +95,15 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "schedule": {"step": self.schedule.last_epoch},  # the rate plan itself follows from the configuration
             "scaler": self.scaler.state_dict(),
-            "sums": self.sums.values,
+            "sums": self.sums.state(),
             "micro_batch_size": self.micro_batch_size,
             "bad_images": sorted(self.bad_images),
-            "rng": {
-                "cpu": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
-            },
+            "rng": distributed.gathered(  # one for each process
+                {
+                    "cpu": torch.get_rng_state(),
+                    "cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+                }
+            ),
         }
 
     def load_state_dict(self, saved, config, steps_per_epoch):
@@ -105,15 +117,19 @@ class TrainState:
         self.schedule = build_schedule(self.optimizer, config, steps_per_epoch)
         self.schedule.move_to(saved["epoch"] * steps_per_epoch + saved["batch"])
         self.scaler.load_state_dict(saved["scaler"])
-        self.sums.values.copy_(saved["sums"])
+        self.sums.load(saved["sums"])
         self.epoch, self.batch, self.best = saved["epoch"], saved["batch"], dict(saved["best"])
         was = saved["config"]
         if saved["micro_batch_size"] < was["batch_size"] and config["micro_batch_size"] == was["micro_batch_size"]:
             self.micro_batch_size = saved["micro_batch_size"]  # what the memory sufficed for, unless a flag says otherwise
         self.bad_images = set(saved["bad_images"])
-        torch.set_rng_state(saved["rng"]["cpu"])
-        if self.device.type == "cuda" and saved["rng"]["cuda"] is not None:
-            torch.cuda.set_rng_state(saved["rng"]["cuda"])
+        if distributed.rank() >= len(saved["rng"]):
+            torch.manual_seed(config["seed"] + distributed.rank() + 1000 * self.schedule.last_epoch)  # a stream of its own
+            return
+        rng = saved["rng"][distributed.rank()]
+        torch.set_rng_state(rng["cpu"])
+        if self.device.type == "cuda" and rng["cuda"] is not None:
+            torch.cuda.set_rng_state(rng["cuda"])
 
 
 def new_state(config, num_classes, steps_per_epoch, device, precision):
@@ -126,6 +142,7 @@ def new_state(config, num_classes, steps_per_epoch, device, precision):
     optimizer = build_optimizer(model, config)
     return TrainState(
         model=model,
+        network=distributed.parallel(model),
         averaged_model=averaged_model,
         ema_model=ema_model,
         optimizer=optimizer,
@@ -147,9 +164,9 @@ def state_to_forget(config, images, device, precision):
 class StepResult(NamedTuple):
     """Scalars on the device: reading one makes the host wait."""
 
-    loss: torch.Tensor
-    grad_norm: torch.Tensor  # before clipping; not finite if the step was skipped
-    correct: torch.Tensor
+    loss: torch.Tensor  # this process's part of the batch's mean
+    grad_norm: torch.Tensor  # of the batch, before clipping; not finite if the step was skipped
+    correct: torch.Tensor  # among this process's images
 
 
 def train_step(state, images, targets, config):
@@ -158,23 +175,10 @@ def train_step(state, images, targets, config):
     A gradient that is not finite leaves the weights as they were. The host never waits for the device.
 
     Args:
-        images: [B, 3, H, W], ready for the network, on its device.
+        images: [B, 3, H, W], ready for the network, on its device: this process's share of the batch.
         targets: int64 [B], or float [B, C] where images were mixed.
-    Returns:
-        StepResult; the loss is the batch's mean.
     """
-    state.optimizer.zero_grad(set_to_none=True)
-    loss = torch.zeros((), device=images.device)
-    correct = torch.zeros((), device=images.device)
-    for some_images, some_targets in zip(
-        images.split(state.micro_batch_size), targets.split(state.micro_batch_size), strict=True
-    ):
-        with autocast(images.device, state.precision):
-            logits = state.model(some_images)
-            part = training_loss(logits.float(), some_targets, config) * (len(some_targets) / len(targets))
-        state.scaler.scale(part).backward()
-        loss += part.detach()
-        correct += metrics.topk_correct(logits.detach(), main_class(some_targets), 1)
+    loss, correct = add_gradients(state.network, state, images, targets, config)
     state.scaler.unscale_(state.optimizer)  # clip the true gradient, not the scaled one
     grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config["grad_clip_value"])
     state.scaler.step(state.optimizer)
@@ -183,14 +187,51 @@ def train_step(state, images, targets, config):
     return StepResult(loss, grad_norm, correct)
 
 
+def add_gradients(network, state, images, targets, config):
+    """Set the parameters' gradients to the mean over the batch of all processes; return its (loss, correct) of StepResult."""
+    state.optimizer.zero_grad(set_to_none=True)
+    loss = torch.zeros((), device=images.device)
+    correct = torch.zeros((), device=images.device)
+    parts = list(zip(images.split(state.micro_batch_size), targets.split(state.micro_batch_size), strict=True))
+    for number, (some_images, some_targets) in enumerate(parts, 1):
+        with distributed.exchanging(network, now=number == len(parts)):
+            with autocast(images.device, state.precision):
+                logits = network(some_images)
+                part = training_loss(logits.float(), some_targets, config) * (len(some_targets) / config["batch_size"])
+            state.scaler.scale(part * distributed.size()).backward()  # the exchange takes the mean over the processes
+        loss += part.detach()
+        correct += metrics.topk_correct(logits.detach(), main_class(some_targets), 1)
+    return loss, correct
+
+
 def adapting_train_step(state, images, targets, config, say):
     """Take a train_step; where the GPU's memory or the compiler fails, say so, adapt and take it again.
 
-    Out of memory the micro-batch is halved. What cannot be compiled runs as written, unless `compile` is on.
+    Out of memory the micro-batch is halved. What cannot be compiled runs as written, unless `compile` is on. Several
+    processes try out each resolution alone, since a step whose gradients are half exchanged cannot be taken again.
     """
+    if distributed.size() == 1:
+        return adapting(lambda: train_step(state, images, targets, config), state, len(targets), config, say)
+    if images.shape[3] not in state.rehearsed:
+        state.rehearsed.add(images.shape[3])
+        device = [state.device] if state.device.type == "cuda" else []
+        with torch.random.fork_rng(device), statistics_untouched(state.model):
+            adapting(lambda: add_gradients(state.model, state, images, targets, config), state, len(targets), config, say)
+        state.micro_batch_size = min(distributed.gathered(state.micro_batch_size))
+    try:
+        return train_step(state, images, targets, config)
+    except torch.OutOfMemoryError:
+        raise TrainingStopped(
+            f"out of GPU memory in a step that had fitted before; start again with --micro-batch-size "
+            f"{math.ceil(min(state.micro_batch_size, len(targets)) / 2)} --resume auto"
+        ) from None
+
+
+def adapting(attempt, state, images, config, say):
+    """Return attempt(), a step on so many images; it is tried again after each adaptation to what failed."""
     while True:
         try:
-            return train_step(state, images, targets, config)
+            return attempt()
         except torch.OutOfMemoryError:
             if state.micro_batch_size == 1:
                 raise TrainingStopped("out of GPU memory with a single image: lower --train-resolution") from None
@@ -203,10 +244,10 @@ def adapting_train_step(state, images, targets, config, say):
         # outside the handlers, where the failed step's tensors are no longer referenced
         state.optimizer.zero_grad(set_to_none=True)
         if out_of_memory:
-            state.micro_batch_size = math.ceil(min(state.micro_batch_size, len(targets)) / 2)
+            state.micro_batch_size = math.ceil(min(state.micro_batch_size, images) / 2)
             torch.cuda.empty_cache()
             hint = " (--memory low needs less)" if config["memory"] == "fast" else ""
-            say(f"out of GPU memory{hint}: the batch of {len(targets)} now goes in micro-batches of {state.micro_batch_size}")
+            say(f"out of GPU memory{hint}: the batch of {images} now goes in micro-batches of {state.micro_batch_size}")
         else:
             give_up_compiling(state.model)
             say(f"WARNING: the network could not be compiled ({reason}); it runs as written from now on, more slowly")
@@ -232,12 +273,12 @@ def train(state, config, batches, checkpoints, monitor):
 
 def train_one_epoch(state, device_batches, config, checkpoints, monitor):
     """Train on the batches, the rest of the epoch in progress; return its figures."""
-    state.model.train()
-    speed = Throughput(state.device)
+    state.network.train()
+    speed = Throughput(state.device, config["batch_size"])
     mix = build_mixing(config, state.model.fc.out_features)
     for images, labels in speed.watch(device_batches):
         result = adapting_train_step(state, *mix(images, labels), config, monitor.say)
-        state.sums.add(result.loss, result.correct, result.grad_norm, len(labels))
+        state.sums.add(result.loss, result.correct, result.grad_norm, config["batch_size"])
         state.batch += 1
         averaging.follow(state.ema_model, state.model, config, steps_done=state.schedule.last_epoch)
         figures = None
@@ -260,14 +301,17 @@ def average_and_validate(state, batches, config, monitor):
         more_val_resolutions, before that {}.
     """
     checkpoint.require_finite(state.model.state_dict(), config["checkpoint_dir"])
+    distributed.average_statistics(state.model)
     models = {"raw": state.model}
     context = autocast(state.device, state.precision)
     if averaging.bring_average_up_to_date(state.averaged_model, state.model, config, state.epoch + 1):
         requests = data.training_requests(batches.splits["train"], config, state.epoch)
         requests = itertools.islice(requests, config["swa_batch_norm_batches"])
         averaging.refresh_batch_norm(state.averaged_model, batches.training(requests, state.bad_images), context)
+        distributed.average_statistics(state.averaged_model)
         models["averaged"] = state.averaged_model
     if state.ema_model is not None and state.ema_model.n_averaged:
+        distributed.average_statistics(state.ema_model)
         models["ema"] = state.ema_model
     num_images = len(batches.splits["val"])
 
@@ -320,7 +364,9 @@ def epoch_record(state, config, trained, validated, elsewhere):
     record |= {"images_per_s": speed.overall(), "seconds": speed.seconds(), "time": time.time()}
     record["data_wait_share"] = speed.waited() / max(speed.seconds(), 1e-9)
     if state.device.type == "cuda":
-        record["gpu_memory_peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+        record["gpu_memory_peak_mib"] = max(distributed.gathered(torch.cuda.max_memory_allocated())) / 2**20
+    if distributed.size() > 1:
+        record["processes"] = distributed.size()
     return record
 
 
@@ -342,13 +388,13 @@ def find_learning_rate(config, batches, precision, monitor, lowest, highest, ste
     """Return the result of a range test with this run's own step, on weights of its own that are then forgotten."""
     images = batches.splits["train"]
     state = state_to_forget(config | {"learning_rate": lowest}, images, batches.device, precision)
-    state.model.train()
+    state.network.train()
 
     def step(rate, batch):
         for group in state.optimizer.param_groups:
             group["lr"] = rate * rate_factor(config)  # the rates of the test are those that the configuration names
         result = adapting_train_step(state, *batch, config, monitor.say)
-        return result.loss.item(), math.isfinite(result.grad_norm.item())
+        return distributed.summed(result.loss).item(), math.isfinite(result.grad_norm.item())
 
     requests = itertools.cycle(itertools.islice(data.training_requests(images, config, epoch=0), BATCHES_IN_CYCLE))
     monitor.start("learning-rate range test", steps)
@@ -367,7 +413,7 @@ def measure(config, splits, device, precision, monitor, seconds=20.0):
     mix = build_mixing(config, len(splits["train"].classes))
 
     def train_on(images, labels):
-        state.model.train()
+        state.network.train()
         return adapting_train_step(state, *mix(images, labels), config, monitor.say).loss
 
     @torch.inference_mode()
@@ -376,7 +422,7 @@ def measure(config, splits, device, precision, monitor, seconds=20.0):
             return state.model.eval()(images).sum()
 
     source = f"measured on {describe_device(device)}, {precision}, data included"
-    batches = data.BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], iter, monitor.say)
+    batches = data.BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], StopRequest(), monitor.say)
     try:
         return measure_rates(config, batches, train_on, score, source, monitor, seconds)
     finally:
@@ -474,10 +520,15 @@ def open_checkpoint(command):
 
 def open_images(config, contents, say):
     """Return the splits; raise DataError if they are not those of the checkpoint, or too few for a batch."""
-    if config["make_demo_data"] and make_demo_data(config["data_dir"]):
-        say(f"made the demo's pictures in {config['data_dir']}")
-    splits = data.open_splits(config["data_dir"])
+    if config["make_demo_data"]:
+        made = distributed.by_each(lambda: distributed.local_rank() == 0 and make_demo_data(config["data_dir"]))
+        if made:
+            say(f"made the demo's pictures in {config['data_dir']}")
+    splits = distributed.by_each(data.open_splits, config["data_dir"])
     images = splits["train"]
+    seen = distributed.gathered((images.classes, len(images), len(splits["val"])))
+    if seen.count(seen[0]) < len(seen):
+        raise data.DataError(f"{config['data_dir']} holds other images on one machine than on another")
     if contents is not None and (images.classes, len(images)) != (contents["classes"], contents["train_images"]):
         raise data.DataError(
             f"{config['data_dir']} holds {len(images):,} training images of {len(images.classes)} classes; the run to resume "
@@ -487,6 +538,8 @@ def open_images(config, contents, say):
         raise data.DataError(
             f"{len(images)} training images make no batch of batch_size = {config['batch_size']}: lower --batch-size"
         )
+    if config["batch_size"] < distributed.size():
+        raise ConfigError([f"batch_size = {config['batch_size']}: too few for {distributed.size()} processes"])
     return splits
 
 
@@ -499,15 +552,19 @@ def main(command):
     idle = sorted({"images_per_s", "price_per_hour"} & set(command.options))
     if idle and not planning:
         raise ConfigError([f"--{name.replace('_', '-')}: belongs to a plan; add --plan or --hours" for name in idle])
-    if "plan" in planning:
-        return print_plan(command)
-    config, recipe, contents, remarks = open_checkpoint(command)
+    with distributed.joined(choose_device(command.config)):
+        return print_plan(command) if "plan" in planning else start(command)
+
+
+def start(command):
+    """Start or go on with the run that the command asks for; return the exit status."""
+    config, recipe, contents, remarks = distributed.by_first(open_checkpoint, command)
     device = choose_device(config)
     precision = choose_precision(config, device)
     torch.backends.cudnn.benchmark = True  # the sizes are fixed: let cuDNN try its algorithms once
     with Monitor(config, device) as monitor:
         splits = open_images(config, contents, monitor.say)
-        if "hours" in planning:
+        if "hours" in command.options:
             counts = len(splits["train"]), len(splits["val"])
             config, lines = plan_new_run(config, command.options, splits, counts, monitor)
             remarks += lines
@@ -520,20 +577,22 @@ def run(config, recipe, contents, remarks, splits, device, precision, monitor):
     with StopRequest() as stop:
         images = splits["train"]
         steps_per_epoch = len(images) // config["batch_size"]
-        if contents is None:
-            checkpoint.delete_run(config["checkpoint_dir"])  # refused above unless it is asked for or there is none
+        if contents is None:  # refused above unless it is asked for or there is none
+            distributed.by_first(checkpoint.delete_run, config["checkpoint_dir"])
         monitor.log(f"environment: {json.dumps(environment())}")
         monitor.log(f"configuration: {json.dumps(config)}")
         monitor.say(
             f"recipe {recipe}: {config['architecture']} on {len(images):,} images of {len(images.classes)} classes, "
             f"{steps_per_epoch} steps an epoch; {describe_device(device)}, {precision}, PyTorch {torch.__version__}"
         )
+        if distributed.launched():
+            monitor.say(f"{distributed.describe()}; batches of {config['batch_size']} over all of them")
         compiles, why = choose_compile(config, device)
         monitor.say(f"the network is {'compiled' if compiles else 'not compiled'}: {why}")
         for remark in remarks:
             monitor.say(remark)
-        batches = data.BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], stop.between, monitor.say)
-        if config["spot_notice"]:
+        batches = data.BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.say)
+        if config["spot_notice"] and distributed.local_rank() == 0:
             watch_spot_notice(stop, config["spot_notice_url"], monitor.say)
         checkpoints = None
         try:
@@ -541,7 +600,7 @@ def run(config, recipe, contents, remarks, splits, device, precision, monitor):
                 found = find_learning_rate(config, batches, precision, monitor, *USUAL_RANGE[config["optimizer"]])
                 monitor.say(describe_rates(found))
                 config = config | {"learning_rate": found["suggestion"]}
-            torch.manual_seed(config["seed"])
+            torch.manual_seed(config["seed"] + distributed.rank())
             state = new_state(config, len(images.classes), steps_per_epoch, device, precision)
             if contents is not None:
                 state.load_state_dict(contents, config, steps_per_epoch)
@@ -550,7 +609,8 @@ def run(config, recipe, contents, remarks, splits, device, precision, monitor):
             facts["class_names"] = getattr(images, "class_names", {})  # what people call them, where a packed file knows
             checkpoints = checkpoint.CheckpointFolder(config, facts, monitor.say)
             monitor.open_records(checkpoints.folder, state.epoch)
-            train(state, config, batches, checkpoints, monitor)
+            with distributed.noticing_losses():
+                train(state, config, batches, checkpoints, monitor)
             if not (checkpoints.is_saved or checkpoints.save(state)):
                 raise TrainingStopped(f"the run has ended, but its result could NOT be saved to {checkpoints.folder}")
             best = state.best
@@ -559,7 +619,7 @@ def run(config, recipe, contents, remarks, splits, device, precision, monitor):
                 f"({best['weights']} weights, {config['val_resolution']} px, no test-time augmentation), "
                 f"in {checkpoints.folder / checkpoint.BEST}"
             )
-        except (Interrupted, WorkerDied) as cause:
+        except (Interrupted, WorkerDied, data.DataError) as cause:
             return save_and_leave(cause, checkpoints, state if checkpoints else None, monitor)
         except UserError as error:
             monitor.log(f"stopped: {error}")
@@ -576,10 +636,9 @@ def save_and_leave(cause, checkpoints, state, monitor):
         monitor.say(f"stopped by {cause}, before the training began")
         return exit_code
     where = f"in epoch {state.epoch + 1} after {state.batch} batches"
+    program = "torchrun ... train.py" if distributed.launched() else "python train.py"
     if checkpoints.save(state):
-        monitor.say(
-            f"stopped by {cause} {where}; saved. Go on with: python train.py --resume {checkpoints.folder / checkpoint.LAST}"
-        )
+        monitor.say(f"stopped by {cause} {where}; saved. Go on with: {program} --resume {checkpoints.folder / checkpoint.LAST}")
     else:
         monitor.say(f"stopped by {cause} {where}; NOT saved, an earlier checkpoint may be in {checkpoints.folder}")
     return exit_code

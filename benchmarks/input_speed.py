@@ -21,6 +21,7 @@ from torchvision.datasets import ImageFolder
 from benchmarks.measuring import cpus_granted, in_processes, installed_timm, measured_in_rounds, rate_cell, ratio
 from config import CONFIG
 from engine import data, images
+from engine.interruption import StopRequest
 from engine.packed import write_split
 
 IMAGENET_SIZES = [(375, 500)] * 5 + [(333, 500)] * 2 + [(500, 375)] * 2 + [(500, 500)]  # height, width; its commonest
@@ -166,7 +167,7 @@ def loader_contenders(folder, resolution, workers):
         return lambda: in_processes(train_views, [(split, resolution, part) for part in parts])
 
     def ours(split):
-        server = data.BatchServer({"train": split}, settings, CPU, torch.float32, iter, print)
+        server = data.BatchServer({"train": split}, settings, CPU, torch.float32, StopRequest(), print)
         return lambda: collections.deque(server.serve(data.training_requests(split, settings, epoch=0)), maxlen=0)
 
     def theirs(loader):

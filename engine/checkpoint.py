@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from engine.distributed import any_process, by_first, rank
 from engine.errors import CheckpointError, TrainingStopped, first_line
 from engine.files import replacing
 
@@ -222,12 +223,7 @@ class CheckpointFolder:
     def __init__(self, config, facts, say):
         self.folder = Path(config["checkpoint_dir"])
         self.facts = {"format": FORMAT, "version": VERSION} | facts
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(".*.pt.tmp"):  # of a kill in the middle of a save
-                leftover.unlink()
-        except OSError as error:
-            raise CheckpointError(f"checkpoint_dir = {str(self.folder)!r} cannot be written to: {error}") from error
+        by_first(self._prepare)
         self.every_epochs = config["checkpoint_every_epochs"]
         self.interval_seconds = 60 * config["checkpoint_minutes"]
         self.keep = config["keep_checkpoints"]
@@ -235,15 +231,24 @@ class CheckpointFolder:
         self.is_saved = True  # whether the last attempt to save succeeded
         self._next_save = time.monotonic() + self.interval_seconds
 
+    def _prepare(self):
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob(".*.pt.tmp"):  # of a kill in the middle of a save
+                leftover.unlink()
+        except OSError as error:
+            raise CheckpointError(f"checkpoint_dir = {str(self.folder)!r} cannot be written to: {error}") from error
+
     def save_if_due(self, state):
-        """Save as last.pt if checkpoint_minutes have passed since the last save."""
-        if time.monotonic() >= self._next_save:
+        """Save as last.pt if checkpoint_minutes have passed since the last save, by the first process's clock."""
+        if any_process(rank() == 0 and time.monotonic() >= self._next_save):
             self.save(state)
 
     def save(self, state, is_best=False):
         """Save as last.pt; after a whole epoch also as epoch_NNN.pt when one is due, and as best.pt when it is the best.
 
-        A full disk is said aloud and does not end the run: the files on disk stay, and the next save is tried again.
+        A full disk is said aloud and does not end the run: the files on disk stay, and the next save is tried again. Of
+        several processes all must call this; the first one writes.
 
         Returns:
             True if everything is on disk.
@@ -252,6 +257,10 @@ class CheckpointFolder:
         """
         contents = self.facts | state.state_dict()
         require_finite(contents, self.folder)
+        self.is_saved = by_first(self._write, contents, is_best)
+        return self.is_saved
+
+    def _write(self, contents, is_best):
         also_as = [self.folder / BEST] if is_best else []
         epochs = contents["epoch"]
         if contents["batch"] == 0 and epochs and self.every_epochs and epochs % self.every_epochs == 0:
@@ -260,14 +269,12 @@ class CheckpointFolder:
             write(self.folder / LAST, contents, also_as)
             self._prune()
         except OSError as error:
-            self.is_saved = False
             self._next_save = time.monotonic() + min(RETRY_SECONDS, self.interval_seconds)
             self.say(
                 f"WARNING: the checkpoint could not be saved to {self.folder}: {error}. The run goes on and the earlier "
                 "checkpoint stays; make room, the next save is tried again"
             )
             return False
-        self.is_saved = True
         self._next_save = time.monotonic() + self.interval_seconds
         return True
 

@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from engine.augmentation import augmented, build_augmentation
 from engine.buffers import BATCHES_HELD, BatchBuffers
-from engine.errors import DataError
+from engine.distributed import largest_share, local_size, news_of_all, share, size
+from engine.errors import DataError, UserError
 from engine.images import training_view, validation_view
-from engine.interruption import ignore_signals
+from engine.interruption import Interrupted, ignore_signals
 from engine.packed import PackedSplit, unfinished_files
 from engine.workers import WorkerDied, available_cores
 
@@ -244,18 +245,19 @@ class BatchServer:
     Args:
         splits: {'train': ..., 'val': ...}.
         device, dtype: of the images handed out, see to_device.
-        guard: wraps each pass's iterator; may raise between two batches, as StopRequest.between does.
+        stop: StopRequest, heeded between two batches.
         say: called with each message for the user.
     """
 
-    def __init__(self, splits, config, device, dtype, guard, say):
+    def __init__(self, splits, config, device, dtype, stop, say):
         workers = worker_count(config, device)
         ahead = workers * BATCHES_AHEAD
         self.splits = splits
         self.config = config
         self.device, self.dtype = device, dtype
-        self.guard, self.say = guard, say
-        self._buffers = BatchBuffers(ahead + BATCHES_HELD, config["batch_size"], largest_resolution(config))
+        self.stop, self.say = stop, say
+        images = largest_share(config["batch_size"])
+        self._buffers = BatchBuffers(ahead + BATCHES_HELD, images, largest_resolution(config))
         self._queue = _Requests(len(self._buffers))
         self._loader = DataLoader(
             BatchMaker(splits, config, self._buffers),
@@ -275,26 +277,55 @@ class BatchServer:
 
     def training(self, requests, bad_images):
         """Yield (images, labels) of each training request; unreadable images are replaced, named and added to bad_images."""
-        batches = self.guard(self.serve(requests))
-        limit = self.config["max_bad_images"]
+        batches, limit = self._in_step(self.serve(requests)), self.config["max_bad_images"]
         batches = report_bad_images(batches, self.splits["train"], bad_images, limit, self.say)
         return to_device(batches, self.device, self.dtype)
 
     def validation(self, resolution=None):
         """Yield (images, labels) of every validation image, each exactly once; at val_resolution, or another one in px."""
         requests = validation_requests(self.splits["val"], self.config, resolution or self.config["val_resolution"])
-        batches = self.guard(self.serve(requests))
-        return to_device(refuse_bad_images(batches, self.splits["val"]), self.device, self.dtype)
+        batches = self._in_step(refuse_bad_images(self.serve(requests), self.splits["val"]))
+        return to_device(batches, self.device, self.dtype)
+
+    def _in_step(self, batches):
+        """Yield each Batch once every process has its own; its bad images are then those of all processes.
+
+        Raises:
+            Interrupted: a process is asked to stop, or another one has no next batch; everywhere before the same batch.
+            UserError: why this process has no next batch.
+        """
+        batches = iter(batches)
+        while True:
+            batch, error, stopped = None, None, None
+            try:
+                batch = next(batches, None)
+            except UserError as caught:
+                error, stopped = caught, (str(caught), caught.exit_code)
+            if self.stop.cause is not None:
+                stopped = self.stop.cause, self.stop.exit_code
+            bad_images = batch.bad_images if batch is not None else []
+            news = news_of_all((stopped, bad_images) if stopped or bad_images else None)
+            if error is not None:
+                raise error
+            for number, (why, _) in news.items():
+                if why is not None:
+                    cause, exit_code = why
+                    raise Interrupted(cause if size() == 1 else f"{cause} (process {number})", exit_code)
+            if batch is None:
+                return
+            yield batch._replace(bad_images=[each for _, of_one in news.values() for each in of_one])
 
     def serve(self, requests):
         """Yield a Batch for each request, in main memory; it is overwritten once the next batch but one is asked for.
+
+        Of several processes each gets its share of every batch, be it none of a small one.
 
         Raises:
             WorkerDied: a worker process ended, for example killed by the OS for its memory; between two batches.
         """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # of an earlier pass, broken off, the last copies may still be under way
-        self._queue.requests = requests
+        self._queue.requests = (request._replace(indices=share(request.indices)) for request in requests)
         self._iterator = iter(self._loader)
         # The DataLoader's handler of a worker's death would raise in the middle of a training step. Without it the death
         # is noticed at the next batch, within 5 seconds.
@@ -347,10 +378,10 @@ def _start_worker(worker_id):
 
 
 def worker_count(config, device):
-    """Return the number of worker processes: one per core that this process may use, for 'auto'."""
+    """Return the number of this process's workers; for 'auto' one per core, shared by the processes on this machine."""
     if config["num_workers"] != "auto":
         return config["num_workers"]
-    return available_cores() if device.type == "cuda" else 1  # on a CPU run the cores are busy training
+    return max(1, available_cores() // local_size()) if device.type == "cuda" else 1  # on a CPU the cores are busy training
 
 
 def build_normalise(device, dtype):

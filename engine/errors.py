@@ -1,5 +1,6 @@
 """How a program ends when something is wrong that its user can mend: one clear message, no traceback."""
 
+import os
 import sys
 
 
@@ -31,7 +32,9 @@ def run_program(name, main, *arguments):
     try:
         return main(*arguments) or 0
     except UserError as error:
-        print("\n".join(f"{name}: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # of torchrun's processes only the first speaks for all
+        name = name if rank == "0" else f"{name} (process {rank})"
+        sys.stderr.writelines(f"{name}: {line}\n" for line in str(error).splitlines())
         return error.exit_code
     except KeyboardInterrupt:
         print(f"\n{name}: stopped before there was anything to save", file=sys.stderr)

@@ -22,7 +22,8 @@ class StopRequest:
     """Remembers that somebody asked the run to stop.
 
     Inside `with StopRequest() as stop:` SIGTERM and SIGINT raise a flag instead of ending the process; a second SIGINT
-    ends it at once. `stop.between(batches)` yields the batches and raises Interrupted once the flag is up.
+    ends it at once. `stop.between(items)` yields the items and raises Interrupted once the flag is up; a BatchServer does so
+    in all processes of a job.
     """
 
     def __init__(self):
@@ -58,11 +59,11 @@ class StopRequest:
         if self.cause is not None:
             raise Interrupted(self.cause, self.exit_code)
 
-    def between(self, batches):
-        """Yield the batches; raise Interrupted before the next one once somebody asked the run to stop."""
+    def between(self, items):
+        """Yield the items; raise Interrupted before the next one once somebody asked the run to stop."""
         self.check()
-        for batch in batches:
-            yield batch
+        for item in items:
+            yield item
             self.check()
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from engine.distributed import rank, summed
 from engine.files import replacing
 
 
@@ -39,8 +40,7 @@ class TrainingMetrics(NamedTuple):
 class TrainingSums:
     """Sums over the epoch's steps, kept on the device and read by the host only when asked.
 
-    `values` is float64 [8] and is all of it: it goes into the checkpoint, so that a resumed epoch ends with the figures of
-    the whole epoch.
+    `values` is float64 [8]. The first two, of losses and hits, are this process's own; the others are the same in all.
     """
 
     def __init__(self, device):
@@ -52,7 +52,14 @@ class TrainingSums:
         self.values[7] = self.values[6]
 
     def add(self, loss, correct, grad_norm, images):
-        """Add one step; the first three are scalars on the device, which is not waited for."""
+        """Add one step.
+
+        Args:
+            loss: this process's part of the batch's mean loss; a scalar on the device, which is not waited for.
+            correct: hits among this process's images; likewise.
+            grad_norm: likewise, the same in all processes.
+            images: of the whole batch.
+        """
         counts = torch.isfinite(loss) & torch.isfinite(grad_norm)
         zero = torch.zeros_like(loss)
         step = torch.stack(
@@ -70,9 +77,19 @@ class TrainingSums:
         self.values[6] = row
         self.values[7] = torch.maximum(self.values[7], row)
 
+    def state(self):
+        """Return the sums over all processes, for a checkpoint: a resumed epoch ends with the figures of the whole epoch."""
+        return torch.cat([summed(self.values[:2].clone()), self.values[2:]])
+
+    def load(self, state):
+        """Go on from a checkpoint's sums, whatever the number of processes was."""
+        self.values.copy_(state)
+        if rank() > 0:
+            self.values[:2] = 0
+
     def read(self):
-        """Return the TrainingMetrics so far; waits for the device."""
-        loss, correct, grad_norm, images, steps, skipped, row, longest = self.values.tolist()
+        """Return the TrainingMetrics so far, over all processes; waits for the device."""
+        loss, correct, grad_norm, images, steps, skipped, row, longest = self.state().tolist()
         counted = images * steps / max(steps + skipped, 1)  # every step has the same number of images
         return TrainingMetrics(
             loss=loss / counted if counted else float("nan"),

@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 from engine.checkpoint import CURVES, RECORDS
 from engine.curves import draw_curves
+from engine.distributed import gathered, rank
 from engine.errors import UserError
 from engine.metrics import append_record, keep_records_up_to, read_records
-from engine.telemetry import GpuFigures, GpuSampler
+from engine.telemetry import GpuFigures, GpuSampler, summary_of_all
 from engine.tensorboard import open_tensorboard
 
 DRAWING_SECONDS = 20.0  # between drawings of curves.png, besides the last
@@ -23,6 +24,8 @@ PLAIN_LINE_SECONDS = 30.0  # between progress lines in the log, and on an output
 
 class Monitor:
     """Shows a run to people: a bar on a terminal, plain lines elsewhere, everything said also in the log file.
+
+    Of several processes the first one speaks and writes; the others only add their GPU's figures.
 
     Args:
         config: for epochs and log_file; with None there nothing is logged.
@@ -36,8 +39,9 @@ class Monitor:
         self._config = config
         self._board = None
         self._next_drawing = -math.inf
+        self._speaks = rank() == 0
         self._log = logging.Logger("training")  # not from the registry: each run has its own file
-        if config["log_file"] is not None:
+        if self._speaks and config["log_file"] is not None:
             try:
                 Path(config["log_file"]).parent.mkdir(parents=True, exist_ok=True)
                 handler = logging.FileHandler(config["log_file"], encoding="utf-8")
@@ -46,7 +50,7 @@ class Monitor:
             handler.handleError = _complain_of_the_log
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S%z"))
             self._log.addHandler(handler)
-        self._terminal = sys.stderr.isatty()
+        self._terminal = self._speaks and sys.stderr.isatty()
         self._bar = None
         self._next_plain_line = 0.0
 
@@ -65,6 +69,8 @@ class Monitor:
 
     def say(self, text):
         """Print a line above the bar, if there is one, and log it."""
+        if not self._speaks:
+            return
         self.log(text)
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
@@ -103,7 +109,7 @@ class Monitor:
             shown = ", ".join(f"{name} {text}" for name, text in figures.items())
             line = f"{self._what}: batch {self._done}/{self._total}, {shown}"
             self.log(line)
-            if self._bar is None:
+            if self._speaks and self._bar is None:
                 print(line, flush=True)
 
     def watch(self, batches):
@@ -121,6 +127,8 @@ class Monitor:
 
     def open_records(self, folder, epochs_done):
         """Begin or go on with metrics.jsonl; the records of epochs that will be trained again are dropped."""
+        if not self._speaks:
+            return
         self._folder = folder
         keep_records_up_to(folder / RECORDS, epochs_done)
         if self._config["tensorboard"]:
@@ -129,8 +137,10 @@ class Monitor:
     def record_epoch(self, record):
         """Write the epoch's record to metrics.jsonl, say its line and draw the curves anew."""
         self.finish()
-        record = {name: None if value != value else value for name, value in record.items()}  # JSON knows no NaN
-        record |= self._sampler.summary()
+        gpus = summary_of_all(gathered(self._sampler.summary()))
+        if not self._speaks:
+            return
+        record = {name: None if value != value else value for name, value in record.items()} | gpus  # JSON knows no NaN
         path = self._folder / RECORDS
         try:
             append_record(path, record)
@@ -181,10 +191,12 @@ class Throughput:
     Args:
         device: torch.device whose waiting is measured: of a GPU by its own clock, between the end of a step's work and the
             arrival of the next batch, so that a host that runs ahead counts for nothing.
+        batch_size: images of a batch, of all processes together.
     """
 
-    def __init__(self, device):
+    def __init__(self, device, batch_size):
         self.images = 0
+        self._batch_size = batch_size
         self.started = self._read_at = time.perf_counter()
         self._read_images = 0
         self._stopped = None
@@ -202,7 +214,7 @@ class Throughput:
             except StopIteration:
                 return
             self._waits.append((asked, self._instant()))
-            self.images += len(labels)
+            self.images += self._batch_size
             yield images, labels
 
     def _instant(self):

@@ -4,7 +4,10 @@ import itertools
 import time
 from typing import NamedTuple
 
+import torch
+
 from engine.data import resolution_of_epoch, training_requests
+from engine.distributed import any_process, summed
 
 
 class Rates(NamedTuple):
@@ -49,11 +52,11 @@ def measure_rates(config, batches, train_on, score, source, monitor, seconds):
             if started is None:  # the first batch warms up
                 result.item()
                 counted, started = 0, time.perf_counter()
-            elif time.perf_counter() - started > seconds:
+            elif any_process(time.perf_counter() - started > seconds):
                 break
         result.item()  # what was begun counts, so wait for its end
         monitor.finish()
-        return max(counted, 1) / (time.perf_counter() - started)
+        return max(int(summed(torch.tensor(counted))), 1) / (time.perf_counter() - started)
 
     def endless(epoch_of):
         return itertools.chain.from_iterable(epoch_of(epoch) for epoch in itertools.count())

@@ -32,9 +32,9 @@ def recomputing(block_class, memory):
 def _contexts(block, memory):
     """Return the contexts of the first and of the second computation."""
     if memory == "lowest":
-        return contextlib.nullcontext(), _statistics_untouched(block)
+        return contextlib.nullcontext(), statistics_untouched(block)
     first, second = create_selective_checkpoint_contexts(_keeps)
-    return first, _both(second, _statistics_untouched(block))
+    return first, _both(second, statistics_untouched(block))
 
 
 def _keeps(context, operation, *arguments, **options):
@@ -47,12 +47,12 @@ def _keeps(context, operation, *arguments, **options):
 
 
 @contextlib.contextmanager
-def _statistics_untouched(block):
-    """Keep batch norms from counting the same batch twice (pytorch issue 96136); they normalise as before."""
-    norms = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.training]
+def statistics_untouched(network):
+    """Keep the network's batch norms from counting the same batch twice (pytorch issue 96136); they normalise as before."""
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.training]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
     try:
         yield
     finally:

@@ -122,6 +122,21 @@ class GpuSampler:
         return summary_of(samples)
 
 
+def summary_of_all(summaries):
+    """Return what the summaries of several GPUs amount to: power and energy are sums, shares means, the others extremes."""
+    ways = {"gpu_power_w": sum, "gpu_energy_wh": sum, "gpu_utilization_percent": statistics.mean}
+    ways["gpu_utilization_lowest_percent"] = min
+    together = {}
+    for name in dict.fromkeys(name for summary in summaries for name in summary):
+        values = [summary[name] for summary in summaries if name in summary]
+        if name == "gpu_throttled_share":
+            reasons = sorted({reason for shares in values for reason in shares})
+            together[name] = {reason: sum(shares.get(reason, 0) for shares in values) / len(values) for reason in reasons}
+        else:
+            together[name] = ways.get(name, max)(values)
+    return together
+
+
 def summary_of(samples):
     """Return what samples amount to: {'gpu_utilization_percent': mean, 'gpu_energy_wh': ..., ...}.
 

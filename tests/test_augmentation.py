@@ -9,6 +9,7 @@ from torchvision.transforms import InterpolationMode, v2
 from config import CONFIG
 from engine import data
 from engine.augmentation import augmented, build_augmentation
+from engine.interruption import StopRequest
 
 VIEW = photo(64, 64)
 KINDS = {
@@ -79,7 +80,9 @@ def test_augmented_batches_do_not_depend_on_num_workers(image_tree):
     seen = []
     for workers in (0, 1, 2):
         config = CONFIG | changes | {"num_workers": workers}
-        server = data.BatchServer(data.open_splits(image_tree), config, torch.device("cpu"), torch.float32, iter, print)
+        server = data.BatchServer(
+            data.open_splits(image_tree), config, torch.device("cpu"), torch.float32, StopRequest(), print
+        )
         requests = data.training_requests(server.splits["train"], config, epoch=1)
         seen.append(torch.cat([batch.images.clone() for batch in server.serve(requests)]))
         server.close()
@@ -91,6 +94,8 @@ def test_validation_is_not_augmented(image_tree):
     plain, changed = (CONFIG | {"val_resolution": 32, "num_workers": 0} | changes for changes in ({}, KINDS["everything"]))
     batches = []
     for config in (plain, changed):
-        server = data.BatchServer(data.open_splits(image_tree), config, torch.device("cpu"), torch.float32, iter, print)
+        server = data.BatchServer(
+            data.open_splits(image_tree), config, torch.device("cpu"), torch.float32, StopRequest(), print
+        )
         batches.append(torch.cat([images for images, _ in server.validation()]))
     assert torch.equal(*batches)

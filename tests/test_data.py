@@ -14,6 +14,7 @@ from config import CONFIG
 from engine import data
 from engine.demo import picture
 from engine.errors import DataError
+from engine.interruption import StopRequest
 
 CPU = torch.device("cpu")
 SMALL = CONFIG | {"train_resolution": 32, "val_resolution": 32, "batch_size": 8, "num_workers": 0}
@@ -21,7 +22,7 @@ SMALL = CONFIG | {"train_resolution": 32, "val_resolution": 32, "batch_size": 8,
 
 def server(splits, config=SMALL, said=None):
     say = (said if said is not None else []).append
-    return data.BatchServer(splits, config, CPU, torch.float32, iter, say)
+    return data.BatchServer(splits, config, CPU, torch.float32, StopRequest(), say)
 
 
 def served(splits, requests, config=SMALL):

@@ -9,6 +9,7 @@ from config import CONFIG
 from engine import data
 from engine.demo import make_demo_data
 from engine.device import AUTOCAST_DTYPES, build_scaler
+from engine.interruption import StopRequest
 from engine.metrics import TrainingSums
 from engine.monitor import Throughput
 from train import adapting_train_step, new_state, train_step
@@ -181,7 +182,7 @@ def test_batches_from_workers_arrive_pinned_and_whole(tmp_path):
     requests = [r for epoch in range(3) for r in data.training_requests(splits["train"], config, epoch)]
     said, seen = [], {}
     for name in ("cpu", "cuda"):
-        server = data.BatchServer(splits, config, torch.device(name), torch.float32, iter, said.append)
+        server = data.BatchServer(splits, config, torch.device(name), torch.float32, StopRequest(), said.append)
         assert name == "cpu" or next(server.serve(requests[:1])).images.is_pinned()
         seen[name] = [(images.cpu(), labels.cpu()) for images, labels in server.training(requests, set())]
         server.close()
@@ -192,7 +193,7 @@ def test_batches_from_workers_arrive_pinned_and_whole(tmp_path):
 
 
 def test_the_waiting_for_data_is_measured_on_the_device():
-    speed = Throughput(torch.device("cuda"))
+    speed = Throughput(torch.device("cuda"), 4)
 
     def batches():
         for _ in range(3):

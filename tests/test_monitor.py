@@ -55,7 +55,7 @@ def test_figures_appear_in_plain_lines_now_and_then_where_there_is_no_terminal(t
     figures = TrainingMetrics(1.5, 25.0, 0.3, 64, 0, 0, 0)
     with Monitor(CONFIG | {"log_file": str(tmp_path / "log")}, torch.device("cpu")) as monitor:
         monitor.start("epoch 1/2", 10)
-        monitor.advance(figures, 0.001, Throughput(CPU))
+        monitor.advance(figures, 0.001, Throughput(CPU, 10))
         monitor.advance()
     assert capfd.readouterr().out == "epoch 1/2: batch 1/10, loss 1.500, top1 25.0%, lr 1.00e-03, img/s 0\n"
 
@@ -82,8 +82,9 @@ def test_every_line_of_the_log_has_its_time(tmp_path):
 
 
 def test_throughput_counts_images_per_second():
-    speed = Throughput(CPU)
+    speed = Throughput(CPU, 10)
     assert len(list(speed.watch([(None, range(10))] * 3))) == 3
+    assert speed.images == 30
     assert speed.recent() > speed.overall() * 0.5 > 0
     assert speed.recent() == 0
 
@@ -91,7 +92,7 @@ def test_throughput_counts_images_per_second():
 def test_the_throughput_of_training_does_not_count_what_comes_after(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("engine.monitor.time.perf_counter", lambda: now[0])
-    speed = Throughput(CPU)
+    speed = Throughput(CPU, 10)
     assert len(list(speed.watch([(None, range(10))] * 3))) == 3
     now[0] += 10
     speed.stop()
@@ -102,7 +103,7 @@ def test_the_throughput_of_training_does_not_count_what_comes_after(monkeypatch)
 def test_the_time_between_asking_for_a_batch_and_getting_it_is_the_waiting(monkeypatch):
     clock = iter([0, 1, 4, 10, 12, 20])  # made; of each of two batches asked for and got; asked for in vain
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    speed = Throughput(CPU)
+    speed = Throughput(CPU, 10)
     for _ in speed.watch([(None, range(5)), (None, range(5))]):
         pass
     assert speed.waited() == (4 - 1) + (12 - 10)

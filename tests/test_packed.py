@@ -11,6 +11,7 @@ from conftest import encoded, photo, run_here, tiny_run
 from config import CONFIG
 from engine import data, metrics
 from engine.errors import DataError
+from engine.interruption import StopRequest
 from engine.packed import END_OF_STREAM, PackedSplit, packed_rows, packed_schema, write_split
 
 
@@ -137,7 +138,7 @@ def test_a_workers_memory_does_not_grow_over_an_epoch(tmp_path):
     for name in ("train", "val"):
         pack(tmp_path / f"{name}.arrow", rows, ["cat", "dog"], rows_in_batch=512)
     config = CONFIG | {"batch_size": 50, "train_resolution": 64, "num_workers": 1}
-    batches = data.BatchServer(data.open_splits(tmp_path), config, torch.device("cpu"), torch.float32, iter, print)
+    batches = data.BatchServer(data.open_splits(tmp_path), config, torch.device("cpu"), torch.float32, StopRequest(), print)
     memory = []
     for _ in batches.serve(data.training_requests(batches.splits["train"], config, epoch=0)):
         worker = batches._iterator._workers[0].pid

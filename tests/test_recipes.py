@@ -9,6 +9,7 @@ from conftest import run_here, run_program, tiny_run
 
 from config import CONFIG, RECIPES, config_problems, parse_command_line
 from engine import checkpoint, data, metrics
+from engine.interruption import StopRequest
 from engine.optim import build_optimizer, build_schedule
 from evaluate import evaluate
 from model import build_model
@@ -138,7 +139,7 @@ def test_a_growing_run_crops_at_each_epochs_size_and_records_it(image_tree, tmp_
     records = metrics.read_records(folder / "metrics.jsonl")
     assert [record["train_resolution"] for record in records] == [32, 64, 64]
     config = parse_command_line(tiny_run(image_tree, folder, **changes)).config
-    server = data.BatchServer(data.open_splits(image_tree), config, torch.device("cpu"), torch.float32, iter, print)
+    server = data.BatchServer(data.open_splits(image_tree), config, torch.device("cpu"), torch.float32, StopRequest(), print)
     for epoch, size in enumerate((32, 64, 64)):
         requests = data.training_requests(server.splits["train"], config, epoch)
         assert {images.shape for images, _ in server.training(requests, set())} == {(8, 3, size, size)}
@@ -182,7 +183,9 @@ def test_the_finished_weights_are_scored_at_further_resolutions_as_evaluate_scor
         config = parse_command_line(tiny_run(image_tree, folder, val_resolution=size)).config
         model = build_model(config, 10)
         model.load_state_dict(checkpoint.read(folder / "last.pt")["model"])
-        server = data.BatchServer(data.open_splits(image_tree), config, torch.device("cpu"), torch.float32, iter, print)
+        server = data.BatchServer(
+            data.open_splits(image_tree), config, torch.device("cpu"), torch.float32, StopRequest(), print
+        )
         expected = evaluate({"raw": model}, server.validation(), 20, torch.no_grad(), flip=True)["raw"]
         assert other["raw"] == pytest.approx(expected)
         assert set(other) == {"val_resolution", "raw", "averaged"}

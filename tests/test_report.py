@@ -189,7 +189,7 @@ def test_progress_in_the_log_tells_how_far_a_killed_session_came(tmp_path, monke
                 monitor.say(f"resumed last.pt, after epoch {start[0]} and {start[1]} batches (best so far 1.00 %)")
             monitor.start("epoch 3/100", 100, start[1])
             for _ in range(40 - start[1]):
-                monitor.advance(figures, 0.001, Throughput(torch.device("cpu")))
+                monitor.advance(figures, 0.001, Throughput(torch.device("cpu"), 8))
     first, second = read_sessions(log)
     assert (first.last_position, second.first_position) == ((2, 40), (2, 10))
     (one,) = interruptions([first, second])

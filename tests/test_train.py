@@ -15,6 +15,7 @@ from config import CONFIG, ConfigError
 from engine import checkpoint, data
 from engine.device import autocast, build_scaler, choose_precision
 from engine.errors import CheckpointError, DataError, TrainingStopped, UserError
+from engine.interruption import StopRequest
 from model import build_model
 
 CPU = torch.device("cpu")
@@ -46,7 +47,7 @@ class WithoutBatchNorm(torch.nn.Module):
 def state_without_batch_norm(config):
     state = state_for(config)
     torch.manual_seed(0)
-    state.model = WithoutBatchNorm()
+    state.model = state.network = WithoutBatchNorm()
     state.optimizer = train.build_optimizer(state.model, config)
     state.schedule = train.build_schedule(state.optimizer, config, 10)
     return state
@@ -298,7 +299,7 @@ def test_evaluation_counts_every_image_exactly_once_whatever_the_batch_size(imag
     results = []
     for batch_size in (1, 7, 64):
         config = QUICK | {"batch_size": batch_size, "val_resolution": 32, "num_workers": 0}
-        batches = data.BatchServer(splits, config, CPU, torch.float32, iter, print)
+        batches = data.BatchServer(splits, config, CPU, torch.float32, StopRequest(), print)
         results.append(train.evaluate({"raw": model}, batches.validation(), 20, autocast(CPU, "fp32"))["raw"])
     assert all(result["images"] == 20 for result in results)
     assert results[0] == pytest.approx(results[1], rel=1e-4)
