@@ -7,6 +7,7 @@ so `--help` and typing errors answer before torch is imported.
 
 import difflib
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -578,11 +579,14 @@ def parse_command_line(arguments, own_flags=()):
 def command_from_terminal(program, usage, own_flags):
     """Return the Command of this process, or leave it: with the help (exit 0), or with all problems (exit 2)."""
     arguments = sys.argv[1:]
+    is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun has started with the same command line
     if "--help" in arguments or "-h" in arguments:
-        print(help_text(program, usage, own_flags))
+        if is_first:
+            print(help_text(program, usage, own_flags))
         sys.exit(0)
     try:
         return parse_command_line(arguments, own_flags)
     except ConfigError as error:
-        print("\n".join(f"{program}: {problem}" for problem in error.problems), file=sys.stderr)
+        if is_first:
+            print("\n".join(f"{program}: {problem}" for problem in error.problems), file=sys.stderr)
         sys.exit(2)

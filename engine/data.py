@@ -326,11 +326,11 @@ class BatchServer:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # of an earlier pass, broken off, the last copies may still be under way
         self._queue.requests = (request._replace(indices=share(request.indices)) for request in requests)
-        self._iterator = iter(self._loader)
-        # The DataLoader's handler of a worker's death would raise in the middle of a training step. Without it the death
-        # is noticed at the next batch, within 5 seconds.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
+            self._iterator = iter(self._loader)
+            # The DataLoader's handler of a worker's death would raise in the middle of a training step. Without it the death
+            # is noticed at the next batch, within 5 seconds.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for number, request, bad_images in self._iterator:
                 yield Batch(*self._buffers.batch(number, len(request.indices), request.resolution), bad_images)
         except RuntimeError as error:

@@ -1,9 +1,11 @@
 """What the tests share: small trees of real JPEG files, tiny runs of train.py in this process or in one of their own."""
 
 import io
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from config import parse_command_line
 from engine.demo import make_demo_data
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+NOT_REPEATABLE = ("images_per_s", "seconds", "time", "data_wait_share")
 
 
 @pytest.fixture(scope="session")
@@ -110,3 +113,20 @@ def finish(process, timeout=300):
 def run_program(program, arguments, timeout=300, **options):
     """Run one of the scripts to its end; return (exit status, output)."""
     return finish(start_program(program, arguments, **options), timeout)
+
+
+def figures(folder):
+    """The figures of a run's epochs that do not depend on the machine's speed."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in NOT_REPEATABLE} for line in lines]
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def children_of(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -4,7 +4,6 @@ Real processes, real signals. The runs compared are of the same command, one of 
 """
 
 import http.server
-import json
 import os
 import random
 import resource
@@ -16,15 +15,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, finish, run_here, run_program, start_program, start_python, tiny_run
+from conftest import (
+    REPOSITORY,
+    children_of,
+    figures,
+    finish,
+    run_here,
+    run_program,
+    start_program,
+    start_python,
+    tiny_run,
+    wait_for,
+)
 
 from config import CONFIG, ConfigError
 from engine import checkpoint
 from engine.errors import CheckpointError, DataError
 from engine.interruption import Interrupted, StopRequest, watch_spot_notice
 from engine.monitor import Monitor
-
-NOT_REPEATABLE = ("images_per_s", "seconds", "time", "data_wait_share")
 
 
 def assert_same_run(folder, reference):
@@ -55,11 +63,6 @@ def assert_same(ours, theirs, where):
             assert_same(*pair, f"{where}[{number}]")
     else:
         assert ours == theirs, where
-
-
-def figures(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in NOT_REPEATABLE} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -238,17 +241,6 @@ def test_the_range_test_can_be_stopped_and_leaves_no_trace(image_tree, tmp_path)
     status, output = finish(process)
     assert status == 143, output
     assert list(tmp_path.iterdir()) == []
-
-
-def wait_for(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-
-
-def children_of(pid):
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def processes_of_group(group):

@@ -1,0 +1,277 @@
+"""What the processes of one job claim among themselves: torchrun ... tests/ranks.py FOLDER; see test_distributed.py.
+
+Each function is a claim; a failing one leaves its traceback in FOLDER/<claim>.<rank>, a passing one an empty file there.
+"""
+
+import math
+import sys
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train
+from config import CONFIG
+from engine import distributed
+from engine.data import Batch, BatchServer
+from engine.errors import TrainingStopped, UserError
+from engine.interruption import Interrupted, StopRequest
+from engine.metrics import TrainingSums
+from engine.sync_norm import CpuSyncBatchNorm2d
+
+CPU = torch.device("cpu")
+BATCH = 8  # over 3 processes: 3, 3, 2
+QUICK = CONFIG | {"architecture": "resnet18", "batch_size": BATCH, "epochs": 3, "warmup_epochs": 1, "swa_start_epoch": 0}
+QUICK |= {"device": "cpu", "optimizer": "sgd", "learning_rate": 0.05, "grad_clip_value": math.inf}
+CLAIMS = []
+
+
+def claim(function):
+    CLAIMS.append(function)
+    return function
+
+
+def the_whole_batch(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(BATCH, 3, 32, 32, generator=generator, dtype=dtype), torch.arange(BATCH) % 5
+
+
+def my_part(*tensors):
+    places = distributed.share(np.arange(BATCH))
+    return [tensor[places] for tensor in tensors]
+
+
+def a_state(config, network):
+    state = train.new_state(config, 5, 10, CPU, "fp32")
+    state.model, state.network = network, distributed.parallel(network)
+    state.optimizer = train.build_optimizer(network, config)
+    state.schedule = train.build_schedule(state.optimizer, config, 10)
+    return state
+
+
+class WithoutBatchNorm(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = torch.nn.Conv2d(3, 8, 3, stride=2)
+        self.norm = torch.nn.GroupNorm(2, 8)
+        self.fc = torch.nn.Linear(8, 5)
+
+    def forward(self, images):
+        return self.fc(F.relu(self.norm(self.conv(images))).mean((2, 3)))
+
+
+class Tight(WithoutBatchNorm):
+    """Runs out of memory with more than `room` images, in the process of rank 1 alone."""
+
+    room = 1
+
+    def forward(self, images):
+        if distributed.rank() == 1 and len(images) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(images)
+
+
+# The claims ----------------------------------------------------------------------------------------------------------
+
+
+@claim
+def the_shares_are_disjoint_and_leave_nothing_out():
+    for count in (1, 2, 3, 7, 8, 256):
+        shares = distributed.gathered(distributed.share(np.arange(count)).tolist())
+        assert [index for share in shares for index in share] == list(range(count))
+        assert max(map(len, shares)) == distributed.largest_share(count)
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@claim
+def gradients_are_those_of_the_whole_batch_in_one_process():
+    for micro_batch_size in (BATCH, 1):
+        network, alone = WithoutBatchNorm().double(), WithoutBatchNorm().double()
+        state = a_state(QUICK, network)
+        state.micro_batch_size = micro_batch_size
+        images, labels = the_whole_batch(torch.float64)
+        result = train.add_gradients(state.network, state, *my_part(images, labels), QUICK)
+        loss = F.cross_entropy(alone(images).float(), labels)
+        loss.backward()
+        for ours, theirs in zip(network.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(distributed.summed(result[0]), loss.detach(), rtol=1e-6, atol=1e-6)
+        hits = (alone(images).argmax(1) == labels).sum()
+        assert distributed.summed(result[1]) == hits
+
+
+@claim
+def synced_batch_norm_is_batch_norm_over_the_whole_batch():
+    torch.manual_seed(3)
+    whole = torch.randn(BATCH, 4, 5, 5, dtype=torch.float32) * 3 + 1
+    for momentum in (0.1, None):
+        ours, theirs = CpuSyncBatchNorm2d(4, momentum=momentum), torch.nn.BatchNorm2d(4, momentum=momentum)
+        for norm in (ours, theirs):
+            torch.nn.init.constant_(norm.weight, 1.5)
+        weights = torch.linspace(-1, 1, whole.numel()).view_as(whole)
+        for _ in range(2):
+            part, batch = my_part(whole)[0].clone().requires_grad_(), whole.clone().requires_grad_()
+            (mine, expected), (my_weights,) = (ours(part), theirs(batch)), my_part(weights)
+            (mine * my_weights).sum().backward()
+            (expected * weights).sum().backward()
+            torch.testing.assert_close(mine, *my_part(expected), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(part.grad, *my_part(batch.grad), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(distributed.summed(ours.weight.grad), theirs.weight.grad, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+        torch.testing.assert_close(ours.running_var, theirs.running_var)
+        assert ours.num_batches_tracked == theirs.num_batches_tracked == 2
+
+
+@claim
+def a_process_out_of_memory_makes_all_halve_their_micro_batches():
+    said = []
+    state, alone = a_state(QUICK, Tight()), WithoutBatchNorm()
+    images, labels = the_whole_batch()
+    train.adapting_train_step(state, *my_part(images, labels), QUICK, said.append)
+    assert distributed.gathered(state.micro_batch_size) == [1] * distributed.size()
+    assert len(said) == (2 if distributed.rank() == 1 else 0)
+    optimizer = torch.optim.SGD(alone.parameters(), lr=0.05 / 25, momentum=0.9)
+    F.cross_entropy(alone(images), labels).backward()
+    optimizer.step()
+    for ours, theirs in zip(state.model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@claim
+def out_of_memory_in_a_common_step_stops_and_names_the_micro_batch():
+    state = a_state(QUICK, Tight())
+    state.rehearsed.add(32)
+    if distributed.rank() == 1:
+        with pytest.raises(TrainingStopped, match=r"--micro-batch-size 2 --resume auto"):
+            train.adapting_train_step(state, *my_part(*the_whole_batch()), QUICK, print)
+
+
+@claim
+def a_rehearsal_leaves_no_trace():
+    state = train.new_state(QUICK | {"stochastic_depth": 0.5}, 5, 10, CPU, "fp32")
+    state.model.train()
+    before = {key: tensor.clone() for key, tensor in state.model.state_dict().items()}
+    rng, steps = torch.get_rng_state(), []
+    original, train.train_step = train.train_step, lambda *arguments: steps.append(arguments)
+    try:
+        for _ in range(2):
+            train.adapting_train_step(state, *my_part(*the_whole_batch()), QUICK, print)
+    finally:
+        train.train_step = original
+    assert len(steps) == 2
+    assert state.rehearsed == {32}
+    assert all(torch.equal(tensor, before[key]) for key, tensor in state.model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+@claim
+def statistics_become_their_mean():
+    state = train.new_state(QUICK, 5, 10, CPU, "fp32")
+    norm = state.model.layer1[0].bn1
+    norm.running_mean.fill_(distributed.rank())
+    norm.running_var.fill_(10 + distributed.rank())
+    weights = state.model.conv1.weight.clone()
+    distributed.average_statistics(state.model)
+    assert norm.running_mean.tolist() == [1.0] * 64
+    assert norm.running_var.tolist() == [11.0] * 64
+    assert torch.equal(state.model.conv1.weight, weights)
+
+
+@claim
+def sums_of_an_epoch_are_of_all_processes_and_survive_another_number_of_them():
+    sums, rank = TrainingSums(CPU), distributed.rank()
+    sums.add(torch.tensor(0.5), torch.tensor(float(rank)), torch.tensor(3.0), 8)  # each has a loss of 0.5 of the mean
+    sums.add(torch.tensor(math.nan), torch.tensor(8.0), torch.tensor(math.nan), 8)
+    figures = sums.read()
+    assert (figures.loss, figures.top1, figures.grad_norm) == (1.5, 100 * 3 / 8, 3.0)
+    assert (figures.images, figures.skipped_steps) == (16, 1)
+    again = TrainingSums(CPU)
+    again.load(sums.state())
+    assert again.read() == figures
+
+
+@claim
+def an_error_of_the_first_ends_all_and_only_the_first_says_why():
+    def fail():
+        assert distributed.rank() == 0
+        error = UserError("the reason")
+        error.exit_code = 2
+        raise error
+
+    with pytest.raises(UserError) as caught:
+        distributed.by_first(fail)
+    assert caught.value.exit_code == 2
+    assert str(caught.value) == ("the reason" if distributed.rank() == 0 else "")
+    assert distributed.by_first(lambda: [1, "two"]) == [1, "two"]
+
+
+@claim
+def an_error_of_any_ends_all_and_only_that_one_says_why():
+    def fail_on_one():
+        if distributed.rank() == 1:
+            raise UserError("the reason")
+        return distributed.rank()
+
+    with pytest.raises(UserError) as caught:
+        distributed.by_each(fail_on_one)
+    assert str(caught.value) == ("the reason" if distributed.rank() == 1 else "")
+    assert distributed.by_each(distributed.rank) == distributed.rank()
+
+
+@claim
+def news_reaches_all_and_no_news_costs_no_gathering():
+    assert distributed.news_of_all(None) == {}
+    assert distributed.news_of_all("here" if distributed.rank() == 2 else None) == {2: "here"}
+
+
+@claim
+def each_process_draws_from_a_stream_of_its_own_and_keeps_it():
+    state = train.new_state(QUICK, 5, 10, CPU, "fp32")
+    torch.manual_seed(QUICK["seed"] + distributed.rank())
+    saved = state.state_dict() | {"config": QUICK}
+    expected = distributed.gathered(torch.rand(3).tolist())
+    assert len({tuple(numbers) for numbers in expected}) == distributed.size()
+    torch.manual_seed(99)
+    state.load_state_dict(saved, QUICK, 10)
+    assert distributed.gathered(torch.rand(3).tolist()) == expected
+    state.load_state_dict(saved | {"rng": saved["rng"][:1]}, QUICK, 10)  # of a run in one process
+    drawn = distributed.gathered(torch.rand(3).tolist())
+    assert drawn[0] == expected[0]
+    assert len({tuple(numbers) for numbers in drawn}) == distributed.size()
+
+
+@claim
+def a_request_to_one_stops_all_before_the_same_batch():
+    server = BatchServer.__new__(BatchServer)  # the agreement alone, without its workers
+    server.stop = StopRequest()
+    seen = []
+
+    def batches():
+        for number in range(6):
+            if number == 3 and distributed.rank() == 2:
+                server.stop.request("SIGTERM", 143)
+            yield Batch(number, None, [(number, "bad")] if distributed.rank() == number else [])
+
+    with pytest.raises(Interrupted, match=r"SIGTERM \(process 2\)") as caught:
+        for batch in server._in_step(batches()):
+            seen.append((batch.images, batch.bad_images))
+    assert caught.value.exit_code == 143
+    assert seen == [(number, [(number, "bad")]) for number in range(3)]
+
+
+if __name__ == "__main__":
+    with distributed.joined(CPU):
+        for function in CLAIMS:
+            place = Path(sys.argv[1]) / f"{function.__name__}.{distributed.rank()}"
+            try:
+                function()
+                place.write_text("")
+            except BaseException:
+                place.write_text(traceback.format_exc())
+                raise
