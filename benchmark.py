@@ -4,6 +4,7 @@ python benchmark.py            input, step and train, one after the other, and a
 python benchmark.py input      images/s from JPEG files to batches, on one core and through worker processes
 python benchmark.py step       images/s and memory of the train step on data that lies on the device
 python benchmark.py train      images/s from JPEG files to trained weights, and the time spent waiting for data
+python benchmark.py scaling    what several GPUs can give, calculated from the bytes that they exchange
 python benchmark.py recipes    top-1 of the recipes on a made data set, each block left out, several seeds; takes hours
 
 Contenders take turns in rounds, so that a busy machine slows all alike; the figures are medians over the rounds, and the
@@ -18,6 +19,7 @@ from benchmarks.input_speed import input_benchmark, input_tables
 from benchmarks.measuring import record
 from benchmarks.picture import draw_benchmarks
 from benchmarks.recipe_evidence import contenders, recipe_benchmark, recipe_tables
+from benchmarks.scaling import scaling_tables
 from benchmarks.step_speed import CPU_CONTENDERS, step_benchmark, step_tables
 from benchmarks.train_speed import train_benchmark, train_tables
 from engine.device import choose_device
@@ -71,6 +73,8 @@ def parse_arguments(arguments=None):
     train.add_argument("--resolution", type=at_least_one, help="px; default 224; 128 on a CPU")
     train.add_argument("--steps", type=at_least_one, help="of an epoch; default 200; 8 on a CPU")
     train.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
+
+    command("scaling")
 
     recipes = command("recipes", on_device)
     recipes.add_argument(
@@ -127,6 +131,9 @@ def at_least_one(text):
 def main(arguments):
     if arguments.what == "recipes":
         print("\n".join(recipe_tables(recipe_benchmark(arguments))))
+        return 0
+    if arguments.what == "scaling":
+        print("\n".join(scaling_tables()))
         return 0
     measured = {}
     for what in MEASURES if arguments.what == "all" else [arguments.what]:

@@ -566,7 +566,7 @@ def start(command):
         splits = open_images(config, contents, monitor.say)
         if "hours" in command.options:
             counts = len(splits["train"]), len(splits["val"])
-            config, lines = plan_new_run(config, command.options, splits, counts, monitor)
+            config, lines = distributed.as_the_first(plan_new_run(config, command.options, splits, counts, monitor))
             remarks += lines
             monitor.epochs = config["epochs"]
         return run(config, recipe, contents, remarks, splits, device, precision, monitor)
@@ -599,7 +599,7 @@ def run(config, recipe, contents, remarks, splits, device, precision, monitor):
             if config["learning_rate"] == "auto":
                 found = find_learning_rate(config, batches, precision, monitor, *USUAL_RANGE[config["optimizer"]])
                 monitor.say(describe_rates(found))
-                config = config | {"learning_rate": found["suggestion"]}
+                config = config | {"learning_rate": distributed.as_the_first(found["suggestion"])}
             torch.manual_seed(config["seed"] + distributed.rank())
             state = new_state(config, len(images.classes), steps_per_epoch, device, precision)
             if contents is not None:

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.measuring import REPOSITORY, installed_timm, rate_cell
 from config import CONFIG
+from engine import distributed
 from engine.device import AUTOCAST_DTYPES, autocast, choose_device, choose_precision
 from engine.telemetry import GpuFigures
 
@@ -26,12 +27,13 @@ CONTENDERS = {
     "timm, channels-last": {"loop": "timm", "channels_last": True},
     "timm, channels-last, compiled": {"loop": "timm", "channels_last": True, "compile": True},
     "ours": {"loop": "ours", "compile": "off"},
+    "ours, under torchrun": {"loop": "ours", "compile": "off", "torchrun": True},  # one process: what the exchange costs
     "ours, memory low": {"loop": "ours", "compile": "off", "memory": "low"},
     "ours, memory lowest": {"loop": "ours", "compile": "off", "memory": "lowest"},
     "ours, compiled": {"loop": "ours", "compile": "on"},
     "ours, compiled, memory low": {"loop": "ours", "compile": "on", "memory": "low"},
 }
-ON_CPU = (REFERENCE, "torchvision reference, channels-last", "timm", "ours, fp32", "ours")  # the compiler takes minutes there
+ON_CPU = (REFERENCE, "torchvision reference, channels-last", "timm", "ours, fp32", "ours", "ours, under torchrun")
 CPU_CONTENDERS = CONTENDERS | {"ours, fp32": {"loop": "ours", "compile": "off", "precision": "fp32"}}
 NUM_CLASSES = 1000
 LEARNING_RATE = 0.01
@@ -99,7 +101,7 @@ def timm_step(job, device, precision):
 
 
 def our_step(job, device, precision):
-    """Return train.py's own train_step, with clipping, schedule and sums."""
+    """Return train.py's own train_step, with clipping, schedule, sums, and what processes ask each other at each step."""
     from train import new_state, train_step
 
     config = CONFIG | {
@@ -114,7 +116,9 @@ def our_step(job, device, precision):
     state.model.train()
 
     def step(images, labels):
+        distributed.news_of_all(None)
         result = train_step(state, images, labels, config)
+        distributed.any_process(False)
         state.sums.add(result.loss, result.correct, result.grad_norm, len(labels))
 
     return step
@@ -129,6 +133,12 @@ LOOPS = {"reference": reference_step, "timm": timm_step, "ours": our_step}
 def measure(job):
     """Return {px: {'images_per_s', 'milliseconds', 'peak_mib', 'clock_mhz'}} of one contender; None where it does not fit."""
     device = choose_device(job)
+    with distributed.joined(device):
+        return measure_on(device, job)
+
+
+def measure_on(device, job):
+    """Return measure()'s figures, once the process has joined what torchrun would have started."""
     precision = choose_precision(job, device)
     if device.type == "cpu" and job["loop"] != "ours":
         precision = "fp32"  # as their scripts run there
@@ -213,8 +223,10 @@ def step_benchmark(arguments):
 
 def run_job(job):
     """Measure in a process of its own; return measure()'s figures, or why there are none."""
-    command = [sys.executable, "-m", "benchmarks.step_speed", json.dumps(job)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    command = ["-m", "benchmarks.step_speed", json.dumps(job)]
+    if job.get("torchrun"):
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", *command]
+    done = subprocess.run([sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True)
     if done.returncode != 0:
         return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
     return json.loads(done.stdout.splitlines()[-1])

@@ -122,6 +122,11 @@ def gathered(value):
     return values
 
 
+def as_the_first(value):
+    """Return the first process's value: what was measured differs, what follows from it must not."""
+    return gathered(value)[0]
+
+
 def news_of_all(news):
     """Return {rank: news} of the processes that have any; None is none. Costs one small message while there is none."""
     if not any_process(news is not None):

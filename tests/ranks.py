@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from config import CONFIG
+from config import CONFIG, parse_command_line
 from engine import distributed
 from engine.data import Batch, BatchServer
 from engine.errors import TrainingStopped, UserError
@@ -158,12 +158,10 @@ def a_rehearsal_leaves_no_trace():
     state.model.train()
     before = {key: tensor.clone() for key, tensor in state.model.state_dict().items()}
     rng, steps = torch.get_rng_state(), []
-    original, train.train_step = train.train_step, lambda *arguments: steps.append(arguments)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", lambda *arguments: steps.append(arguments))
         for _ in range(2):
             train.adapting_train_step(state, *my_part(*the_whole_batch()), QUICK, print)
-    finally:
-        train.train_step = original
     assert len(steps) == 2
     assert state.rehearsed == {32}
     assert all(torch.equal(tensor, before[key]) for key, tensor in state.model.state_dict().items())
@@ -222,6 +220,19 @@ def an_error_of_any_ends_all_and_only_that_one_says_why():
         distributed.by_each(fail_on_one)
     assert str(caught.value) == ("the reason" if distributed.rank() == 1 else "")
     assert distributed.by_each(distributed.rank) == distributed.rank()
+
+
+@claim
+def all_train_the_epochs_that_the_first_has_planned():
+    def plan(config, *others):
+        return config | {"epochs": 50 + distributed.rank()}, []
+
+    command = parse_command_line(["--hours=1", "--checkpoint-dir=nowhere", "--log-file=/dev/null", "--device=cpu"], ["hours H"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "open_images", lambda *arguments: {"train": range(256), "val": range(2)})
+        patch.setattr(train, "plan_new_run", plan)
+        patch.setattr(train, "run", lambda config, *arguments: config["epochs"])
+        assert train.start(command) == 50
 
 
 @claim

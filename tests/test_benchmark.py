@@ -10,9 +10,11 @@ import benchmark
 from benchmarks.input_speed import input_tables, read_originals
 from benchmarks.measuring import recorded
 from benchmarks.recipe_evidence import compute, contenders, recipe_tables
+from benchmarks.scaling import PARAMETERS, scaling, scaling_tables
 from benchmarks.step_speed import LOOPS, step_tables
 from benchmarks.train_speed import train_tables
 from config import CONFIG, config_problems
+from model import build_model
 
 README = REPOSITORY / "README.md"
 
@@ -26,6 +28,7 @@ TABLES = {
     "input": lambda: input_tables(recorded("input")[-1]),
     "step": lambda: step_tables(recorded("step")[-1]),
     "train": lambda: train_tables(recorded("train")[-1]),
+    "scaling": scaling_tables,
     "recipes": lambda: recipe_tables(newest_study()),
 }
 
@@ -63,11 +66,12 @@ def test_made_originals_resemble_imagenets_in_pixels_and_bytes():
 
 def test_the_step_benchmark_measures_each_contender_in_a_process_of_its_own(tmp_path):
     flags = ["step", "--device=cpu", "--batch-size=2", "--resolutions", "32", "--rounds=1", "--seconds=1", "--no-record"]
-    flags += ["--contenders", "torchvision reference", "ours"]
+    flags += ["--contenders", "torchvision reference", "ours", "ours, under torchrun"]
     status, output = run_program("benchmark.py", flags, cwd=tmp_path)
     assert status == 0, output
     assert "| torchvision reference | fp32 | " in output
     assert "| ours | " in output
+    assert "| ours, under torchrun | " in output and "failed" not in output
 
 
 @pytest.mark.parametrize("loop", ["reference", "ours"])
@@ -109,6 +113,22 @@ def test_wrong_flags_are_refused():
         with pytest.raises(SystemExit) as ended:
             benchmark.parse_arguments(flags)
         assert ended.value.code == 2
+
+
+# Several GPUs --------------------------------------------------------------------------------------------------------
+
+
+def test_the_calculated_exchange_is_that_of_a_ring():
+    assert sum(parameter.numel() for parameter in build_model(CONFIG, 1000).parameters()) == PARAMETERS
+    two, eight = scaling(2, 256, 256, 10.0), scaling(8, 256, 256, 10.0)
+    assert two.bytes_sent == 4 * PARAMETERS  # half of the gradients there and half of the sums back
+    assert eight.bytes_sent == pytest.approx(2 * 7 / 8 * 4 * PARAMETERS)
+    assert (two.compute, eight.compute) == (500, 125)
+    assert eight.exchange == pytest.approx(1000 * eight.bytes_sent / 10e9)
+    assert two.step_in_turn == two.compute + two.exchange
+    assert two.compute < two.step_overlapped < two.step_in_turn
+    slow = scaling(8, 256, 256, 0.1)  # the link is all that counts
+    assert slow.step_overlapped == pytest.approx(slow.exchange + 125 / 3)
 
 
 # Recipes -------------------------------------------------------------------------------------------------------------
