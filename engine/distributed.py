@@ -57,7 +57,8 @@ def local_size():
 
 def describe():
     """Return the processes in words, for the log."""
-    return f"{size()} processes, {local_size()} of them on this machine, backend {dist.get_backend_config()}"
+    count = "1 process" if size() == 1 else f"{size()} processes"
+    return f"{count}, {local_size()} of them on this machine, {dist.get_backend_config()}"
 
 
 def refuse_several(program):

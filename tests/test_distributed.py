@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -35,8 +36,8 @@ SETTINGS = {"sync_batch_norm": "true", "batch_size": 9}
 STEPS = 6  # of an epoch
 
 
-def start_torchrun(processes, arguments, program="train.py", restarts=0, **options):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
+def start_torchrun(processes, arguments, program="train.py", restarts=0, meeting=("--standalone",), **options):
+    launcher = ["-m", "torch.distributed.run", *meeting, f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
     return start_python([*launcher, REPOSITORY / program, *arguments], **options)
 
 
@@ -188,6 +189,37 @@ def test_torchrun_restarts_a_job_of_which_a_process_was_killed_and_nothing_is_lo
 def test_ten_kills_of_a_random_process_lose_nothing(image_tree, reference, tmp_path):
     kill_again_and_again(image_tree, tmp_path / "run", processes=2, kills=10, seed=2)
     assert_same_figures(tmp_path / "run", reference)
+
+
+@pytest.mark.slow
+def test_machines_come_and_go_and_nothing_is_lost(image_tree, tmp_path):
+    settings = SETTINGS | {"epochs": 40}
+    assert run_program("train.py", tiny_run(image_tree, tmp_path / "reference", **settings))[0] == 0
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    meeting = ["--nnodes=1:2", "--rdzv-backend=c10d", "--rdzv-id=a", f"--rdzv-endpoint=localhost:{port}"]
+    folder = tmp_path / "run"
+    arguments = [*tiny_run(image_tree, folder, checkpoint_minutes=0.001, **settings), "--resume=auto"]
+
+    def trained_by(processes):
+        return (folder / "metrics.jsonl").exists() and figures(folder)[-1].get("processes", 1) == processes
+
+    first = start_torchrun(1, arguments, restarts=5, meeting=meeting)
+    wait_for(lambda: trained_by(1))
+    second = start_torchrun(1, arguments, restarts=5, meeting=meeting)
+    wait_for(lambda: trained_by(2))
+    ranks = ranks_of(second).values()
+    second.kill()
+    for pid in ranks:
+        os.kill(pid, signal.SIGKILL)
+    second.communicate()
+    status, output = finish(first)
+    assert status == 0, output
+    assert [record["epoch"] for record in figures(folder)] == list(range(1, 41))
+    assert {record.get("processes", 1) for record in figures(folder)} == {1, 2}
+    for record, expected in zip(figures(folder)[:5], figures(tmp_path / "reference")[:5], strict=True):
+        assert record["train_loss"] == pytest.approx(expected["train_loss"], abs=1e-4)
 
 
 def test_a_killed_process_takes_the_job_down_with_a_clear_message(image_tree, tmp_path):
