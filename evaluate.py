@@ -11,6 +11,8 @@ Besides a run's checkpoints, weights with torchvision's keys in a .pt or .safete
 """
 
 import argparse
+import itertools
+import math
 import sys
 from pathlib import Path
 
@@ -84,14 +86,15 @@ def _logits_by_view(models, images, context, flip, ensemble):
     if flip:
         views["flip_"] = {name: (plain[name] + mirrored[name]) / 2 for name in models}
     for view, logits_of in views.items():
-        if ensemble:  # logarithms of mean probabilities: logits whose softmax they are
-            logits_of = logits_of | {ENSEMBLE: mean_probabilities(logits_of.values()).log()}
+        if ensemble:
+            logits_of = logits_of | {ENSEMBLE: log_mean_probabilities(logits_of.values())}
         yield view, logits_of
 
 
-def mean_probabilities(logits):
-    """Return the mean of the softmax of several logits [B, C]."""
-    return torch.stack([F.softmax(of_one, dim=1) for of_one in logits]).mean(dim=0)
+def log_mean_probabilities(logits):
+    """Return the logarithm of the mean of the softmax of several logits [B, C]: logits whose softmax that mean is."""
+    logs = torch.stack([F.log_softmax(of_one, dim=1) for of_one in logits])
+    return logs.logsumexp(dim=0) - math.log(len(logs))  # finite where each probability underflows to 0
 
 
 def _scores(logits, labels):
@@ -117,8 +120,8 @@ def averaged_network(networks, batches, context):
     }
     first.model.load_state_dict(mean)
     requests = data.training_requests(batches.splits["train"], first.config, epoch=0)
-    some = (request for request, _ in zip(requests, range(first.config["swa_batch_norm_batches"]), strict=False))
-    averaging.refresh_batch_norm(first.model, batches.training(some, set()), context)
+    requests = itertools.islice(requests, first.config["swa_batch_norm_batches"])
+    averaging.refresh_batch_norm(first.model, batches.training(requests, set()), context)
     return first._replace(name=f"mean of the weights of {', '.join(network.name for network in networks)}", kind="mean")
 
 
@@ -189,7 +192,7 @@ def classify_files(networks, arguments, device):
 
     def probabilities(images):
         with autocast(device, precision):
-            return mean_probabilities([network.model.eval()(images).float() for network in networks])
+            return log_mean_probabilities([network.model.eval()(images).float() for network in networks]).exp()
 
     def skip(path, reason):
         skipped.append(path)
@@ -222,7 +225,7 @@ def export_network(network, arguments):
         "made_with": f"PyTorch {torch.__version__}, commit {commit()}",
     }
     if contents:
-        run |= {key: contents[key] for key in ("recipe", "train_images")} | {
+        run |= {key: contents.get(key) for key in ("recipe", "train_images", "hardware")} | {
             "epochs": contents["epoch"],
             "seed": config["seed"],
         }
@@ -231,7 +234,6 @@ def export_network(network, arguments):
         if records:
             run["hours"] = sum(record["seconds"] for record in records) / 3600
             run["energy_wh"] = sum(record.get("gpu_energy_wh", 0) for record in records)
-            run["hardware"] = records[-1].get("hardware")
     classes = network.classes or [str(number) for number in range(network.model.fc.out_features)]
     facts = model_facts(config, classes, network.class_names, accuracy, run)
     print(export(network.model.cpu().float(), arguments.export, facts))

@@ -487,6 +487,12 @@ def open_checkpoint(command):
     """Return (config, recipe, contents, remarks): the configuration to run with, and the checkpoint to go on from or None."""
     config, folder = command.config, command.config["checkpoint_dir"]
     source = command.options.get("resume")
+    if distributed.restarted():  # it goes on with its own run, however that was begun
+        source = "auto"
+    if distributed.launched() and command.options.get("overwrite"):
+        raise ConfigError(
+            [f"--overwrite: torchrun may start this program again, and the run would be lost; delete {folder} first"]
+        )
     if source is None:
         if not command.options.get("overwrite"):
             checkpoint.refuse_to_overwrite(folder)
@@ -564,7 +570,7 @@ def start(command):
     torch.backends.cudnn.benchmark = True  # the sizes are fixed: let cuDNN try its algorithms once
     with Monitor(config, device) as monitor:
         splits = open_images(config, contents, monitor.say)
-        if "hours" in command.options:
+        if "hours" in command.options and contents is None:
             counts = len(splits["train"]), len(splits["val"])
             config, lines = distributed.as_the_first(plan_new_run(config, command.options, splits, counts, monitor))
             remarks += lines
@@ -606,6 +612,8 @@ def run(config, recipe, contents, remarks, splits, device, precision, monitor):
                 state.load_state_dict(contents, config, steps_per_epoch)
                 contents = None  # hundreds of megabytes
             facts = {"config": config, "recipe": recipe, "classes": images.classes, "train_images": len(images)}
+            several = f"{distributed.size()} times " if distributed.size() > 1 else ""
+            facts["hardware"] = several + describe_device(device)
             facts["class_names"] = getattr(images, "class_names", {})  # what people call them, where a packed file knows
             checkpoints = checkpoint.CheckpointFolder(config, facts, monitor.say)
             monitor.open_records(checkpoints.folder, state.epoch)
@@ -620,7 +628,10 @@ def run(config, recipe, contents, remarks, splits, device, precision, monitor):
                 f"in {checkpoints.folder / checkpoint.BEST}"
             )
         except (Interrupted, WorkerDied, data.DataError) as cause:
-            return save_and_leave(cause, checkpoints, state if checkpoints else None, monitor)
+            exit_code = save_and_leave(cause, checkpoints, state if checkpoints else None, monitor)
+            if stop.machine_goes_away:
+                distributed.end_launcher()
+            return exit_code
         except UserError as error:
             monitor.log(f"stopped: {error}")
             raise

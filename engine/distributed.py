@@ -5,8 +5,10 @@ In a process that torchrun has not started the world has size 1, and every funct
 
 import contextlib
 import os
+import signal
 import warnings
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,6 +35,18 @@ class EndedElsewhere(UserError):
 def launched():
     """Return whether torchrun has started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def restarted():
+    """Return whether torchrun has started this process in place of one that had ended."""
+    return launched() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def end_launcher():
+    """Ask this machine's torchrun to end, if there is one: else it would start its processes again."""
+    parent = os.getppid()
+    if launched() and b"torch" in Path(f"/proc/{parent}/cmdline").read_bytes():
+        os.kill(parent, signal.SIGTERM)
 
 
 def size():

@@ -29,6 +29,7 @@ class StopRequest:
     def __init__(self):
         self.cause = None
         self.exit_code = 0
+        self.machine_goes_away = False
         self._previous = {}
 
     def __enter__(self):
@@ -96,6 +97,7 @@ def watch_spot_notice(stop, url, say, poll_seconds=SPOT_POLL_SECONDS):
                     say(f"spot_notice: the instance metadata service at {url} does not answer ({error}); still polling")
                     complained = True
             if notice:
+                stop.machine_goes_away = True
                 stop.request(f"spot termination notice ({notice})", 128 + signal.SIGTERM)
                 return
             ended.wait(poll_seconds)

@@ -1,10 +1,12 @@
 """What the tests share: small trees of real JPEG files, tiny runs of train.py in this process or in one of their own."""
 
+import http.server
 import io
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from config import parse_command_line
 from engine.demo import make_demo_data
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+NOTICE = '{"action": "terminate", "time": "2026-01-01T00:00:00Z"}'  # a spot instance's
 NOT_REPEATABLE = ("images_per_s", "seconds", "time", "data_wait_share")
 
 
@@ -130,3 +133,49 @@ def wait_for(condition, seconds=120):
 
 def children_of(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def start_torchrun(processes, arguments, program="train.py", restarts=0, meeting=("--standalone",), **options):
+    """Start one of the scripts in so many processes that torchrun looks after."""
+    launcher = ["-m", "torch.distributed.run", *meeting, f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
+    return start_python([*launcher, REPOSITORY / program, *arguments], **options)
+
+
+def run_torchrun(processes, arguments, **options):
+    return finish(start_torchrun(processes, arguments, **options))
+
+
+class MetadataService(http.server.BaseHTTPRequestHandler):
+    """IMDSv2 as EC2 answers: a token by PUT, 401 without it, 404 while there is no notice."""
+
+    notice = None
+
+    def do_PUT(self):
+        self._answer(
+            200 if self.path == "/latest/api/token" and self.headers["X-aws-ec2-metadata-token-ttl-seconds"] else 400, "secret"
+        )
+
+    def do_GET(self):
+        if self.headers["X-aws-ec2-metadata-token"] != "secret":
+            return self._answer(401, "")
+        if self.path != "/latest/meta-data/spot/instance-action" or self.server.notice is None:
+            return self._answer(404, "")
+        return self._answer(200, self.server.notice)
+
+    def _answer(self, status, text):
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def metadata_service():
+    """EC2's instance metadata service; `notice` is its spot instance action."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), MetadataService)
+    server.notice = None
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()

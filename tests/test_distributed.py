@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
-    REPOSITORY,
+    NOTICE,
     children_of,
     figures,
     finish,
     run_program,
+    run_torchrun,
     start_program,
-    start_python,
+    start_torchrun,
     tiny_run,
     wait_for,
 )
@@ -34,15 +35,6 @@ ROUNDING = 1e-5  # of losses and norms after 3 epochs; seen on a CPU: 3e-7
 # 9 images over 4 processes are 3, 2, 2 and 2; of the last validation batch, 2 images, two processes get none
 SETTINGS = {"sync_batch_norm": "true", "batch_size": 9}
 STEPS = 6  # of an epoch
-
-
-def start_torchrun(processes, arguments, program="train.py", restarts=0, meeting=("--standalone",), **options):
-    launcher = ["-m", "torch.distributed.run", *meeting, f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
-    return start_python([*launcher, REPOSITORY / program, *arguments], **options)
-
-
-def run_torchrun(processes, arguments, **options):
-    return finish(start_torchrun(processes, arguments, **options))
 
 
 def ranks_of(process):
@@ -164,7 +156,7 @@ def test_torchrun_itself_asked_to_stop_leaves_one_good_checkpoint(number, image_
 def kill_again_and_again(image_tree, folder, processes, kills, seed):
     """Kill one process of a job at a random instant, so many times, torchrun starting them again; return its output."""
     rng = random.Random(seed)
-    arguments = [*tiny_run(image_tree, folder, checkpoint_minutes=0.001, **SETTINGS), "--resume=auto"]
+    arguments = tiny_run(image_tree, folder, checkpoint_minutes=0.001, **SETTINGS)  # without --resume auto: a restart knows
     process = start_torchrun(processes, arguments, restarts=kills)
     for _ in range(kills):
         wait_for(lambda: len(ranks_of(process)) == processes)
@@ -189,6 +181,25 @@ def test_torchrun_restarts_a_job_of_which_a_process_was_killed_and_nothing_is_lo
 def test_ten_kills_of_a_random_process_lose_nothing(image_tree, reference, tmp_path):
     kill_again_and_again(image_tree, tmp_path / "run", processes=2, kills=10, seed=2)
     assert_same_figures(tmp_path / "run", reference)
+
+
+def test_a_spot_notice_ends_the_machines_torchrun_instead_of_using_up_its_restarts(metadata_service, image_tree, tmp_path):
+    arguments = tiny_run(image_tree, tmp_path / "run", epochs=50, spot_notice="true", **SETTINGS)
+    arguments += [f"--spot-notice-url=http://127.0.0.1:{metadata_service.server_port}"]
+    metadata_service.notice = NOTICE
+    status, output = run_torchrun(2, arguments, restarts=3)
+    assert status != 0
+    assert re.search(
+        r"stopped by spot termination notice .*terminate.* \(process 0\) in epoch \d+ after \d batches; saved", output
+    )
+    assert output.count("recipe seed: ") == 1
+    checkpoint.read(tmp_path / "run/last.pt")
+
+
+def test_overwriting_is_refused_under_torchrun_which_may_start_the_program_again(image_tree, tmp_path):
+    status, output = run_torchrun(1, [*tiny_run(image_tree, tmp_path / "run"), "--overwrite"])
+    assert status != 0
+    assert "--overwrite: torchrun may start this program again" in output
 
 
 @pytest.mark.slow

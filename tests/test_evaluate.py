@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 
 import numpy as np
@@ -20,6 +21,7 @@ from engine import checkpoint, data
 from engine.confusion import class_rows, count_confusions, pair_rows
 from engine.images import validation_view
 from engine.networks import load_networks
+from evaluate import log_mean_probabilities
 from model import build_model
 
 CPU = torch.device("cpu")
@@ -74,6 +76,13 @@ def test_an_ensemble_scores_the_mean_of_the_probabilities_and_each_member_is_bes
         assert top1 == pytest.approx(100 * (shares.argmax(1) == labels).float().mean().item(), abs=0.01)
         assert loss == pytest.approx(torch.nn.functional.nll_loss(shares.log(), labels).item(), abs=2e-4)
         assert "on 20 images, 32 px centre crop (ratio 0.875), no test-time augmentation" in line
+
+
+def test_an_ensembles_loss_is_finite_where_every_probability_underflows():
+    logits = [torch.tensor([[0.0, 300.0]]), torch.tensor([[0.0, 400.0]])]
+    assert torch.softmax(logits[0], 1)[0, 0] == 0
+    expected = torch.tensor([[-300 - math.log(2), 0.0]])
+    torch.testing.assert_close(log_mean_probabilities(logits), expected)
 
 
 def test_several_resolutions_and_flip_are_stated_with_each_figure(runs, image_tree, capsys):
@@ -259,6 +268,7 @@ def test_the_model_card_says_how_the_weights_came_about_and_what_to_mind(runs, t
         "| training data | 60 images |",
         "at 3600 per hour",
         "has BlurPool",
+        "| hardware | CPU, ",
         "commit",
     ):
         assert part in card

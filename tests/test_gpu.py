@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from conftest import figures, run_program, run_torchrun, tiny_run
 
 from config import CONFIG
 from engine import data
@@ -205,3 +206,24 @@ def test_the_waiting_for_data_is_measured_on_the_device():
         torch.cuda._sleep(1000)
     assert 0.15 <= speed.waited() < 0.5
     assert speed.images == 12
+
+
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_under_torchrun_all_gpus_train_what_one_does(memory, image_tree, tmp_path):
+    gpus = torch.cuda.device_count()
+    changes = {"device": "cuda", "precision": "fp32", "compile": "off", "sync_batch_norm": "true", "memory": memory}
+    status, output = run_program("train.py", tiny_run(image_tree, tmp_path / "alone", **changes))
+    assert status == 0, output
+    status, output = run_torchrun(gpus, tiny_run(image_tree, tmp_path / "together", **changes))
+    assert status == 0, output
+    assert "cuda:nccl" in output
+    for ours, theirs in zip(figures(tmp_path / "together"), figures(tmp_path / "alone"), strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
+        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-2)
+
+
+def test_under_torchrun_the_network_is_compiled_as_without(image_tree, tmp_path):
+    changes = {"device": "cuda", "compile": "on", "epochs": 1, "swa_start_epoch": 0}
+    status, output = run_torchrun(1, tiny_run(image_tree, tmp_path / "run", **changes))
+    assert status == 0, output
+    assert "the network is compiled" in output

@@ -3,13 +3,11 @@
 Real processes, real signals. The runs compared are of the same command, one of them never interrupted.
 """
 
-import http.server
 import os
 import random
 import resource
 import shutil
 import signal
-import threading
 import time
 from pathlib import Path
 
@@ -31,7 +29,6 @@ from conftest import (
 from config import CONFIG, ConfigError
 from engine import checkpoint
 from engine.errors import CheckpointError, DataError
-from engine.interruption import Interrupted, StopRequest, watch_spot_notice
 from engine.monitor import Monitor
 
 
@@ -418,81 +415,3 @@ def test_a_damaged_last_pt_is_said_and_the_newest_good_one_used(image_tree, refe
     said = capfd.readouterr().out
     assert "WARNING" in said and "last.pt is damaged" in said and "resumed" in said and "epoch_002.pt" in said
     assert figures(tmp_path / "run") == figures(reference)
-
-
-# Spot notices --------------------------------------------------------------------------------------------------------
-
-
-class MetadataService(http.server.BaseHTTPRequestHandler):
-    """IMDSv2 as EC2 answers: a token by PUT, 401 without it, 404 while there is no notice."""
-
-    notice = None
-
-    def do_PUT(self):
-        self._answer(
-            200 if self.path == "/latest/api/token" and self.headers["X-aws-ec2-metadata-token-ttl-seconds"] else 400, "secret"
-        )
-
-    def do_GET(self):
-        if self.headers["X-aws-ec2-metadata-token"] != "secret":
-            return self._answer(401, "")
-        if self.path != "/latest/meta-data/spot/instance-action" or self.server.notice is None:
-            return self._answer(404, "")
-        return self._answer(200, self.server.notice)
-
-    def _answer(self, status, text):
-        self.send_response(status)
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def metadata_service():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), MetadataService)
-    server.notice = None
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-
-
-NOTICE = '{"action": "terminate", "time": "2026-01-01T00:00:00Z"}'
-
-
-def test_a_spot_notice_stops_the_run_as_sigterm_does(metadata_service, image_tree, reference, tmp_path):
-    arguments = tiny_run(image_tree, tmp_path / "run", spot_notice="true")
-    arguments += [f"--spot-notice-url=http://127.0.0.1:{metadata_service.server_port}"]
-    metadata_service.notice = NOTICE
-    status, output = run_program("train.py", arguments)
-    assert status == 143, output
-    assert "spot termination notice" in output and "terminate" in output and "saved. Go on with" in output
-    assert run_here([f"--resume={tmp_path}/run/last.pt", "--spot-notice=false"]) == 0
-    assert figures(tmp_path / "run") == figures(reference)
-
-
-def test_without_a_notice_the_poll_asks_for_nothing(metadata_service):
-    stop, said = StopRequest(), []
-    ended = watch_spot_notice(stop, f"http://127.0.0.1:{metadata_service.server_port}", said.append, poll_seconds=0.01)
-    time.sleep(0.3)
-    stop.check()
-    metadata_service.notice = NOTICE
-    wait_for(lambda: stop.cause is not None, seconds=10)
-    with pytest.raises(Interrupted):
-        stop.check()
-    assert stop.exit_code == 143
-    assert said == []
-    ended.set()
-
-
-def test_a_metadata_service_that_does_not_answer_is_said_once(metadata_service):
-    metadata_service.server_close()
-    stop, said = StopRequest(), []
-    ended = watch_spot_notice(stop, f"http://127.0.0.1:{metadata_service.server_port}", said.append, poll_seconds=0.01)
-    wait_for(lambda: said, seconds=20)
-    time.sleep(0.2)
-    ended.set()
-    assert len(said) == 1
-    assert "does not answer" in said[0]
-    stop.check()
