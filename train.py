@@ -46,6 +46,7 @@ from engine.optim import build_optimizer, build_schedule, rate_factor
 from engine.plan import epochs_within, measure_rates, plan_lines, plan_run, rates_stated
 from engine.range_test import BATCHES_IN_CYCLE, USUAL_RANGE, describe_rates, range_test
 from engine.recompute import statistics_untouched
+from engine.sync_norm import norms_alone
 from engine.workers import WorkerDied
 from evaluate import evaluate
 from model import build_model
@@ -178,7 +179,7 @@ def train_step(state, images, targets, config):
         images: [B, 3, H, W], ready for the network, on its device: this process's share of the batch.
         targets: int64 [B], or float [B, C] where images were mixed.
     """
-    loss, correct = add_gradients(state.network, state, images, targets, config)
+    loss, correct = add_gradients(state, images, targets, config)
     state.scaler.unscale_(state.optimizer)  # clip the true gradient, not the scaled one
     grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config["grad_clip_value"])
     state.scaler.step(state.optimizer)
@@ -187,16 +188,21 @@ def train_step(state, images, targets, config):
     return StepResult(loss, grad_norm, correct)
 
 
-def add_gradients(network, state, images, targets, config):
-    """Set the parameters' gradients to the mean over the batch of all processes; return its (loss, correct) of StepResult."""
+def add_gradients(state, images, targets, config, alone=False):
+    """Set the parameters' gradients to the mean over the batch of all processes; return (loss, correct) as in StepResult.
+
+    Args:
+        alone: do not exchange gradients.
+    """
     state.optimizer.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=images.device)
     correct = torch.zeros((), device=images.device)
-    parts = list(zip(images.split(state.micro_batch_size), targets.split(state.micro_batch_size), strict=True))
-    for number, (some_images, some_targets) in enumerate(parts, 1):
-        with distributed.exchanging(network, now=number == len(parts)):
+    parts = distributed.parts_of_shares(config["batch_size"], state.micro_batch_size)
+    micro_batches = zip(images.tensor_split(parts), targets.tensor_split(parts), strict=True)
+    for number, (some_images, some_targets) in enumerate(micro_batches, 1):
+        with distributed.exchanging(state.network, now=number == parts and not alone):
             with autocast(images.device, state.precision):
-                logits = network(some_images)
+                logits = state.network(some_images)
                 part = training_loss(logits.float(), some_targets, config) * (len(some_targets) / config["batch_size"])
             state.scaler.scale(part * distributed.size()).backward()  # the exchange takes the mean over the processes
         loss += part.detach()
@@ -214,10 +220,7 @@ def adapting_train_step(state, images, targets, config, say):
         return adapting(lambda: train_step(state, images, targets, config), state, len(targets), config, say)
     if images.shape[3] not in state.rehearsed:
         state.rehearsed.add(images.shape[3])
-        device = [state.device] if state.device.type == "cuda" else []
-        with torch.random.fork_rng(device), statistics_untouched(state.model):
-            adapting(lambda: add_gradients(state.model, state, images, targets, config), state, len(targets), config, say)
-        state.micro_batch_size = min(distributed.gathered(state.micro_batch_size))
+        rehearse(state, images, targets, config, say)
     try:
         return train_step(state, images, targets, config)
     except torch.OutOfMemoryError:
@@ -225,6 +228,14 @@ def adapting_train_step(state, images, targets, config, say):
             f"out of GPU memory in a step that had fitted before; start again with --micro-batch-size "
             f"{math.ceil(min(state.micro_batch_size, len(targets)) / 2)} --resume auto"
         ) from None
+
+
+def rehearse(state, images, targets, config, say):
+    """Adapt to the memory and the compiler by a step that leaves no trace, then agree on the smallest micro-batch."""
+    device = [state.device] if state.device.type == "cuda" else []
+    with torch.random.fork_rng(device), statistics_untouched(state.model), norms_alone(state.model):
+        adapting(lambda: add_gradients(state, images, targets, config, alone=True), state, len(targets), config, say)
+    state.micro_batch_size = min(distributed.gathered(state.micro_batch_size))
 
 
 def adapting(attempt, state, images, config, say):

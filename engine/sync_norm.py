@@ -1,5 +1,7 @@
 """Batch norm over the images of all processes."""
 
+import contextlib
+
 import torch
 import torch.distributed as dist
 
@@ -34,6 +36,19 @@ class CpuSyncBatchNorm2d(torch.nn.BatchNorm2d):
         share = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
         self.running_mean.lerp_(mean, share)
         self.running_var.lerp_(variance, share)
+
+
+@contextlib.contextmanager
+def norms_alone(model):
+    """Let the model's synchronised norms ask no other process: they use their running statistics for the time being."""
+    norms = [m for m in model.modules() if isinstance(m, (torch.nn.SyncBatchNorm, CpuSyncBatchNorm2d)) and m.training]
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
 
 
 class _SumOverProcesses(torch.autograd.Function):

@@ -69,7 +69,7 @@ class WithoutBatchNorm(torch.nn.Module):
 class Tight(WithoutBatchNorm):
     """Runs out of memory with more than `room` images, in the process of rank 1 alone."""
 
-    room = 1
+    room = 2
 
     def forward(self, images):
         if distributed.rank() == 1 and len(images) > self.room:
@@ -96,7 +96,7 @@ def gradients_are_those_of_the_whole_batch_in_one_process():
         state = a_state(QUICK, network)
         state.micro_batch_size = micro_batch_size
         images, labels = the_whole_batch(torch.float64)
-        result = train.add_gradients(state.network, state, *my_part(images, labels), QUICK)
+        result = train.add_gradients(state, *my_part(images, labels), QUICK)
         loss = F.cross_entropy(alone(images).float(), labels)
         loss.backward()
         for ours, theirs in zip(network.parameters(), alone.parameters(), strict=True):
@@ -134,8 +134,8 @@ def a_process_out_of_memory_makes_all_halve_their_micro_batches():
     state, alone = a_state(QUICK, Tight()), WithoutBatchNorm()
     images, labels = the_whole_batch()
     train.adapting_train_step(state, *my_part(images, labels), QUICK, said.append)
-    assert distributed.gathered(state.micro_batch_size) == [1] * distributed.size()
-    assert len(said) == (2 if distributed.rank() == 1 else 0)
+    assert distributed.gathered(state.micro_batch_size) == [2] * distributed.size()
+    assert len(said) == (1 if distributed.rank() == 1 else 0)
     optimizer = torch.optim.SGD(alone.parameters(), lr=0.05 / 25, momentum=0.9)
     F.cross_entropy(alone(images), labels).backward()
     optimizer.step()
@@ -144,11 +144,27 @@ def a_process_out_of_memory_makes_all_halve_their_micro_batches():
 
 
 @claim
+def under_synced_norms_all_take_as_many_micro_batches_and_stay_in_step():
+    network = torch.nn.Sequential(Tight())
+    network[0].norm = CpuSyncBatchNorm2d(8)
+    state = a_state(QUICK, network)
+    train.adapting_train_step(state, *my_part(*the_whole_batch()), QUICK, lambda text: None)
+    assert distributed.gathered(state.micro_batch_size) == [2] * distributed.size()
+    assert network[0].norm.num_batches_tracked == 2
+    assert network[0].norm.training
+    weights = distributed.gathered(network[0].conv.weight.detach())
+    assert all(torch.equal(weight, weights[0]) for weight in weights)
+    state.micro_batch_size = 1  # 3, 3 and 2 images: not in three parts, of which one would have none
+    train.adapting_train_step(state, *my_part(*the_whole_batch()), QUICK, lambda text: None)
+    assert network[0].norm.num_batches_tracked == 4
+
+
+@claim
 def out_of_memory_in_a_common_step_stops_and_names_the_micro_batch():
     state = a_state(QUICK, Tight())
     state.rehearsed.add(32)
     if distributed.rank() == 1:
-        with pytest.raises(TrainingStopped, match=r"--micro-batch-size 2 --resume auto"):
+        with pytest.raises(TrainingStopped, match="--micro-batch-size 2 --resume auto"):
             train.adapting_train_step(state, *my_part(*the_whole_batch()), QUICK, print)
 
 

@@ -30,6 +30,7 @@ from ranks import CLAIMS
 
 from engine import checkpoint
 from engine.demo import make_demo_data
+from engine.metrics import read_records
 
 ROUNDING = 1e-5  # of losses and norms after 3 epochs; seen on a CPU: 3e-7
 # 9 images over 4 processes are 3, 2, 2 and 2; of the last validation batch, 2 images, two processes get none
@@ -94,6 +95,8 @@ def test_several_processes_train_what_one_does(processes, image_tree, reference,
     assert status == 0, output
     assert_same_figures(tmp_path / "run", reference)
     assert [record["processes"] for record in figures(tmp_path / "run")] == [processes] * 3
+    for record in read_records(tmp_path / "run/metrics.jsonl"):
+        assert record["images_per_s"] * record["seconds"] == pytest.approx(9 * STEPS)  # those of all processes
     assert output.count("epoch 1/3: ") == 1  # one speaks for all
     assert (tmp_path / "run.log").read_text().count("epoch 1/3: ") == 1
     ours, theirs = (checkpoint.read(folder / "last.pt")["model"] for folder in (tmp_path / "run", reference))
