@@ -6,6 +6,8 @@ In a process that torchrun has not started the world has size 1, and every funct
 import contextlib
 import os
 import signal
+import time
+import uuid
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -96,9 +98,35 @@ def joined(device):
         if local_rank() >= there:
             raise UserError(f"{local_size()} processes on a machine with {there} GPUs: --nproc_per_node={there} gives each one")
         torch.cuda.set_device(local_rank())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=ANSWER_WITHIN)
-    yield
+    store, number, count = next(dist.rendezvous("env://", timeout=ANSWER_WITHIN))
+    store = dist.PrefixStore(_generation(store, number, count), store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=ANSWER_WITHIN)
+    with noticing_losses():
+        yield
     dist.destroy_process_group()  # not after an exception: the others may be gone
+
+
+def _generation(store, number, count):
+    """Return a name that all processes which torchrun has started together share, and no others.
+
+    torchrun keeps the store in which processes find each other when it starts them again, so that a quick process finds the
+    address of one that is gone (seen with PyTorch 2.14; related: pytorch issue 135712). So the first process asks under a
+    new name, and a name holds for those who have given a word of their own under it and have seen it confirmed.
+    """
+    if number == 0:
+        name = uuid.uuid4().hex
+        store.set("generation", name)
+        words = [store.get(f"{name}/{other}").decode() for other in range(1, count)]  # get waits
+        store.set(f"{name}/words", " ".join(words))
+        return name
+    word = uuid.uuid4().hex
+    while True:
+        name = store.get("generation").decode()
+        store.set(f"{name}/{number}", word)
+        if store.check([f"{name}/words"]) and word in store.get(f"{name}/words").decode():
+            return name
+        time.sleep(0.02)  # for the others, or because the name is one of an earlier generation
 
 
 @contextlib.contextmanager
