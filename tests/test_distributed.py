@@ -250,9 +250,10 @@ def test_machines_come_and_go_and_nothing_is_lost(image_tree, tmp_path):
         reached = records()[-1]["epoch"]
         wait_for(lambda: records()[-1]["epoch"] > reached)
 
-    first = start_torchrun(1, arguments, restarts=5, meeting=meeting)
+    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as the README says
+    first = start_torchrun(1, arguments, restarts=5, meeting=meeting, environment=environment)
     wait_for_epochs(1)
-    second = start_torchrun(1, arguments, restarts=5, meeting=meeting)
+    second = start_torchrun(1, arguments, restarts=5, meeting=meeting, environment=environment)
     wait_for_epochs(2)
     ranks = ranks_of(second).values()
     second.kill()
