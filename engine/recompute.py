@@ -34,7 +34,7 @@ def _contexts(block, memory):
     if memory == "lowest":
         return contextlib.nullcontext(), statistics_untouched(block)
     first, second = create_selective_checkpoint_contexts(_keeps)
-    return first, _both(second, statistics_untouched(block))
+    return first, _both(statistics_untouched(block), second)  # in this order: `second` knows the block's own operations alone
 
 
 def _keeps(context, operation, *arguments, **options):
