@@ -7,13 +7,12 @@ so `--help` and typing errors answer before torch is imported.
 
 import difflib
 import math
-import os
 import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.errors import UserError
+from engine.errors import UserError, launched_rank
 
 CONFIG = {
     # The seed's six.
@@ -579,7 +578,7 @@ def parse_command_line(arguments, own_flags=()):
 def command_from_terminal(program, usage, own_flags):
     """Return the Command of this process, or leave it: with the help (exit 0), or with all problems (exit 2)."""
     arguments = sys.argv[1:]
-    is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun has started with the same command line
+    is_first = launched_rank() == 0  # of the processes that torchrun has started with the same command line
     if "--help" in arguments or "-h" in arguments:
         if is_first:
             print(help_text(program, usage, own_flags))

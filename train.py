@@ -628,7 +628,7 @@ def run(config, recipe, contents, remarks, splits, device, precision, monitor):
             facts["class_names"] = getattr(images, "class_names", {})  # what people call them, where a packed file knows
             checkpoints = checkpoint.CheckpointFolder(config, facts, monitor.say)
             monitor.open_records(checkpoints.folder, state.epoch)
-            with distributed.noticing_losses():
+            with distributed.noticing_losses():  # here already, so that the log says it, too
                 train(state, config, batches, checkpoints, monitor)
             if not (checkpoints.is_saved or checkpoints.save(state)):
                 raise TrainingStopped(f"the run has ended, but its result could NOT be saved to {checkpoints.folder}")

@@ -22,6 +22,11 @@ class TrainingStopped(UserError):
     """The run cannot go on; what is on disk is good."""
 
 
+def launched_rank():
+    """Return the number that torchrun has given this process, known before torch is imported; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
 def first_line(error):
     """Return the first line of an exception's message, or its kind if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -32,8 +37,8 @@ def run_program(name, main, *arguments):
     try:
         return main(*arguments) or 0
     except UserError as error:
-        rank = os.environ.get("RANK", "0")  # of torchrun's processes only the first speaks for all
-        name = name if rank == "0" else f"{name} (process {rank})"
+        if rank := launched_rank():
+            name = f"{name} (process {rank})"
         sys.stderr.writelines(f"{name}: {line}\n" for line in str(error).splitlines())
         return error.exit_code
     except KeyboardInterrupt:

@@ -15,10 +15,13 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side; torch reads it when it is imported
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import train
 from config import parse_command_line
+from engine import distributed
 from engine.demo import make_demo_data
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -60,6 +63,29 @@ def tiny_run(image_tree, folder, **changes):
         "log_every_steps": 2,
     } | changes
     return [f"--{key}={value}" for key, value in settings.items()]
+
+
+class WithoutBatchNorm(torch.nn.Module):
+    """A network whose images do not see each other, so that micro-batches must add up exactly; always the same weights."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = torch.nn.Conv2d(3, 8, 3, stride=2)
+        self.norm = torch.nn.GroupNorm(2, 8)
+        self.fc = torch.nn.Linear(8, 5)
+
+    def forward(self, images):
+        return self.fc(F.relu(self.norm(self.conv(images))).mean((2, 3)))
+
+
+def state_of(network, config):
+    """The state at the start of a run of another network, 10 steps an epoch on a CPU in fp32."""
+    state = train.new_state(config, 5, 10, torch.device("cpu"), "fp32")
+    state.model, state.network = network, distributed.parallel(network)
+    state.optimizer = train.build_optimizer(network, config)
+    state.schedule = train.build_schedule(state.optimizer, config, 10)
+    return state
 
 
 def photo(height=375, width=500, seed=0):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import WithoutBatchNorm, state_of
 
 import train
 from config import CONFIG, parse_command_line
@@ -46,26 +47,6 @@ def my_part(*tensors):
     return [tensor[places] for tensor in tensors]
 
 
-def a_state(config, network):
-    state = train.new_state(config, 5, 10, CPU, "fp32")
-    state.model, state.network = network, distributed.parallel(network)
-    state.optimizer = train.build_optimizer(network, config)
-    state.schedule = train.build_schedule(state.optimizer, config, 10)
-    return state
-
-
-class WithoutBatchNorm(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv = torch.nn.Conv2d(3, 8, 3, stride=2)
-        self.norm = torch.nn.GroupNorm(2, 8)
-        self.fc = torch.nn.Linear(8, 5)
-
-    def forward(self, images):
-        return self.fc(F.relu(self.norm(self.conv(images))).mean((2, 3)))
-
-
 class Tight(WithoutBatchNorm):
     """Runs out of memory with more than `room` images, in the process of rank 1 alone."""
 
@@ -93,7 +74,7 @@ def the_shares_are_disjoint_and_leave_nothing_out():
 def gradients_are_those_of_the_whole_batch_in_one_process():
     for micro_batch_size in (BATCH, 1):
         network, alone = WithoutBatchNorm().double(), WithoutBatchNorm().double()
-        state = a_state(QUICK, network)
+        state = state_of(network, QUICK)
         state.micro_batch_size = micro_batch_size
         images, labels = the_whole_batch(torch.float64)
         result = train.add_gradients(state, *my_part(images, labels), QUICK)
@@ -131,7 +112,7 @@ def synced_batch_norm_is_batch_norm_over_the_whole_batch():
 @claim
 def a_process_out_of_memory_makes_all_halve_their_micro_batches():
     said = []
-    state, alone = a_state(QUICK, Tight()), WithoutBatchNorm()
+    state, alone = state_of(Tight(), QUICK), WithoutBatchNorm()
     images, labels = the_whole_batch()
     train.adapting_train_step(state, *my_part(images, labels), QUICK, said.append)
     assert distributed.gathered(state.micro_batch_size) == [2] * distributed.size()
@@ -147,7 +128,7 @@ def a_process_out_of_memory_makes_all_halve_their_micro_batches():
 def under_synced_norms_all_take_as_many_micro_batches_and_stay_in_step():
     network = torch.nn.Sequential(Tight())
     network[0].norm = CpuSyncBatchNorm2d(8)
-    state = a_state(QUICK, network)
+    state = state_of(network, QUICK)
     train.adapting_train_step(state, *my_part(*the_whole_batch()), QUICK, lambda text: None)
     assert distributed.gathered(state.micro_batch_size) == [2] * distributed.size()
     assert network[0].norm.num_batches_tracked == 2
@@ -161,7 +142,7 @@ def under_synced_norms_all_take_as_many_micro_batches_and_stay_in_step():
 
 @claim
 def out_of_memory_in_a_common_step_stops_and_names_the_micro_batch():
-    state = a_state(QUICK, Tight())
+    state = state_of(Tight(), QUICK)
     state.rehearsed.add(32)
     if distributed.rank() == 1:
         with pytest.raises(TrainingStopped, match="--micro-batch-size 2 --resume auto"):

@@ -53,6 +53,12 @@ def ranks_of(process):
     return ranks
 
 
+def steps_in(path):
+    """Return the steps that a checkpoint has behind it."""
+    contents = checkpoint.read(path)
+    return contents["epoch"] * STEPS + contents["batch"]
+
+
 def assert_same_figures(folder, reference):
     """Compare all epochs of two runs: counts and accuracies exactly, losses and norms up to rounding."""
     ours, theirs = figures(folder), figures(reference)
@@ -140,17 +146,16 @@ def test_a_run_goes_on_with_another_number_of_processes_wherever_any_of_them_is_
     assert status != 0
     assert re.search(r"stopped by SIGTERM \(process 1\) in epoch \d after \d batches; saved. Go on with: torchrun", output)
     assert "[rank" not in output  # as PyTorch marks the tracebacks of such processes
-    stopped = checkpoint.read(last)
-    position = stopped["epoch"] * STEPS + stopped["batch"]
+    position = steps_in(last)
     assert 0 < position < 3 * STEPS
 
     process = start_program("train.py", arguments)
-    wait_for(lambda: checkpoint.read(last)["epoch"] * STEPS + checkpoint.read(last)["batch"] > position)
+    wait_for(lambda: steps_in(last) > position)
     process.terminate()
     status, output = finish(process)
     assert (status, "saved. Go on with: python" in output) == (143, True), output
 
-    status, output = run_torchrun(4, arguments)
+    status, output = run_torchrun(4, [*arguments, "--checkpoint-minutes=10"])
     assert status == 0, output
     assert_same_figures(tmp_path / "run", reference)
 

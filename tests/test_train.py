@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_here, run_program, tiny_run
+from conftest import WithoutBatchNorm, run_here, run_program, state_of, tiny_run
 from torch.optim.lr_scheduler import OneCycleLR
 
 import train
@@ -29,28 +29,6 @@ def state_for(config, precision="fp32"):
 def some_batch(images=8, resolution=32, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(images, 3, resolution, resolution, generator=generator), torch.arange(images) % 5
-
-
-class WithoutBatchNorm(torch.nn.Module):
-    """A network whose images do not see each other, so that micro-batches must add up exactly."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = torch.nn.Conv2d(3, 8, 3, stride=2)
-        self.norm = torch.nn.GroupNorm(2, 8)
-        self.fc = torch.nn.Linear(8, 5)
-
-    def forward(self, images):
-        return self.fc(F.relu(self.norm(self.conv(images))).mean((2, 3)))
-
-
-def state_without_batch_norm(config):
-    state = state_for(config)
-    torch.manual_seed(0)
-    state.model = state.network = WithoutBatchNorm()
-    state.optimizer = train.build_optimizer(state.model, config)
-    state.schedule = train.build_schedule(state.optimizer, config, 10)
-    return state
 
 
 # The step ------------------------------------------------------------------------------------------------------------
@@ -94,7 +72,7 @@ def test_five_golden_losses_do_not_move():
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 4, 7, 8, 100])
 def test_micro_batches_add_up_to_the_batchs_gradient(micro_batch_size):
     config = QUICK | {"grad_clip_value": math.inf}
-    whole, parts = state_without_batch_norm(config), state_without_batch_norm(config)
+    whole, parts = state_of(WithoutBatchNorm(), config), state_of(WithoutBatchNorm(), config)
     parts.micro_batch_size = micro_batch_size
     expected = train.train_step(whole, *some_batch(), config)
     result = train.train_step(parts, *some_batch(), config)
@@ -107,7 +85,7 @@ def test_micro_batches_add_up_to_the_batchs_gradient(micro_batch_size):
 @pytest.mark.parametrize("scale", [1.0, 2.0**10])
 def test_the_true_gradient_is_clipped_whatever_the_loss_scale(scale):
     config = QUICK | {"grad_clip_value": 0.01}
-    state = state_without_batch_norm(config)
+    state = state_of(WithoutBatchNorm(), config)
     state.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     result = train.train_step(state, *some_batch(), config)
     assert result.grad_norm.item() == pytest.approx(0.3, rel=0.9)
@@ -163,7 +141,7 @@ class NeedsMemory(WithoutBatchNorm):
 @pytest.mark.parametrize("fails_in_backward", [False, True])
 def test_out_of_memory_halves_the_micro_batch_and_the_step_is_the_same(fails_in_backward):
     config = QUICK
-    whole, tight = state_without_batch_norm(config), state_without_batch_norm(config)
+    whole, tight = state_of(WithoutBatchNorm(), config), state_of(WithoutBatchNorm(), config)
     tight.model.__class__ = NeedsMemory
     tight.model.fails_in_backward = fails_in_backward
     said = []
@@ -177,7 +155,7 @@ def test_out_of_memory_halves_the_micro_batch_and_the_step_is_the_same(fails_in_
 
 
 def test_out_of_memory_with_a_single_image_stops_the_run():
-    state = state_without_batch_norm(QUICK)
+    state = state_of(WithoutBatchNorm(), QUICK)
     state.model.__class__ = NeedsMemory
     state.model.room = 0
     with pytest.raises(TrainingStopped, match="lower --train-resolution"):
