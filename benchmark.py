@@ -22,6 +22,7 @@ from benchmarks.recipe_evidence import contenders, recipe_benchmark, recipe_tabl
 from benchmarks.scaling import scaling_tables
 from benchmarks.step_speed import CPU_CONTENDERS, step_benchmark, step_tables
 from benchmarks.train_speed import train_benchmark, train_tables
+from engine.console import protect_output
 from engine.device import choose_device
 from engine.environment import environment
 from engine.errors import run_program
@@ -150,4 +151,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    protect_output()
     sys.exit(run_program("benchmark.py", main, parse_arguments()))

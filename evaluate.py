@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from config import CONFIG
 from engine import averaging, checkpoint, classify, data, metrics
 from engine.confusion import count_confusions, write_details
+from engine.console import protect_output
 from engine.device import AUTOCAST_DTYPES, autocast, choose_device, choose_precision
 from engine.distributed import refuse_several, summed
 from engine.environment import commit
@@ -317,4 +318,5 @@ def averaged_for_export(networks, device):
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("evaluate.py", main, parse_arguments()))
+    protect_output()
+    sys.exit(run_program("evaluate.py", main, parse_arguments(), needs_output=True))

@@ -25,6 +25,7 @@ import torch
 from torchvision.models import ResNet50_Weights
 from tqdm import tqdm
 
+from engine.console import protect_output
 from engine.data import IMAGENET_COUNTS
 from engine.errors import DataError, run_program
 from engine.files import replacing
@@ -330,4 +331,5 @@ def summary(manifest, destination):
 
 
 if __name__ == "__main__":
+    protect_output()
     sys.exit(run_program("prepare_data.py", main, parse_arguments()))

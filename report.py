@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from config import CONFIG, RECIPES
+from engine.console import protect_output
 from engine.errors import run_program
 from engine.figures import WEIGHTS, best_of, column, conditions, energy_kwh, is_imagenet, machine_hours, phases, read_run
 from engine.files import replacing
@@ -352,4 +353,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    protect_output()
     sys.exit(run_program("report.py", main, parse_arguments()))

@@ -1,7 +1,11 @@
 """How a program ends when something is wrong that its user can mend: one clear message, no traceback."""
 
+import contextlib
 import os
+import signal
 import sys
+
+from engine.console import OutputLost, required_output
 
 
 class UserError(ValueError):
@@ -32,10 +36,16 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def run_program(name, main, *arguments):
-    """Return the exit status of main(*arguments): its own, or that of the UserError that ended it."""
+def run_program(name, main, *arguments, needs_output=False):
+    """Return the exit status of main(*arguments): its own, or that of the error that ended it.
+
+    Args:
+        needs_output: what is printed is what the program is for. Where nobody reads it any more the program ends without a
+            word, as other Unix programs do.
+    """
     try:
-        return main(*arguments) or 0
+        with required_output() if needs_output else contextlib.nullcontext():
+            return main(*arguments) or 0
     except UserError as error:
         if rank := launched_rank():
             name = f"{name} (process {rank})"
@@ -44,3 +54,10 @@ def run_program(name, main, *arguments):
     except KeyboardInterrupt:
         print(f"\n{name}: stopped before there was anything to save", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        if not needs_output:
+            raise
+        return 128 + signal.SIGPIPE
+    except OutputLost as error:
+        print(f"{name}: standard output cannot be written to: {error.strerror}", file=sys.stderr)
+        return 1
