@@ -4,7 +4,9 @@ A checkpoint is what torch.save writes, a zip archive, whose archive comment hol
 torch.load reads it like any other, and a single changed bit is noticed here.
 """
 
+import contextlib
 import hashlib
+import math
 import os
 import re
 import time
@@ -14,10 +16,10 @@ import torch
 
 from engine.distributed import any_process, by_first, rank
 from engine.errors import CheckpointError, TrainingStopped, first_line
-from engine.files import replacing
+from engine.files import copy_file, delete_leftovers, keep_as, replacing, sync
 
 FORMAT, VERSION = "resnet50-training-run", 1
-LAST, BEST = "last.pt", "best.pt"
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 EPOCH_PATTERN = re.compile(r"epoch_(\d{3,})\.pt")
 RECORDS = "metrics.jsonl"
 CURVES = "curves.png"
@@ -36,38 +38,76 @@ def epoch_name(epochs):
 # One file ------------------------------------------------------------------------------------------------------------
 
 
-def write(path, contents, also_as=()):
-    """Write a checkpoint at `path`, and under the names `also_as` in the same folder: each whole, or as it was.
+def write(path, contents, copies=(), previous=None):
+    """Write a checkpoint at `path`, whole, or as it was; return {copy: error} of the copies that could not be made.
 
+    The copies come first and `path` last: whoever finds the new `path` after a kill finds them, too. Each is a file of its own,
+    so that no damage to one reaches another.
+
+    Args:
+        copies: paths of further files with the same contents.
+        previous: path under which the file that was at `path` stays.
     Raises:
         OSError: the disk is full or will not be written to; `path` is as it was and nothing is left beside it.
     """
-    with replacing(path, also_as=also_as) as file:
+    failed = {}
+    with replacing(path) as file:
         hashing = _HashingFile(file)
         try:
             torch.save(contents, hashing)
         except RuntimeError as error:  # torch's writer turns an OSError of our file into its own kind
             raise hashing.error or error from error
         hashing.seal()
+        sync(file)
+        for copy in copies:
+            try:
+                copy_file(file.name, copy)
+            except OSError as error:
+                failed[copy] = error
+        if previous is not None and os.path.isfile(path):
+            keep_as(path, previous)
+    return failed
 
 
 def read(path):
     """Return the contents of a checkpoint, tensors on the CPU, after verifying its checksum.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged, or it is no checkpoint of a run.
+        CheckpointError: there is no such file, it cannot be read, it is damaged, or it is no checkpoint of a run.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.lexists(path):
         raise CheckpointError(f"no checkpoint at {path}; {_what_is_there(path.parent)}")
-    verify(path)
+    if not os.path.isfile(path):
+        what = "a link that leads nowhere" if path.is_symlink() and not os.path.exists(path) else "no regular file"
+        raise CheckpointError(f"{path} is {what}")
+    try:
+        verify(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{path} is not a checkpoint of this program: {first_line(error)}") from error
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of a training run")
+    if contents.get("version", VERSION) > VERSION:
+        raise CheckpointError(
+            f"{path} was written by a newer version of this program (its format is {contents['version']}, this one reads up to "
+            f"{VERSION}): update the program"
+        )
     return contents
+
+
+def position(path):
+    """Return (whole epochs, batches of the next one) of a checkpoint at a glance, unverified; None if it cannot be told."""
+    if not os.path.isfile(path):
+        return None
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # the tensors stay on disk
+        return int(contents["epoch"]), int(contents["batch"])
+    except Exception:  # whatever is wrong with it, read() says
+        return None
 
 
 def verify(path):
@@ -164,20 +204,31 @@ class _HashingFile:
 
 
 def checkpoints_in(folder):
-    """Return the paths of the folder's checkpoints, last.pt first, then the newest."""
-    paths = [p for p in Path(folder).glob("*.pt") if p.name in (LAST, BEST) or EPOCH_PATTERN.fullmatch(p.name)]
-    return sorted(paths, key=lambda p: (p.name == LAST, p.stat().st_mtime_ns), reverse=True)
+    """Return the paths of the folder's checkpoints: last.pt, the one before it, best.pt, then the latest epochs first."""
+    try:
+        names = os.listdir(folder)
+    except OSError:  # no such folder, or one that is closed to this user
+        return []
+    epochs = {int(found[1]): Path(folder) / name for name in names if (found := EPOCH_PATTERN.fullmatch(name))}
+    named = [Path(folder) / name for name in (LAST, PREVIOUS, BEST) if name in names]
+    return named + [epochs[number] for number in sorted(epochs, reverse=True)]
+        epochs[number] for number in sorted(epochs, reverse=True)
+    ]
+
+
+def by_progress(paths):
+    """Return the paths of checkpoints, the farthest of the run first; before them those that do not tell how far they are."""
+    return sorted(paths, key=lambda path: position(path) or (math.inf, 0), reverse=True)  # stable: last.pt before its equals
 
 
 def newest_good(folder):
-    """Return (path, contents, problems) of the newest checkpoint that is whole, problems being those of newer ones.
+    """Return (path, contents, problems) of the farthest checkpoint that is whole, problems being those of farther ones.
 
     Raises:
         CheckpointError: there are checkpoints and none of them is whole.
     """
     problems = []
-    candidates = checkpoints_in(folder)
-    for path in candidates:
+    for path in by_progress(checkpoints_in(folder)):
         try:
             return path, read(path), problems
         except CheckpointError as error:
@@ -188,7 +239,7 @@ def newest_good(folder):
 
 
 def _what_is_there(folder):
-    names = [p.name for p in checkpoints_in(folder)] if folder.is_dir() else []
+    names = [p.name for p in checkpoints_in(folder)]
     return f"found {', '.join(names)} there" if names else f"there is none in {folder}"
 
 
@@ -207,44 +258,87 @@ def delete_run(folder):
     """Delete a run's files, and nothing else, from the folder."""
     folder = Path(folder)
     for path in [*checkpoints_in(folder), folder / RECORDS, folder / CURVES]:
-        if path.is_file():
-            path.unlink()
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
 
 
 class CheckpointFolder:
     """Saves a run's state as last.pt, and under other names when they are due.
 
     Args:
-        config: the run's configuration; its checkpoint_dir is created if it is missing.
+        config: the run's configuration; its checkpoint_dir is there already.
         facts: dict of what each checkpoint says about its run besides the state.
-        say: called with each message for the user.
+        lock: FolderLock of the folder, without which nothing is written.
+        stop: StopRequest, which may also ask for a save alone.
+        log: called with each message for the user.
     """
 
-    def __init__(self, config, facts, say):
+    def __init__(self, config, facts, lock, stop, log):
         self.folder = Path(config["checkpoint_dir"])
         self.facts = {"format": FORMAT, "version": VERSION} | facts
-        by_first(self._prepare)
         self.every_epochs = config["checkpoint_every_epochs"]
         self.interval_seconds = 60 * config["checkpoint_minutes"]
         self.keep = config["keep_checkpoints"]
-        self.say = say
+        self.lock, self.stop, self.log = lock, stop, log
+        self.best = {"top1": 0.0, "epoch": 0, "weights": "raw"}  # of the weights in best.pt
         self.is_saved = True  # whether the last attempt to save succeeded
         self._next_save = time.monotonic() + self.interval_seconds
+        by_first(self._delete_leftovers)
 
-    def _prepare(self):
+    def _delete_leftovers(self):
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(".*.pt.tmp"):  # of a kill in the middle of a save
-                leftover.unlink()
+            delete_leftovers(self.folder, "*.pt")
         except OSError as error:
             raise CheckpointError(f"checkpoint_dir = {str(self.folder)!r} cannot be written to: {error}") from error
 
-    def save_if_due(self, state):
-        """Save as last.pt if checkpoint_minutes have passed since the last save, by the first process's clock."""
-        if any_process(rank() == 0 and time.monotonic() >= self._next_save):
-            self.save(state)
+    def find_best(self, best, resumed_from):
+        """See that best.pt holds the best weights that a resumed run knows of; what it does hold is then in `best`.
 
-    def save(self, state, is_best=False):
+        Where it does not, it is made again from another checkpoint of that epoch, if there is one.
+
+        Args:
+            best: of the resumed state.
+            resumed_from: path of its checkpoint, whose folder may be another one.
+        """
+        self.best = by_first(self._find_best, best, Path(resumed_from).parent)
+
+    def _find_best(self, best, other_folder):
+        there, problem = self.folder / BEST, "it is not there"
+        if best["epoch"] == 0:
+            return best
+        if os.path.lexists(there):
+            try:
+                contents = read(there)
+                if contents["best"] == best or contents["epoch"] > best["epoch"]:
+                    return best  # a later one is of epochs that the resumed run trains again
+                problem = f"it is of epoch {contents['epoch']}"
+            except CheckpointError as error:
+                problem = str(error)
+        candidates = checkpoints_in(self.folder)
+        if other_folder.resolve() != self.folder.resolve():
+            candidates += checkpoints_in(other_folder)
+        for path in candidates:
+            if path != there and position(path) == (best["epoch"], 0):
+                try:
+                    if read(path)["best"] == best:
+                        copy_file(path, there)
+                        self.log(f"note: {BEST}, the weights of epoch {best['epoch']}, is made from {path}: {problem}")
+                        return best
+                except (CheckpointError, OSError) as error:
+                    self.log(f"WARNING: {BEST} could not be made from {path}: {error}")
+        self.log(
+            f"WARNING: the best weights so far ({best['top1']:.2f} % in epoch {best['epoch']}) are not in {there} any more: "
+            f"{problem}. From here on the best of the epochs to come is kept"
+        )
+        return {"top1": 0.0, "epoch": 0, "weights": "raw"}
+
+    def save_if_due(self, state):
+        """Save as last.pt if checkpoint_minutes have passed since the last save, or if SIGUSR1 asks for it, in any process."""
+        asked = self.stop.save_asked
+        if any_process(asked or (rank() == 0 and time.monotonic() >= self._next_save)) and self.save(state) and asked:
+            self.log(f"saved {self.folder / LAST}, as SIGUSR1 asked; the run goes on")
+
+    def save(self, state):
         """Save as last.pt; after a whole epoch also as epoch_NNN.pt when one is due, and as best.pt when it is the best.
 
         A full disk is said aloud and does not end the run: the files on disk stay, and the next save is tried again. Of
@@ -253,35 +347,66 @@ class CheckpointFolder:
         Returns:
             True if everything is on disk.
         Raises:
-            TrainingStopped: the state holds numbers that are not finite; the files on disk stay.
+            TrainingStopped: the state holds numbers that are not finite, or another run has taken the folder over; the
+                files on disk stay.
         """
+        self.stop.save_asked = False
         contents = self.facts | state.state_dict()
         require_finite(contents, self.folder)
-        self.is_saved = by_first(self._write, contents, is_best)
+        self.is_saved, self.best = by_first(self._write, contents)
         return self.is_saved
 
-    def _write(self, contents, is_best):
-        also_as = [self.folder / BEST] if is_best else []
-        epochs = contents["epoch"]
+    def _write(self, contents):
+        """Return (whether everything is on disk, what best.pt holds)."""
+        self.lock.require()
+        best, at_best, epochs = contents["best"], self.best, contents["epoch"]
+        due = {}
+        if contents["batch"] == 0 and epochs and best["epoch"] == epochs and best != self.best:
+            due[self.folder / BEST] = "the best so far"
         if contents["batch"] == 0 and epochs and self.every_epochs and epochs % self.every_epochs == 0:
-            also_as.append(self.folder / epoch_name(epochs))
+            due[self.folder / epoch_name(epochs)] = f"epoch {epochs}"
         try:
-            write(self.folder / LAST, contents, also_as)
-            self._prune()
+            failed = write(self.folder / LAST, contents, due, self.folder / PREVIOUS)
         except OSError as error:
             self._next_save = time.monotonic() + min(RETRY_SECONDS, self.interval_seconds)
-            self.say(
+            self.log(
                 f"WARNING: the checkpoint could not be saved to {self.folder}: {error}. The run goes on and the earlier "
                 "checkpoint stays; make room, the next save is tried again"
             )
-            return False
+            return False, at_best
         self._next_save = time.monotonic() + self.interval_seconds
-        return True
+        if self.folder / BEST in due and self.folder / BEST not in failed:
+            at_best = dict(best)
+        for path, error in failed.items():
+            self.log(f"WARNING: {path.name}, {due[path]}, could not be written: {error}. {LAST} is saved")
+        with contextlib.suppress(OSError):
+            self._prune()
+        return not failed, at_best
+
+    def best_in_words(self, best, conditions):
+        """Return where the best weights are, in words that are true: of best.pt as it is on disk.
+
+        Args:
+            best: the run's, as the state remembers it.
+            conditions: of the accuracy, in words.
+        """
+        path, there = self.folder / BEST, self.best
+        if there["epoch"] == 0 or position(path) != (there["epoch"], 0):
+            text = f"there is no {path}"
+        else:
+            text = f"best validation top-1 {_accuracy_in_words(there, conditions)}, in {path}"
+        if best["epoch"] and best != there:
+            text += f"; {_accuracy_in_words(best, conditions)} is not on disk"
+        return text
 
     def _prune(self):
-        kept = sorted(p for p in self.folder.glob("epoch_*.pt") if EPOCH_PATTERN.fullmatch(p.name))
+        kept = [path for path in reversed(checkpoints_in(self.folder)) if EPOCH_PATTERN.fullmatch(path.name)]
         for path in kept[: -self.keep] if self.keep else []:
             path.unlink()
+
+
+def _accuracy_in_words(best, conditions):
+    return f"{best['top1']:.2f} % in epoch {best['epoch']} ({best['weights']} weights, {conditions})"
 
 
 def require_finite(contents, folder):

@@ -1,21 +1,23 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, on any file system."""
 
 import contextlib
+import errno
 import os
 import shutil
 from pathlib import Path
 
+# A file system that cannot do what is asked says so with one of these: CIFS, FUSE, folders shared with a virtual machine.
+CANNOT = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EBADF, errno.ENOTTY}
+
 
 @contextlib.contextmanager
-def replacing(path, mode="wb", also_as=()):
+def replacing(path, mode="wb"):
     """Give a file to write beside `path`, and let it take its place, synced, when the block ends without an error.
 
     At any instant, a kill or a power cut included, `path` is the old file or the whole new one.
 
     Args:
         mode: 'wb', or 'w' for text in UTF-8.
-        also_as: paths in the same folder that become further names of the new file. They come first and `path` last: whoever
-            finds the new `path` after a kill finds the others too. The file must never be changed in place.
     Raises:
         OSError: the disk is full or will not be written to; `path` is as it was and nothing is left beside it.
     """
@@ -24,38 +26,80 @@ def replacing(path, mode="wb", also_as=()):
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        for other in also_as:
-            _give_name(temporary, Path(other))
+            sync(file)
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise
     sync_folder(path.parent)
 
 
-def _temporary(path):
-    return path.with_name(f".{path.name}.tmp")
+def copy_file(source, target):
+    """Make `target` a file of its own with the bytes of `source`, whole or as it was; shares blocks where the disk can."""
+    with replacing(target) as copy, open(source, "rb") as original:
+        remaining = os.fstat(original.fileno()).st_size
+        with contextlib.suppress(AttributeError, OSError):  # no such call on this system, or not between these files
+            while remaining and (copied := os.copy_file_range(original.fileno(), copy.fileno(), remaining)):
+                remaining -= copied
+        if remaining:
+            original.seek(-remaining, os.SEEK_END)
+            copy.seek(0, os.SEEK_END)
+            shutil.copyfileobj(original, copy, 1 << 20)
 
 
-def _give_name(source, target):
-    """Make `target` another name of the file `source`; a copy where the file system knows no hard links."""
-    temporary = _temporary(target)
-    temporary.unlink(missing_ok=True)  # of a kill at this very place
+def keep_as(path, target):
+    """Let the file at `path` be found as `target`, too, without a copy: whoever replaces `path` next leaves it there.
+
+    Where the file system has no hard links the file is moved, and `path` is gone until it is written anew.
+    """
+    temporary = _temporary(Path(target))
     try:
-        os.link(source, temporary)
+        os.link(path, temporary)
     except OSError:
-        with replacing(target) as file, open(source, "rb") as original:
-            shutil.copyfileobj(original, file)
+        os.replace(path, target)
     else:
         os.replace(temporary, target)
 
 
+def _temporary(path):
+    return path.with_name(f".{os.getpid()}-{path.name}.tmp")  # of this process alone: two may write the same file
+
+
+def delete_leftovers(folder, names):
+    """Delete what kills in the middle of writing left of files of these names, of any process.
+
+    Args:
+        names: a pattern of file names, as for Path.glob.
+    """
+    for pattern in (f".*-{names}.tmp", f".{names}.tmp"):  # the second as earlier versions named them
+        for leftover in Path(folder).glob(pattern):
+            leftover.unlink(missing_ok=True)
+
+
+def sync(file):
+    """Have an open file's bytes on disk, as far as its file system can."""
+    file.flush()
+    _fsync(file.fileno())
+
+
 def sync_folder(folder):
-    """Have the folder's entries on disk: without it a power cut may undo a rename."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Have the folder's entries on disk, as far as its file system can: without it a power cut may undo a rename."""
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in CANNOT:
+            raise
+        return
+    try:
+        _fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _fsync(descriptor):
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT:
+            raise

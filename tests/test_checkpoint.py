@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ import torch
 from config import CONFIG
 from engine import checkpoint
 from engine.errors import CheckpointError, TrainingStopped
+from engine.interruption import StopRequest
+from engine.lock import LOCK, FolderLock
 
 CONTENTS = {"format": checkpoint.FORMAT, "epoch": 3, "batch": 0, "weights": {"a": torch.arange(1000.0), "b": torch.ones(3, 4)}}
 
@@ -20,16 +23,17 @@ CONTENTS = {"format": checkpoint.FORMAT, "epoch": 3, "batch": 0, "weights": {"a"
 class State:
     """What CheckpointFolder asks of a TrainState."""
 
-    def __init__(self, epoch=1, batch=0, value=1.0):
-        self.contents = {"epoch": epoch, "batch": batch, "model": {"weight": torch.full((50,), value)}}
+    def __init__(self, epoch=1, batch=0, value=1.0, best=0):
+        self.best = {"top1": 50.0 + best if best else 0.0, "epoch": best, "weights": "raw"}
+        self.contents = {"epoch": epoch, "batch": batch, "best": self.best, "model": {"weight": torch.full((50,), value)}}
 
     def state_dict(self):
         return self.contents
 
 
 def folder_for(path, said=None, **changes):
-    say = (said if said is not None else []).append
-    return checkpoint.CheckpointFolder(CONFIG | {"checkpoint_dir": str(path)} | changes, {"recipe": "seed"}, say)
+    config, log = CONFIG | {"checkpoint_dir": str(path)} | changes, (said if said is not None else []).append
+    return checkpoint.CheckpointFolder(config, {"recipe": "seed"}, FolderLock(Path(path) / LOCK, ""), StopRequest(), log)
 
 
 @pytest.fixture
@@ -150,9 +154,10 @@ def names(folder):
 def test_last_every_time_epoch_every_fifth_and_best_when_it_is(tmp_path):
     folder = folder_for(tmp_path)
     for epoch in range(1, 11):
-        assert folder.save(State(epoch), is_best=epoch == 7)
-    folder.save(State(10, batch=3))
-    assert names(tmp_path) == ["best.pt", "epoch_005.pt", "epoch_010.pt", "last.pt"]
+        assert folder.save(State(epoch, best=7 if epoch >= 7 else 0))
+    folder.save(State(10, batch=3, best=7))
+    assert names(tmp_path) == ["best.pt", "epoch_005.pt", "epoch_010.pt", "last.pt", "previous.pt"]
+    assert checkpoint.position(tmp_path / "previous.pt") == (10, 0)
     assert checkpoint.read(tmp_path / "best.pt")["epoch"] == 7
     assert checkpoint.read(tmp_path / "epoch_005.pt")["epoch"] == 5
     assert checkpoint.read(tmp_path / "last.pt")["batch"] == 3
@@ -167,8 +172,15 @@ def test_no_epoch_file_is_written_in_the_middle_of_an_epoch(tmp_path):
 def test_keep_checkpoints_keeps_the_newest(tmp_path):
     folder = folder_for(tmp_path, keep_checkpoints=2, checkpoint_every_epochs=1)
     for epoch in range(1, 6):
-        folder.save(State(epoch), is_best=epoch == 1)
-    assert names(tmp_path) == ["best.pt", "epoch_004.pt", "epoch_005.pt", "last.pt"]
+        folder.save(State(epoch, best=1))
+    assert names(tmp_path) == ["best.pt", "epoch_004.pt", "epoch_005.pt", "last.pt", "previous.pt"]
+
+
+def test_keep_checkpoints_keeps_the_newest_beyond_999_epochs(tmp_path):
+    folder = folder_for(tmp_path, keep_checkpoints=2, checkpoint_every_epochs=1)
+    for epoch in (998, 999, 1000, 1001):
+        folder.save(State(epoch))
+    assert names(tmp_path) == ["epoch_1000.pt", "epoch_1001.pt", "last.pt", "previous.pt"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -196,7 +208,7 @@ def test_a_folder_that_holds_another_run_is_refused_and_its_other_files_are_neve
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "mine.pt").write_text("mine")
     checkpoint.refuse_to_overwrite(tmp_path)
-    folder_for(tmp_path).save(State(5), is_best=True)
+    folder_for(tmp_path).save(State(5, best=5))
     with pytest.raises(CheckpointError, match=r"holds another run.*--resume auto.*--checkpoint-dir.*--overwrite"):
         checkpoint.refuse_to_overwrite(tmp_path)
     checkpoint.delete_run(tmp_path)
@@ -209,15 +221,6 @@ def test_the_remains_of_a_kill_in_the_middle_of_a_save_are_cleared_away(tmp_path
     assert names(tmp_path) == []
 
 
-def test_where_hard_links_are_impossible_the_other_names_are_copies(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError("operation not supported")
-
-    monkeypatch.setattr(checkpoint.os, "link", refuse)
-    folder_for(tmp_path).save(State(5), is_best=True)
-    assert checkpoint.read(tmp_path / "best.pt")["epoch"] == checkpoint.read(tmp_path / "epoch_005.pt")["epoch"] == 5
-
-
 FULL_DISK = """
 import resource, sys
 sys.path[:0] = {paths!r}
@@ -226,7 +229,7 @@ said = []
 folder = folder_for({folder!r}, said)
 assert folder.save(State(1))
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
-assert not folder.save(State(2), is_best=True)
+assert not folder.save(State(2, best=2))
 assert "could not be saved" in said[0] and "the next save is tried again" in said[0], said
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 assert folder.save(State(3))
@@ -255,3 +258,160 @@ def test_all_finite_looks_into_nested_state():
     assert checkpoint.all_finite(good)
     assert not checkpoint.all_finite(good | {"c": ({"d": torch.tensor([1.0, float("nan")])},)})
     assert checkpoint.all_finite({})
+
+
+# Damage: whatever single file it hits, an earlier whole one is there ---------------------------------------------------
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    with open(path, "r+b") as file:  # in place: every name of the file sees it
+        file.write(content)
+
+
+@pytest.mark.parametrize("damaged", ["last.pt", "previous.pt", "best.pt", "epoch_005.pt"])
+def test_whatever_single_file_is_damaged_in_place_another_one_of_the_same_epoch_is_whole(damaged, tmp_path):
+    folder = folder_for(tmp_path)
+    for epoch in (3, 4, 5):
+        folder.save(State(epoch, best=epoch))
+    flip_a_bit(tmp_path / damaged)
+    path, contents, problems = checkpoint.newest_good(tmp_path)
+    assert contents["epoch"] == 5
+    assert (damaged == "last.pt") == bool(problems)
+
+
+def test_where_no_epochs_are_kept_a_damaged_last_pt_costs_one_save(tmp_path):
+    folder = folder_for(tmp_path, checkpoint_every_epochs=0)
+    for batch in (1, 2, 3):
+        folder.save(State(0, batch=batch))
+    flip_a_bit(tmp_path / "last.pt")
+    path, contents, problems = checkpoint.newest_good(tmp_path)
+    assert (path.name, contents["batch"], len(problems)) == ("previous.pt", 2, 1)
+
+
+def test_the_farthest_checkpoint_is_taken_whatever_the_clock_says(tmp_path):
+    folder = folder_for(tmp_path, checkpoint_every_epochs=1)
+    for epoch in (1, 2, 999, 1000):
+        folder.save(State(epoch, best=1))
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / name).unlink()
+    for seconds, name in enumerate(("epoch_1000.pt", "epoch_999.pt", "epoch_002.pt", "epoch_001.pt", "best.pt")):
+        os.utime(tmp_path / name, (seconds, seconds))  # as a careless copy leaves them
+    assert checkpoint.newest_good(tmp_path)[0].name == "epoch_1000.pt"
+    (tmp_path / "epoch_1000.pt").unlink()
+    (tmp_path / "epoch_999.pt").unlink()
+    assert checkpoint.newest_good(tmp_path)[0].name == "epoch_002.pt"
+    (tmp_path / "epoch_002.pt").rename(tmp_path / "epoch_007.pt")  # a name proves nothing
+    (tmp_path / "epoch_001.pt").rename(tmp_path / "epoch_009.pt")
+    assert checkpoint.newest_good(tmp_path)[1]["epoch"] == 2
+
+
+def test_what_is_no_checkpoint_among_the_checkpoints_is_named_and_passed_over(tmp_path):
+    folder_for(tmp_path).save(State(3))
+    (tmp_path / "last.pt").rename(tmp_path / "epoch_003.pt")
+    (tmp_path / "last.pt").symlink_to(tmp_path / "nowhere.pt")
+    (tmp_path / "best.pt").mkdir()
+    os.mkfifo(tmp_path / "previous.pt")
+    path, contents, problems = checkpoint.newest_good(tmp_path)
+    assert contents["epoch"] == 3
+    assert [problem.partition(" is ")[2] for problem in problems] == [
+        "a link that leads nowhere",
+        "no regular file",
+        "no regular file",
+    ]
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path):
+    checkpoint.write(tmp_path / "last.pt", CONTENTS | {"version": checkpoint.VERSION + 1})
+    with pytest.raises(CheckpointError, match="written by a newer version of this program"):
+        checkpoint.read(tmp_path / "last.pt")
+
+
+# The best --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own of 1 MB."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", tmp_path], capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    yield tmp_path
+    subprocess.run(["umount", tmp_path], check=True)
+
+
+def fill(disk, leave):
+    """Fill a disk but for so many bytes; return the file that does it."""
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    (disk / "filling").write_bytes(bytes(max(0, free - leave)))
+    return disk / "filling"
+
+
+def test_the_last_word_about_the_best_is_true_where_the_disk_was_full_when_it_was_due(small_disk):
+    said = []
+    folder = folder_for(small_disk, said)
+    folder.save(State(1, best=1))
+    assert folder.best_in_words(State(1, best=1).best, "8 px") == (
+        f"best validation top-1 51.00 % in epoch 1 (raw weights, 8 px), in {small_disk}/best.pt"
+    )
+    filling = fill(small_disk, leave=0)
+    assert not folder.save(State(2, best=2))
+    assert "could not be saved" in said[-1]
+    filling.unlink()
+    assert folder.save(State(2, batch=1, best=2))  # the weights have moved on
+    assert folder.best_in_words(State(2, best=2).best, "8 px") == (
+        f"best validation top-1 51.00 % in epoch 1 (raw weights, 8 px), in {small_disk}/best.pt; "
+        "52.00 % in epoch 2 (raw weights, 8 px) is not on disk"
+    )
+
+
+def test_a_disk_that_takes_the_checkpoint_but_no_copy_of_it_keeps_the_checkpoint(small_disk):
+    said = []
+    folder = folder_for(small_disk, said)
+    folder.save(State(1))
+    assert (small_disk / "last.pt").stat().st_size < 4096
+    fill(small_disk, leave=4096)  # a page: one file
+    assert not folder.save(State(2, best=2))
+    assert said[-1].startswith("WARNING: best.pt, the best so far, could not be written") and "last.pt is saved" in said[-1]
+    assert checkpoint.read(small_disk / "last.pt")["epoch"] == 2
+    assert folder.best_in_words(State(2, best=2).best, "8 px").startswith("there is no")
+    (small_disk / "filling").unlink()
+    assert folder.save(State(2, best=2))  # tried once more, as at the end of a run
+    assert checkpoint.read(small_disk / "best.pt")["epoch"] == 2
+
+
+def found_best(folder, said, best, resumed="last.pt"):
+    there = folder_for(folder, said)
+    there.find_best(State(best=best).best, folder / resumed)
+    return there.best["epoch"]
+
+
+def test_a_resumed_run_sees_to_it_that_best_pt_is_the_best(tmp_path):
+    folder = folder_for(tmp_path, checkpoint_every_epochs=1)
+    for epoch in (1, 2, 3):
+        folder.save(State(epoch, best=min(epoch, 2)))
+    said = []
+    assert found_best(tmp_path, said, best=2) == 2 and said == []
+    flip_a_bit(tmp_path / "best.pt")
+    assert found_best(tmp_path, said, best=2) == 2
+    assert "is made from" in said[0] and "is damaged" in said[0]
+    assert checkpoint.read(tmp_path / "best.pt")["epoch"] == 2
+    for name in ("best.pt", "epoch_002.pt", "previous.pt"):
+        (tmp_path / name).unlink()
+    assert found_best(tmp_path, said, best=2) == 0
+    assert "WARNING: the best weights so far (52.00 % in epoch 2) are not in" in said[-1]
+    again = folder_for(tmp_path)
+    again.save(State(4, best=4))
+    assert checkpoint.read(tmp_path / "best.pt")["epoch"] == 4
+
+
+def test_a_run_that_goes_on_in_another_folder_takes_its_best_along(tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "new").mkdir()
+    folder = folder_for(tmp_path / "old")
+    for epoch in (1, 2):
+        folder.save(State(epoch, best=1))
+    new = folder_for(tmp_path / "new")
+    new.find_best(State(best=1).best, tmp_path / "old/last.pt")
+    assert checkpoint.read(tmp_path / "new/best.pt")["epoch"] == 1
+    assert f"in {tmp_path}/new/best.pt" in new.best_in_words(State(best=1).best, "8 px")
