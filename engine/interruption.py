@@ -1,5 +1,6 @@
 """Signals and spot notices: they raise a flag, and the run stops between two batches."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -21,20 +22,23 @@ class Interrupted(Exception):
 class StopRequest:
     """Remembers that somebody asked the run to stop.
 
-    Inside `with StopRequest() as stop:` SIGTERM and SIGINT raise a flag instead of ending the process; a second SIGINT
-    ends it at once. `stop.between(items)` yields the items and raises Interrupted once the flag is up; a BatchServer does so
-    in all processes of a job.
+    Inside `with StopRequest() as stop:` SIGTERM, SIGINT and SIGHUP raise a flag instead of ending the process; a second SIGINT
+    ends it at once. SIGUSR1 raises another flag, which asks for a save alone. A SIGHUP that nohup has switched off stays so.
+    `stop.between(items)` yields the items and raises Interrupted once the flag is up; a BatchServer does so in all processes
+    of a job.
     """
 
     def __init__(self):
         self.cause = None
         self.exit_code = 0
         self.machine_goes_away = False
+        self.save_asked = False
         self._previous = {}
 
     def __enter__(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._on_signal)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *exception):
@@ -42,10 +46,14 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _on_signal(self, number, frame):
+        if number == signal.SIGUSR1:
+            self.save_asked = True
+            return
         if self.cause is not None and number == signal.SIGINT:
             for worker in multiprocessing.active_children():
                 worker.kill()
-            os.write(2, b"\nstopped at once, on the second Ctrl-C; the last checkpoint on disk is whole\n")
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopped at once, on the second Ctrl-C; the last checkpoint on disk is whole\n")
             os._exit(130)
         self.request(signal.Signals(number).name, 128 + number)
 
@@ -69,9 +77,9 @@ class StopRequest:
 
 
 def ignore_signals():
-    """Make this process deaf to SIGINT and SIGTERM: its parent ends it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Make this process deaf to what asks a run to stop or to save: its parent ends it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def watch_spot_notice(stop, url, say, poll_seconds=SPOT_POLL_SECONDS):
