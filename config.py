@@ -12,13 +12,14 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from engine.console import protect_output
 from engine.errors import UserError, launched_rank
 
 CONFIG = {
     # The seed's six.
     "batch_size": 256,  # images per optimizer step, of all GPUs together; 256 at 224 px fits the 16 GB of a T4
     "learning_rate": 0.0005,  # peak rate, reached after warmup_epochs; "auto" asks lr_finder.py first
-    "epochs": 100,  # passes over the training images; the whole rate plan stretches with it
+    "epochs": 100,  # passes over the training images; warm-up and averaging keep their share of it unless they are given
     "weight_decay": 1e-4,  # per step, as the optimizer defines it; norms and biases get none
     "warmup_epochs": 10,  # epochs in which the rate rises to its peak
     "grad_clip_value": 1.0,  # largest global L2 norm of the true gradient; inf never clips
@@ -266,8 +267,8 @@ class Numbers(NamedTuple):
         return f"{self.number.describe()}, several with commas in between, or none"
 
 
-class Text(NamedTuple):
-    """A path or an address."""
+class Address(NamedTuple):
+    """The address of a service."""
 
     def read(self, text):
         return text
@@ -277,6 +278,19 @@ class Text(NamedTuple):
 
     def describe(self):
         return "a text that is not empty"
+
+
+class LocalPath(NamedTuple):
+    """A path on this machine, in which ~ is the user's home."""
+
+    def read(self, text):
+        return str(Path(text).expanduser()) if text.startswith("~") else text
+
+    def admits(self, value):
+        return isinstance(value, str) and value.strip() != "" and not re.match(r"[A-Za-z][\w+.-]*://", value)
+
+    def describe(self):
+        return "a path on this machine (object storage: copy from and to it, or mount it)"
 
 
 ALLOWED = {
@@ -292,7 +306,7 @@ ALLOWED = {
     "stochastic_depth": Number(0, 0.9),
     "sync_batch_norm": Flag(),
     "zero_init_residual": Flag(),
-    "data_dir": Text(),
+    "data_dir": LocalPath(),
     "train_resolution": Number(32, 1024, whole=True),
     "start_resolution": Number(0, 1024, whole=True),
     "resolution_step": Number(1, 1024, whole=True),
@@ -339,15 +353,15 @@ ALLOWED = {
     "micro_batch_size": Number(0, 65536, whole=True),
     "max_bad_steps": Number(1, 1_000_000, whole=True),
     "seed": Number(0, 2**32 - 1, whole=True),
-    "checkpoint_dir": Text(),
+    "checkpoint_dir": LocalPath(),
     "checkpoint_every_epochs": Number(0, 10_000, whole=True),
     "checkpoint_minutes": Number(0, math.inf, above_low=True),
     "keep_checkpoints": Number(0, 10_000, whole=True),
-    "log_file": Text(),
+    "log_file": LocalPath(),
     "log_every_steps": Number(1, 1_000_000, whole=True),
     "tensorboard": Flag(),
     "spot_notice": Flag(),
-    "spot_notice_url": Text(),
+    "spot_notice_url": Address(),
 }
 
 
@@ -421,7 +435,7 @@ def config_problems(config):
 
 # On resume the checkpoint's configuration rules. These keys cannot bend the run, so they may change:
 FREE_ON_RESUME = {
-    "data_dir": "the same images elsewhere; their number and classes are checked",
+    "data_dir": "the same images elsewhere; the number and the classes of both splits are checked",
     "more_val_resolutions": "figures of the finished weights, besides the run's own",
     "num_workers": "augmentation does not depend on who decodes",
     "make_demo_data": "the pictures are the same each time",
@@ -464,18 +478,25 @@ REFUSED_ON_RESUME = {
 }
 
 
-def resumed_config(saved, given, batch):
+def resumed_config(saved, given, batch, done=0):
     """Return the configuration that a resumed run goes on with.
 
     Args:
         saved: the checkpoint's configuration.
         given: the keys that flags on the command line name, with their values.
         batch: the batches that the checkpoint's epoch in progress has behind it.
+        done: the whole epochs that it has behind it.
     Raises:
         ConfigError: with one line for each given key that would bend the run.
     """
     problems = []
     given = {key: value for key, value in given.items() if value != "auto" or key != "learning_rate"}  # found already
+    begun = done + (1 if batch else 0)
+    if given.get("epochs", begun) < begun:
+        problems.append(
+            f"epochs = {given['epochs']}: the checkpoint lies {done} epochs and {batch} batches into its run; give at least "
+            f"{begun}, or resume an earlier epoch_NNN.pt"
+        )
     if batch and given.get("batch_size", saved["batch_size"]) != saved["batch_size"]:
         problems.append(
             f"batch_size = {given['batch_size']}: the checkpoint lies {batch} batches of {saved['batch_size']} into its epoch; "
@@ -498,6 +519,9 @@ def resumed_config(saved, given, batch):
 # The command line --------------------------------------------------------------------------------------------------
 
 
+PATH_FLAGS = ("resume", "output")  # the programs' own flags that name a place
+
+
 class Command(NamedTuple):
     """What a command line asks for."""
 
@@ -505,6 +529,47 @@ class Command(NamedTuple):
     given: dict  # only the keys that flags name: what a resumed run is checked against
     recipe: str | None  # as named on the command line; None means the default, seed
     options: dict  # the program's own flags, such as resume
+
+    def with_epochs(self, epochs):
+        """Return the configuration of a new run of another length: what is not given keeps its share of the run."""
+        return stretched(CONFIG | RECIPES.get(self.recipe, {}), self.recipe, self.given | {"epochs": epochs})
+
+
+# A published schedule that says otherwise: FFCV's warm-up takes 2 epochs at any length.
+WARMUP_OF_ANY_LENGTH = ("fast", "long")
+
+
+def stretched(recipe_config, recipe, given):
+    """Return a recipe's configuration with the given keys; where they change `epochs`, other durations keep their share.
+
+    These are warmup_epochs, swa_start_epoch and swa_anneal_epochs, rounded to whole epochs, unless one of their kind is given.
+    """
+    config = recipe_config | given
+    epochs, usual = config["epochs"], recipe_config["epochs"]
+    if not ALLOWED["epochs"].admits(epochs) or epochs == usual:
+        return config
+
+    def share(key):
+        return int(recipe_config[key] * epochs / usual + 0.5)
+
+    if "warmup_epochs" not in given and recipe not in WARMUP_OF_ANY_LENGTH:
+        config["warmup_epochs"] = share("warmup_epochs")
+    if config["swa_start_epoch"] and not {"swa_start_epoch", "swa_anneal_epochs"} & set(given):
+        first = config["warmup_epochs"] + 1 if isinstance(config["warmup_epochs"], int) else 1
+        config["swa_start_epoch"] = min(max(share("swa_start_epoch"), first), epochs)
+        config["swa_anneal_epochs"] = share("swa_anneal_epochs")
+    return config
+
+
+def stretching_in_words(recipe, config, given):
+    """Return a sentence about what `stretched` has changed beside the epochs, or None."""
+    usual = CONFIG | RECIPES.get(recipe, {})
+    durations = ("warmup_epochs", "swa_start_epoch", "swa_anneal_epochs")
+    changed = [key for key in durations if key not in given and config[key] != usual[key]]
+    if not changed:
+        return None
+    shown = ", ".join(f"{key} = {config[key]} (was {usual[key]})" for key in changed)
+    return f"epochs = {config['epochs']} (the recipe's are {usual['epochs']}): {shown} follow; flags set them otherwise"
 
 
 def key_comments():
@@ -567,7 +632,12 @@ def parse_command_line(arguments, own_flags=()):
         problems.append(
             f"--recipe {recipe}: there are {', '.join(RECIPES)}" + (f"; did you mean {nearest[0]}?" if nearest else "")
         )
-    config = CONFIG | RECIPES.get(recipe, {}) | flags
+    for name, value in options.items():
+        if name in PATH_FLAGS:
+            options[name] = LocalPath().read(value)
+            if not LocalPath().admits(value):
+                problems.append(f"--{name} {value}: must be {LocalPath().describe()}")
+    config = stretched(CONFIG | RECIPES.get(recipe, {}), recipe, flags)
     # with --resume the flags join the checkpoint's configuration, and only that can tell whether they go together
     problems += value_problems(config) if "resume" in options else config_problems(config)
     if problems:
@@ -577,6 +647,7 @@ def parse_command_line(arguments, own_flags=()):
 
 def command_from_terminal(program, usage, own_flags):
     """Return the Command of this process, or leave it: with the help (exit 0), or with all problems (exit 2)."""
+    protect_output()
     arguments = sys.argv[1:]
     is_first = launched_rank() == 0  # of the processes that torchrun has started with the same command line
     if "--help" in arguments or "-h" in arguments:

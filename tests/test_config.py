@@ -91,8 +91,9 @@ def test_all_problems_are_reported_at_once_with_range_and_nearest_key():
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ("--epochs 5 --swa-start-epoch 0", "warmup_epochs"),
-        ("--epochs 20", "swa_start_epoch"),
+        ("--epochs 5 --swa-start-epoch 0 --warmup-epochs 10", "warmup_epochs"),
+        ("--epochs 20 --swa-start-epoch 32", "swa_start_epoch"),
+        ("--checkpoint-dir s3://bucket/run", "must be a path on this machine"),
         ("--swa-start-epoch 10", "swa_start_epoch"),
         ("--precision fp16 --device cpu", "fp16"),
         ("--micro-batch-size 512", "micro_batch_size"),
@@ -187,3 +188,37 @@ def test_learning_rate_auto_keeps_the_rate_that_was_found():
 def test_keys_that_an_older_checkpoint_does_not_know_get_their_defaults():
     saved = {key: value for key, value in CONFIG.items() if key != "label_smoothing"} | {"a_key_of_old": 1}
     assert resumed_config(saved, {}, batch=0) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("arguments", "durations"),
+    [
+        ("", (10, 32, 5)),
+        ("--epochs 20", (2, 6, 1)),
+        ("--epochs 200", (20, 64, 10)),
+        ("--epochs 1", (0, 1, 0)),
+        ("--epochs 20 --warmup-epochs 7", (7, 8, 1)),  # averaging never begins while the rate rises
+        ("--epochs 50 --swa-start-epoch 40", (5, 40, 5)),
+        ("--epochs 50 --swa-anneal-epochs 3", (5, 32, 3)),
+        ("--epochs 30 --swa-start-epoch 0", (3, 0, 5)),
+        ("--recipe fast --epochs 40", (2, 0, 5)),  # FFCV's warm-up takes 2 epochs at any length
+        ("--recipe demo --epochs 4", (1, 3, 1)),
+    ],
+)
+def test_warm_up_and_averaging_follow_the_length_unless_they_are_given(arguments, durations):
+    config = parse_command_line(arguments.split()).config
+    assert tuple(config[key] for key in ("warmup_epochs", "swa_start_epoch", "swa_anneal_epochs")) == durations
+
+
+@pytest.mark.parametrize("epochs", range(1, 120))
+def test_every_length_of_the_default_recipe_can_be_trained(epochs):
+    assert parse_command_line([f"--epochs={epochs}"]).config["epochs"] == epochs
+
+
+def test_a_home_folder_in_a_path_is_found(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    command = parse_command_line(["--data-dir=~/images", "--resume=~/runs/last.pt"], ["resume FILE"])
+    assert command.config["data_dir"] == "/home/somebody/images"
+    assert command.options["resume"] == "/home/somebody/runs/last.pt"
+    with pytest.raises(ConfigError, match="gs://bucket/run/last.pt: must be a path on this machine"):
+        parse_command_line(["--resume=gs://bucket/run/last.pt"], ["resume FILE"])
