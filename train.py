@@ -9,7 +9,7 @@ torchrun --nproc_per_node=4 train.py           the same run on four GPUs
 
 import sys
 
-from config import RULED_ON_RESUME, ConfigError, command_from_terminal, config_problems, resumed_config
+from config import RULED_ON_RESUME, ConfigError, command_from_terminal, config_problems, resumed_config, stretching_in_words
 
 OWN_FLAGS = {
     "resume FILE": "checkpoint to go on from; auto: the newest whole one in checkpoint_dir, or a new run if there is none",
@@ -22,10 +22,13 @@ OWN_FLAGS = {
 if __name__ == "__main__":  # before torch is imported: --help and typing errors answer at once
     COMMAND = command_from_terminal("train.py", __doc__, OWN_FLAGS)
 
+import contextlib
 import itertools
 import json
 import math
+import os
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +41,8 @@ from engine.compiling import COMPILE_ERRORS, choose_compile, compile_network, gi
 from engine.demo import make_demo_data
 from engine.device import AUTOCAST_DTYPES, autocast, build_scaler, choose_device, choose_precision, describe_device
 from engine.environment import environment
-from engine.errors import TrainingStopped, UserError, first_line, run_program
+from engine.errors import CheckpointError, TrainingStopped, UserError, first_line, run_program
+from engine.lock import folder_lock
 from engine.interruption import Interrupted, StopRequest, watch_spot_notice
 from engine.loss import build_mixing, main_class, training_loss
 from engine.monitor import Monitor, Throughput
@@ -73,6 +77,14 @@ class TrainState:
     best: dict = field(default_factory=lambda: {"top1": 0.0, "epoch": 0, "weights": "raw"})
     bad_images: set = field(default_factory=set)  # indices of training images that could not be read
     rehearsed: set = field(default_factory=set)  # resolutions that each process has tried out alone
+    is_whole: bool = True  # not in the middle of a step
+
+    @contextlib.contextmanager
+    def changing(self):
+        """Mark what is done inside as one change: a state that an error leaves in its middle must not be saved."""
+        self.is_whole = False
+        yield
+        self.is_whole = True
 
     @property
     def device(self):
@@ -275,11 +287,12 @@ def train(state, config, batches, checkpoints, monitor):
         monitor.start(f"epoch {state.epoch + 1}/{config['epochs']}", len(images) // config["batch_size"], state.batch)
         trained = train_one_epoch(state, batches.training(requests, state.bad_images), config, checkpoints, monitor)
         validated, elsewhere = average_and_validate(state, batches, config, monitor)
-        is_best = note_best(state, validated)
-        monitor.record_epoch(epoch_record(state, config, trained, validated, elsewhere))
+        note_best(state, validated, checkpoints.best)
+        record = monitor.write_record(epoch_record(state, config, trained, validated, elsewhere))
         state.epoch, state.batch = state.epoch + 1, 0
         state.sums.reset()
-        checkpoints.save(state, is_best)
+        checkpoints.save(state)
+        monitor.show_epoch(record)
 
 
 def train_one_epoch(state, device_batches, config, checkpoints, monitor):
@@ -288,10 +301,11 @@ def train_one_epoch(state, device_batches, config, checkpoints, monitor):
     speed = Throughput(state.device, config["batch_size"])
     mix = build_mixing(config, state.model.fc.out_features)
     for images, labels in speed.watch(device_batches):
-        result = adapting_train_step(state, *mix(images, labels), config, monitor.say)
-        state.sums.add(result.loss, result.correct, result.grad_norm, config["batch_size"])
-        state.batch += 1
-        averaging.follow(state.ema_model, state.model, config, steps_done=state.schedule.last_epoch)
+        with state.changing():
+            result = adapting_train_step(state, *mix(images, labels), config, monitor.say)
+            state.sums.add(result.loss, result.correct, result.grad_norm, config["batch_size"])
+            state.batch += 1
+            averaging.follow(state.ema_model, state.model, config, steps_done=state.schedule.last_epoch)
         figures = None
         if state.batch % config["log_every_steps"] == 0:
             figures = state.sums.read()  # here, and only here, the host waits for the device
@@ -315,7 +329,9 @@ def average_and_validate(state, batches, config, monitor):
     distributed.average_statistics(state.model)
     models = {"raw": state.model}
     context = autocast(state.device, state.precision)
-    if averaging.bring_average_up_to_date(state.averaged_model, state.model, config, state.epoch + 1):
+    with state.changing():
+        averages = averaging.bring_average_up_to_date(state.averaged_model, state.model, config, state.epoch + 1)
+    if averages:
         requests = data.training_requests(batches.splits["train"], config, state.epoch)
         requests = itertools.islice(requests, config["swa_batch_norm_batches"])
         averaging.refresh_batch_norm(state.averaged_model, batches.training(requests, state.bad_images), context)
@@ -337,13 +353,11 @@ def average_and_validate(state, batches, config, monitor):
     return validated_at(config["val_resolution"]), {resolution: validated_at(resolution) for resolution in elsewhere}
 
 
-def note_best(state, validated):
-    """Remember the best of the raw and the averaged weights if it is the run's best; return whether it is."""
+def note_best(state, validated, on_disk):
+    """Remember the best of the epoch's weights if it is better than what best.pt holds; of equals the earlier one stays."""
     weights = max(validated, key=lambda name: validated[name]["top1"])
-    is_best = state.best["epoch"] == 0 or validated[weights]["top1"] > state.best["top1"]
-    if is_best:
+    if on_disk["epoch"] == 0 or validated[weights]["top1"] > on_disk["top1"]:
         state.best = {"top1": validated[weights]["top1"], "epoch": state.epoch + 1, "weights": weights}
-    return is_best
 
 
 def epoch_record(state, config, trained, validated, elsewhere):
@@ -494,36 +508,56 @@ def positive(flag, options):
 # From the command line to the loop -----------------------------------------------------------------------------------
 
 
-def open_checkpoint(command):
-    """Return (config, recipe, contents, remarks): the configuration to run with, and the checkpoint to go on from or None."""
-    config, folder = command.config, command.config["checkpoint_dir"]
+def source_of_run(command):
+    """Return (what to go on from: a path, 'auto' or None; the folder that the run writes to)."""
     source = command.options.get("resume")
     if distributed.restarted():  # it goes on with its own run, however that was begun
         source = "auto"
+    if source in (None, "auto"):
+        return source, command.config["checkpoint_dir"]
+    path = Path(source)
+    if not os.path.lexists(path):
+        checkpoint.read(path)  # which says what is there instead
+    return source, command.given.get("checkpoint_dir", str(path if path.is_dir() else path.parent))
+
+
+def open_checkpoint(command, source, folder):
+    """Return (config, recipe, contents, remarks): the configuration to run with, and the checkpoint to go on from or None.
+
+    `remarks` are to be said; contents has its path as 'path'.
+    """
+    config = command.config
     if distributed.launched() and command.options.get("overwrite"):
         raise ConfigError(
             [f"--overwrite: torchrun may start this program again, and the run would be lost; delete {folder} first"]
         )
+    stretching = stretching_in_words(command.recipe, config, command.given)
+    new_run = config, command.recipe or "seed", None, [stretching] if stretching else []
     if source is None:
         if not command.options.get("overwrite"):
             checkpoint.refuse_to_overwrite(folder)
-        return config, command.recipe or "seed", None, []
+        return new_run
     if command.options.get("overwrite"):
         raise ConfigError(["--resume and --overwrite: the one goes on with a run, the other deletes it"])
     remarks = []
-    if source == "auto":
-        path, contents, problems = checkpoint.newest_good(folder)
+    if source == "auto" or Path(source).is_dir():
+        path, contents, problems = checkpoint.newest_good(folder if source == "auto" else source)
         remarks += [f"WARNING: {problem}" for problem in problems]
+        if path is None and source != "auto":
+            raise CheckpointError(f"--resume {source}: the folder holds no checkpoint")
         if path is None:
             if unsound := config_problems(config):
                 raise ConfigError(unsound)
-            return config, command.recipe or "seed", None, [f"nothing to resume in {folder}: a new run starts"]
+            new_run[3].append(f"nothing to resume in {folder}: a new run starts")
+            return new_run
     else:
         path = Path(source)
-        contents, folder = checkpoint.read(path), command.given.get("checkpoint_dir", str(path.parent))
+        contents = checkpoint.read(path)
     if command.recipe not in (None, contents["recipe"]):
         raise ConfigError([f"--recipe {command.recipe}: {path} is a run of the recipe {contents['recipe']}; leave it out"])
-    config = resumed_config(contents["config"], command.given | {"checkpoint_dir": folder}, contents["batch"])
+    given = command.given | {"checkpoint_dir": str(folder)}
+    config = resumed_config(contents["config"], given, contents["batch"], contents["epoch"])
+    contents["path"] = str(path)
     position = f"after epoch {contents['epoch']}" + (f" and {contents['batch']} batches" if contents["batch"] else "")
     remarks.append(f"resumed {path}, {position} (best so far {contents['best']['top1']:.2f} %)")
     if path.name != checkpoint.LAST:
@@ -551,6 +585,11 @@ def open_images(config, contents, say):
             f"{config['data_dir']} holds {len(images):,} training images of {len(images.classes)} classes; the run to resume "
             f"saw {contents['train_images']:,} of {len(contents['classes'])}. Name its images with --data-dir"
         )
+    if contents is not None and len(splits["val"]) != contents.get("val_images", len(splits["val"])):  # new in format 1
+        raise data.DataError(
+            f"{config['data_dir']} holds {len(splits['val']):,} validation images; the run to resume was scored on "
+            f"{contents['val_images']:,}, and its best so far would mean nothing. Name its images with --data-dir"
+        )
     if len(images) < config["batch_size"]:
         raise data.DataError(
             f"{len(images)} training images make no batch of batch_size = {config['batch_size']}: lower --batch-size"
@@ -575,7 +614,15 @@ def main(command):
 
 def start(command):
     """Start or go on with the run that the command asks for; return the exit status."""
-    config, recipe, contents, remarks = distributed.by_first(open_checkpoint, command)
+    source, folder = distributed.by_first(source_of_run, command)
+    with folder_lock(folder, print, "train elsewhere: --checkpoint-dir OTHER") as lock:
+        return start_in(folder, source, command, lock)
+
+
+def start_in(folder, source, command, lock):
+    config, recipe, contents, remarks = distributed.by_first(open_checkpoint, command, source, folder)
+    if lock.note:
+        remarks.insert(0, lock.note)
     device = choose_device(config)
     precision = choose_precision(config, device)
     torch.backends.cudnn.benchmark = True  # the sizes are fixed: let cuDNN try its algorithms once
@@ -586,10 +633,10 @@ def start(command):
             config, lines = distributed.as_the_first(plan_new_run(config, command.options, splits, counts, monitor))
             remarks += lines
             monitor.epochs = config["epochs"]
-        return run(config, recipe, contents, remarks, splits, device, precision, monitor)
+        return run(config, recipe, contents, remarks, splits, device, precision, monitor, lock)
 
 
-def run(config, recipe, contents, remarks, splits, device, precision, monitor):
+def run(config, recipe, contents, remarks, splits, device, precision, monitor, lock):
     """Start a run, or go on with the one whose checkpoint `contents` is; return the exit status."""
     with StopRequest() as stop:
         images = splits["train"]
@@ -611,7 +658,7 @@ def run(config, recipe, contents, remarks, splits, device, precision, monitor):
         batches = data.BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.say)
         if config["spot_notice"] and distributed.local_rank() == 0:
             watch_spot_notice(stop, config["spot_notice_url"], monitor.say)
-        checkpoints = None
+        checkpoints, resumed = None, contents and (contents["best"], contents["path"])
         try:
             if config["learning_rate"] == "auto":
                 found = find_learning_rate(config, batches, precision, monitor, *USUAL_RANGE[config["optimizer"]])
@@ -623,21 +670,20 @@ def run(config, recipe, contents, remarks, splits, device, precision, monitor):
                 state.load_state_dict(contents, config, steps_per_epoch)
                 contents = None  # hundreds of megabytes
             facts = {"config": config, "recipe": recipe, "classes": images.classes, "train_images": len(images)}
+            facts["val_images"] = len(splits["val"])
             several = f"{distributed.size()} times " if distributed.size() > 1 else ""
             facts["hardware"] = several + describe_device(device)
             facts["class_names"] = getattr(images, "class_names", {})  # what people call them, where a packed file knows
-            checkpoints = checkpoint.CheckpointFolder(config, facts, monitor.say)
+            checkpoints = checkpoint.CheckpointFolder(config, facts, lock, stop, monitor.say)
+            if resumed:
+                checkpoints.find_best(*resumed)
             monitor.open_records(checkpoints.folder, state.epoch)
             with distributed.noticing_losses():  # here already, so that the log says it, too
                 train(state, config, batches, checkpoints, monitor)
             if not (checkpoints.is_saved or checkpoints.save(state)):
                 raise TrainingStopped(f"the run has ended, but its result could NOT be saved to {checkpoints.folder}")
-            best = state.best
-            monitor.say(
-                f"finished {config['epochs']} epochs: best validation top-1 {best['top1']:.2f} % in epoch {best['epoch']} "
-                f"({best['weights']} weights, {config['val_resolution']} px, no test-time augmentation), "
-                f"in {checkpoints.folder / checkpoint.BEST}"
-            )
+            conditions = f"{config['val_resolution']} px, no test-time augmentation"
+            monitor.say(f"finished {config['epochs']} epochs: {checkpoints.best_in_words(state.best, conditions)}")
         except (Interrupted, WorkerDied, data.DataError) as cause:
             exit_code = save_and_leave(cause, checkpoints, state if checkpoints else None, monitor)
             if stop.machine_goes_away:
@@ -645,6 +691,12 @@ def run(config, recipe, contents, remarks, splits, device, precision, monitor):
             return exit_code
         except UserError as error:
             monitor.log(f"stopped: {error}")
+            raise
+        except Exception as error:
+            monitor.log(traceback.format_exc())
+            cause = f"{type(error).__name__}: {first_line(error)}"
+            with contextlib.suppress(Exception):  # the first error is the one to show
+                save_and_leave(cause, checkpoints, state if checkpoints else None, monitor)
             raise
         finally:
             batches.close()
@@ -659,7 +711,13 @@ def save_and_leave(cause, checkpoints, state, monitor):
         return exit_code
     where = f"in epoch {state.epoch + 1} after {state.batch} batches"
     program = "torchrun ... train.py" if distributed.launched() else "python train.py"
-    if checkpoints.save(state):
+    alone = isinstance(cause, str) and distributed.size() > 1  # an error of this process: the others do not save with it
+    if not state.is_whole or alone:
+        monitor.say(
+            f"stopped by {cause} {where}; NOT saved, {'alone with it' if alone else 'in the middle of a step'}. "
+            f"Go on from the last save with: {program} --resume {checkpoints.folder / checkpoint.LAST}"
+        )
+    elif checkpoints.save(state):
         monitor.say(f"stopped by {cause} {where}; saved. Go on with: {program} --resume {checkpoints.folder / checkpoint.LAST}")
     else:
         monitor.say(f"stopped by {cause} {where}; NOT saved, an earlier checkpoint may be in {checkpoints.folder}")

@@ -1,5 +1,7 @@
 """Pictures: a run's curves and the learning-rate range test."""
 
+import os
+
 from engine.files import replacing
 
 RAW, AVERAGED, EMA, MUTED = "#2166ac", "#d6604d", "#1b7837", "#8c8c8c"
@@ -7,6 +9,7 @@ RAW, AVERAGED, EMA, MUTED = "#2166ac", "#d6604d", "#1b7837", "#8c8c8c"
 
 def new_figure(rows, columns, size):
     """Return (figure, axes), or None where matplotlib is missing; imported here, since it takes half a second."""
+    os.environ["MPLBACKEND"] = "agg"  # no display is needed; a notebook's setting stops the import elsewhere
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -11,9 +11,10 @@ import torch
 from tqdm import tqdm
 
 from engine.checkpoint import CURVES, RECORDS
+from engine.console import lost_output
 from engine.curves import draw_curves
 from engine.distributed import gathered, rank
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 from engine.metrics import append_record, keep_records_up_to, read_records
 from engine.telemetry import GpuFigures, GpuSampler, summary_of_all
 from engine.tensorboard import open_tensorboard
@@ -38,13 +39,15 @@ class Monitor:
         self._sampler = GpuSampler(self.gpu)
         self._config = config
         self._board = None
+        self._unwritten = []
+        self._output_was_lost = False
         self._next_drawing = -math.inf
         self._speaks = rank() == 0
         self._log = logging.Logger("training")  # not from the registry: each run has its own file
         if self._speaks and config["log_file"] is not None:
             try:
                 Path(config["log_file"]).parent.mkdir(parents=True, exist_ok=True)
-                handler = logging.FileHandler(config["log_file"], encoding="utf-8")
+                handler = logging.FileHandler(config["log_file"], encoding="utf-8", errors="backslashreplace")
             except OSError as error:
                 raise UserError(f"log_file = {config['log_file']!r} cannot be written to: {error}") from error
             handler.handleError = _complain_of_the_log
@@ -62,7 +65,8 @@ class Monitor:
         self.finish()
         self._sampler.stop()
         if self._board is not None:
-            self._board.close()
+            with self._at_the_cost_of_a_warning("TensorBoard's file could not be closed"):
+                self._board.close()
         for handler in self._log.handlers:
             with contextlib.suppress(OSError):  # what a full disk did not take has been complained of
                 handler.close()
@@ -74,6 +78,9 @@ class Monitor:
         self.log(text)
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
+        if not self._output_was_lost and (reason := lost_output()):
+            self._output_was_lost = True
+            self.log(f"note: standard output cannot be written to ({reason}); the run goes on, and this log has everything")
 
     def log(self, text):
         """Write a line to the log file alone."""
@@ -130,26 +137,51 @@ class Monitor:
         if not self._speaks:
             return
         self._folder = folder
-        keep_records_up_to(folder / RECORDS, epochs_done)
+        with self._at_the_cost_of_a_warning(f"{RECORDS} could not be written"):
+            if unreadable := keep_records_up_to(folder / RECORDS, epochs_done):
+                self.say(f"WARNING: {unreadable} lines of {folder / RECORDS} could not be read and are dropped")
         if self._config["tensorboard"]:
-            self._board = open_tensorboard(folder, epochs_done)
+            with self._at_the_cost_of_a_warning("TensorBoard's file could not be opened"):
+                self._board = open_tensorboard(folder, epochs_done)
 
-    def record_epoch(self, record):
-        """Write the epoch's record to metrics.jsonl, say its line and draw the curves anew."""
+    def write_record(self, record):
+        """Add the epoch's record to metrics.jsonl; return it with the GPU's figures. Each process must ask.
+
+        What cannot be written now is written with the next record.
+        """
+        gpus = {}
+        with self._at_the_cost_of_a_warning("the GPU's figures are not known"):
+            gpus = summary_of_all(gathered(self._sampler.summary()))
+        record = {name: None if value != value else value for name, value in record.items()} | gpus  # JSON knows no NaN
+        if self._speaks:
+            self._unwritten.append(record)
+            with self._at_the_cost_of_a_warning(f"the record of epoch {record['epoch']} could not be written"):
+                while self._unwritten:
+                    append_record(self._folder / RECORDS, self._unwritten[0])
+                    self._unwritten.pop(0)
+        return record
+
+    def show_epoch(self, record):
+        """Say the epoch's line, draw the curves anew and feed TensorBoard: what nothing depends on."""
         self.finish()
-        gpus = summary_of_all(gathered(self._sampler.summary()))
         if not self._speaks:
             return
-        record = {name: None if value != value else value for name, value in record.items()} | gpus  # JSON knows no NaN
-        path = self._folder / RECORDS
-        try:
-            append_record(path, record)
-            if self._board is not None:
-                self._board.add(record)
-            self._draw_curves_if_due(read_records(path), is_last=record["epoch"] == self.epochs)
-        except OSError as error:  # a full disk must not end the run
-            self.say(f"WARNING: the record of epoch {record['epoch']} could not be written: {error}")
         self.say(epoch_line(record, self.epochs))
+        if self._board is not None:
+            with self._at_the_cost_of_a_warning("TensorBoard's file could not be written"):
+                self._board.add(record)
+        with self._at_the_cost_of_a_warning(f"{CURVES} could not be drawn"):
+            self._draw_curves_if_due(read_records(self._folder / RECORDS), is_last=record["epoch"] == self.epochs)
+
+    @contextlib.contextmanager
+    def _at_the_cost_of_a_warning(self, trouble):
+        """Turn whatever goes wrong inside into a warning: the run is worth more."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            self.say(f"WARNING: {trouble}: {first_line(error)}. The run goes on")
 
     def _draw_curves_if_due(self, records, is_last):
         """Draw the curves anew, unless that was done a moment ago: it takes about a second, more than a small epoch."""

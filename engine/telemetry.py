@@ -43,7 +43,7 @@ class GpuFigures:
             return None
         try:
             return getattr(self._nvml, function)(self._handle, *arguments)
-        except (self._nvml.NVMLError, AttributeError):
+        except Exception:  # NVML's own, of a GPU that has fallen off its bus, of an older binding
             return None
 
     def read(self):

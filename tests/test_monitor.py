@@ -121,5 +121,5 @@ def test_curves_are_drawn_at_first_at_last_and_now_and_then(tmp_path, monkeypatc
         for epoch in range(1, 7):
             if epoch == 4:
                 monkeypatch.setattr("engine.monitor.time.monotonic", lambda: 1e9)  # much later
-            monitor.record_epoch({"epoch": epoch} | figures)
+            monitor.show_epoch(monitor.write_record({"epoch": epoch} | figures))
     assert drawn == [1, 4, 6]

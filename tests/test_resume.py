@@ -14,14 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
-    REPOSITORY,
     children_of,
     figures,
     finish,
     run_here,
     run_program,
+    start_driver,
     start_program,
-    start_python,
     tiny_run,
     wait_for,
 )
@@ -69,50 +68,6 @@ def reference(image_tree, tmp_path_factory):
     status, output = run_program("train.py", tiny_run(image_tree, folder))
     assert status == 0, output
     return folder
-
-
-# train.py in a process of its own that sends itself a signal when it enters `function` of `module` for the n-th time with
-# `about` among its arguments, and that writes down each step it takes.
-DRIVER = """
-import importlib, os, signal, sys
-sys.path.insert(0, {repository!r})
-import train
-from config import parse_command_line
-from engine.errors import run_program
-
-def wrap(module, function, before):
-    module = importlib.import_module(module)
-    original = getattr(module, function)
-    def wrapped(*args, **kwargs):
-        before(*args)
-        return original(*args, **kwargs)
-    setattr(module, function, wrapped)
-
-steps = os.open({steps!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-wrap("train", "train_step", lambda state, *rest: os.write(steps, f"{{state.epoch * 7 + state.batch}}\\n".encode()))
-calls = []
-def send(*args):
-    calls.extend([1] if {about!r} in str(args) else [])
-    if len(calls) == {call}:
-        for number in {signals!r}:
-            os.kill(os.getpid(), number)
-if {function!r}:
-    wrap({module!r}, {function!r}, send)
-sys.exit(run_program("train.py", train.main, parse_command_line(sys.argv[1:], train.OWN_FLAGS)))
-"""
-
-
-def start_driver(arguments, steps, at=(None, None), call=1, signals=(signal.SIGTERM,), about=""):
-    source = DRIVER.format(
-        repository=str(REPOSITORY),
-        steps=str(steps),
-        module=at[0],
-        function=at[1],
-        call=call,
-        signals=[int(s) for s in signals],
-        about=about,
-    )
-    return start_python(["-c", source, *arguments])
 
 
 # Signals -------------------------------------------------------------------------------------------------------------
