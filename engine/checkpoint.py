@@ -212,8 +212,6 @@ def checkpoints_in(folder):
     epochs = {int(found[1]): Path(folder) / name for name in names if (found := EPOCH_PATTERN.fullmatch(name))}
     named = [Path(folder) / name for name in (LAST, PREVIOUS, BEST) if name in names]
     return named + [epochs[number] for number in sorted(epochs, reverse=True)]
-        epochs[number] for number in sorted(epochs, reverse=True)
-    ]
 
 
 def by_progress(paths):
