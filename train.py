@@ -615,11 +615,12 @@ def main(command):
 def start(command):
     """Start or go on with the run that the command asks for; return the exit status."""
     source, folder = distributed.by_first(source_of_run, command)
-    with folder_lock(folder, print, "train elsewhere: --checkpoint-dir OTHER") as lock:
+    with folder_lock(folder, "checkpoint_dir", print, "train elsewhere: --checkpoint-dir OTHER") as lock:
         return start_in(folder, source, command, lock)
 
 
 def start_in(folder, source, command, lock):
+    """Do so in a folder whose lock is held; return the exit status."""
     config, recipe, contents, remarks = distributed.by_first(open_checkpoint, command, source, folder)
     if lock.note:
         remarks.insert(0, lock.note)

@@ -75,17 +75,18 @@ def _process_lives(pid, started):
 
 
 @contextlib.contextmanager
-def folder_lock(folder, log, cure):
+def folder_lock(folder, name, log, cure):
     """Hold the folder's lock, one for all processes of a job; give its FolderLock. A folder that is missing is made.
 
     Args:
+        name: of the setting that the folder is.
         log: called with a text when it takes a while to know whether another holder is gone.
         cure: what somebody can do who is refused, besides waiting.
     Raises:
         CheckpointError: somebody else holds it, or the folder cannot be written to.
     """
     folder = Path(folder)
-    lock = FolderLock(folder / LOCK, cure)
+    lock = FolderLock(folder / LOCK, name, cure)
     by_first(lock.acquire, log)
     try:
         yield lock
@@ -96,8 +97,8 @@ def folder_lock(folder, log, cure):
 class FolderLock:
     """A lock file that this process holds from acquire() to release()."""
 
-    def __init__(self, path, cure):
-        self.path, self.cure = path, cure
+    def __init__(self, path, name, cure):
+        self.path, self.name, self.cure = path, name, cure
         self.me = this_process()
         self.note = None  # how it was taken over, if it was
         self.lost_to = None
@@ -111,7 +112,8 @@ class FolderLock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._acquire(log)
         except OSError as error:
-            raise CheckpointError(f"{self.path.parent} cannot be written to: {error.strerror or error}") from error
+            reason = error.strerror or error
+            raise CheckpointError(f"{self.name} = {str(self.path.parent)!r} cannot be written to: {reason}") from error
         threading.Thread(target=self._show_life, name="folder-lock", daemon=True).start()
 
     def _acquire(self, log):

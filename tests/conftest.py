@@ -22,7 +22,7 @@ from PIL import Image
 
 import train
 from config import parse_command_line
-from engine import distributed
+from engine import checkpoint, distributed
 from engine.demo import make_demo_data
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -171,7 +171,7 @@ sys.exit(run_program("train.py", train.main, parse_command_line(sys.argv[1:], tr
 """
 
 
-def start_driver(arguments, steps, at=(None, None), call=1, signals=(signal.SIGTERM,), about=""):
+def start_driver(arguments, steps, at=(None, None), call=1, signals=(signal.SIGTERM,), about="", **options):
     source = DRIVER.format(
         repository=str(REPOSITORY),
         steps=str(steps),
@@ -181,7 +181,7 @@ def start_driver(arguments, steps, at=(None, None), call=1, signals=(signal.SIGT
         signals=[int(s) for s in signals],
         about=about,
     )
-    return start_python(["-c", source, *arguments])
+    return start_python(["-c", source, *arguments], **options)
 
 
 def run_program(program, arguments, timeout=300, **options):
@@ -193,6 +193,36 @@ def figures(folder):
     """The figures of a run's epochs that do not depend on the machine's speed."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in NOT_REPEATABLE} for line in lines]
+
+
+def assert_same_run(folder, reference):
+    """Compare two finished runs bit by bit: weights, averages, optimizer state, best, and every repeatable figure."""
+    for name in ("last.pt", "best.pt"):
+        ours, theirs = checkpoint.read(folder / name), checkpoint.read(reference / name)
+        for contents in (ours, theirs):
+            contents["config"] = {
+                k: v
+                for k, v in contents["config"].items()
+                if k not in ("checkpoint_dir", "log_file", "num_workers", "checkpoint_minutes")
+            }
+        assert_same(ours, theirs, name)
+    assert figures(folder) == figures(reference)
+
+
+def assert_same(ours, theirs, where):
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, torch.Tensor):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), where
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{where}[{key!r}]")
+    elif isinstance(ours, list):
+        assert len(ours) == len(theirs), where
+        for number, pair in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(*pair, f"{where}[{number}]")
+    else:
+        assert ours == theirs, where
 
 
 def wait_for(condition, seconds=120):

@@ -33,7 +33,7 @@ class State:
 
 def folder_for(path, said=None, **changes):
     config, log = CONFIG | {"checkpoint_dir": str(path)} | changes, (said if said is not None else []).append
-    return checkpoint.CheckpointFolder(config, {"recipe": "seed"}, FolderLock(Path(path) / LOCK, ""), StopRequest(), log)
+    return checkpoint.CheckpointFolder(config, {"recipe": "seed"}, FolderLock(Path(path) / LOCK, "", ""), StopRequest(), log)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from engine.errors import CheckpointError, TrainingStopped
 
 
 def hold(folder, said=None):
-    return lock.folder_lock(folder, (said if said is not None else []).append, "train elsewhere")
+    return lock.folder_lock(folder, "checkpoint_dir", (said if said is not None else []).append, "train elsewhere")
 
 
 def write_lock(folder, **changes):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
+    assert_same_run,
     children_of,
     figures,
     finish,
@@ -29,36 +30,6 @@ from config import CONFIG, ConfigError
 from engine import checkpoint
 from engine.errors import CheckpointError, DataError
 from engine.monitor import Monitor
-
-
-def assert_same_run(folder, reference):
-    """Compare two finished runs bit by bit: weights, averages, optimizer state, best, and every repeatable figure."""
-    for name in ("last.pt", "best.pt"):
-        ours, theirs = checkpoint.read(folder / name), checkpoint.read(reference / name)
-        for contents in (ours, theirs):
-            contents["config"] = {
-                k: v
-                for k, v in contents["config"].items()
-                if k not in ("checkpoint_dir", "log_file", "num_workers", "checkpoint_minutes")
-            }
-        assert_same(ours, theirs, name)
-    assert figures(folder) == figures(reference)
-
-
-def assert_same(ours, theirs, where):
-    assert type(ours) is type(theirs), where
-    if isinstance(ours, torch.Tensor):
-        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), where
-    elif isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), where
-        for key in ours:
-            assert_same(ours[key], theirs[key], f"{where}[{key!r}]")
-    elif isinstance(ours, list):
-        assert len(ours) == len(theirs), where
-        for number, pair in enumerate(zip(ours, theirs, strict=True)):
-            assert_same(*pair, f"{where}[{number}]")
-    else:
-        assert ours == theirs, where
 
 
 @pytest.fixture(scope="module")

@@ -133,3 +133,11 @@ if __name__ == "__main__":
     path = Path(REPOSITORY / "README.md")
     before, rest = path.read_text().split(BEGIN)
     path.write_text(f"{before}{BEGIN}\n\n{configuration_table()}\n\n{END}{rest.split(END)[1]}")
+
+
+def test_each_accident_that_the_documentation_lists_is_a_test():
+    tests = re.findall(r"^def (test_\w+)", "".join(path.read_text() for path in Path(__file__).parent.glob("*.py")), re.M)
+    rows = [line for line in (REPOSITORY / "docs/accidents.md").read_text().splitlines() if line.startswith("| ")][1:]
+    named = [re.findall(r"`(test_\w+)`", row) for row in rows]
+    assert len(rows) > 20 and all(named)
+    assert set().union(*named) <= set(tests)

@@ -182,7 +182,8 @@ def test_a_resumed_run_keeps_the_micro_batch_that_fitted_unless_a_flag_changes_i
 def test_a_run_leaves_checkpoints_records_log_and_curves(tiny_arguments, tmp_path, capfd):
     assert run_here([*tiny_arguments, "--checkpoint-every-epochs=2"]) == 0
     folder = tmp_path / "run"
-    assert sorted(p.name for p in folder.iterdir()) == ["best.pt", "curves.png", "epoch_002.pt", "last.pt", "metrics.jsonl"]
+    names = ["best.pt", "curves.png", "epoch_002.pt", "last.pt", "metrics.jsonl", "previous.pt"]
+    assert sorted(p.name for p in folder.iterdir()) == names
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["epoch"] for record in records] == [1, 2, 3]
