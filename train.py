@@ -678,7 +678,7 @@ def run(config, recipe, contents, remarks, splits, device, precision, monitor, l
             checkpoints = checkpoint.CheckpointFolder(config, facts, lock, stop, monitor.say)
             if resumed:
                 checkpoints.find_best(*resumed)
-            monitor.open_records(checkpoints.folder, state.epoch)
+            monitor.open_records(checkpoints.folder, state.epoch, Path(resumed[1]).parent if resumed else None)
             with distributed.noticing_losses():  # here already, so that the log says it, too
                 train(state, config, batches, checkpoints, monitor)
             if not (checkpoints.is_saved or checkpoints.save(state)):

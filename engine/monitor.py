@@ -15,6 +15,7 @@ from engine.console import lost_output
 from engine.curves import draw_curves
 from engine.distributed import gathered, rank
 from engine.errors import UserError, first_line
+from engine.files import copy_file
 from engine.metrics import append_record, keep_records_up_to, read_records
 from engine.telemetry import GpuFigures, GpuSampler, summary_of_all
 from engine.tensorboard import open_tensorboard
@@ -132,12 +133,18 @@ class Monitor:
             self._bar.close()
             self._bar = None
 
-    def open_records(self, folder, epochs_done):
-        """Begin or go on with metrics.jsonl; the records of epochs that will be trained again are dropped."""
+    def open_records(self, folder, epochs_done, resumed_from=None):
+        """Begin or go on with metrics.jsonl; the records of epochs that will be trained again are dropped.
+
+        Args:
+            resumed_from: folder of the checkpoint that the run goes on from; its records come along where there are none here.
+        """
         if not self._speaks:
             return
         self._folder = folder
         with self._at_the_cost_of_a_warning(f"{RECORDS} could not be written"):
+            if resumed_from and (resumed_from / RECORDS).is_file() and not (folder / RECORDS).exists():
+                copy_file(resumed_from / RECORDS, folder / RECORDS)
             if unreadable := keep_records_up_to(folder / RECORDS, epochs_done):
                 self.say(f"WARNING: {unreadable} lines of {folder / RECORDS} could not be read and are dropped")
         if self._config["tensorboard"]:

@@ -426,6 +426,7 @@ def test_a_run_that_goes_on_elsewhere_ends_with_a_best_pt_that_is_there(finished
     assert run_here([f"--resume={finished}/last.pt", f"--checkpoint-dir={tmp_path}/new"]) == 0
     assert f"in {tmp_path}/new/best.pt" in capfd.readouterr().out
     assert checkpoint.read(tmp_path / "new/best.pt")["best"] == checkpoint.read(finished / "best.pt")["best"]
+    assert figures(tmp_path / "new") == figures(finished)
 
 
 def test_of_equally_good_epochs_and_weights_the_first_stays_the_best():
