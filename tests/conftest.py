@@ -147,7 +147,10 @@ import importlib, os, signal, sys
 sys.path.insert(0, {repository!r})
 import train
 from config import parse_command_line
+from engine.console import protect_output
 from engine.errors import run_program
+
+protect_output()
 
 def wrap(module, function, before):
     module = importlib.import_module(module)
