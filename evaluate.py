@@ -25,12 +25,13 @@ from engine.confusion import count_confusions, write_details
 from engine.device import AUTOCAST_DTYPES, autocast, choose_device, choose_precision
 from engine.distributed import refuse_several, summed
 from engine.environment import commit
-from engine.errors import UserError, run_program
+from engine.errors import DataError, UserError, run_program
 from engine.export import export, model_card, model_facts
 from engine.files import replacing
 from engine.interruption import StopRequest
 from engine.metrics import topk_correct
 from engine.networks import IN_WORDS, KINDS, load_networks
+from engine.out_of_memory import in_parts_that_fit
 from model import build_model
 
 ENSEMBLE = "ensemble"
@@ -54,19 +55,32 @@ def evaluate(models, device_batches, num_images, context, flip=False, ensemble=F
         confusions_of: name whose result gets 'confusions' too, of count_confusions.
     Returns:
         loss: mean cross-entropy without label smoothing; top1 and top5: percent.
+    Raises:
+        DataError: another number of images came.
+        TrainingStopped: the GPU's memory does not suffice for a single image; batches that do not fit are scored in parts.
     """
     totals, confusions, count = {}, 0, 0
     for model in models.values():
         model.eval()
-    for images, labels in device_batches:
+
+    def scores(images, labels):
+        """Return {(name, view): sums} and the confusions of some images."""
+        sums, confused = {}, 0
         for view, logits_of in _logits_by_view(models, images, context, flip, ensemble):
-            for name, logits in logits_of.items():
-                totals[name, view] = totals.get((name, view), 0) + _scores(logits, labels)
+            sums |= {(name, view): _scores(logits, labels) for name, logits in logits_of.items()}
             if view == "" and confusions_of is not None:
-                confusions = confusions + count_confusions(logits_of[confusions_of], labels)
+                confused = count_confusions(logits_of[confusions_of], labels)
+        return sums, confused
+
+    scored = in_parts_that_fit(scores)
+    for images, labels in device_batches:
+        for sums, confused in scored(images, labels):
+            totals = {key: totals.get(key, 0) + value for key, value in sums.items()}
+            confusions = confusions + confused
         count += len(labels)
     count = int(summed(torch.tensor(count)))
-    assert count == num_images, f"{count} images evaluated, {num_images} expected"
+    if count != num_images:
+        raise DataError(f"{count} images evaluated, {num_images} expected: an accuracy is never that of fewer or more images")
     results = {}
     for (name, view), total in totals.items():
         loss, top1, top5 = (summed(total) / count).tolist()

@@ -244,14 +244,6 @@ def largest_share(count):
     return -(-count // size())
 
 
-def parts_of_shares(count, most):
-    """Return the number of parts, of at most `most`, in which each process takes its share: for all the same, and none empty.
-
-    Synchronised batch norms wait for each other in each part. Where a share has fewer than such parts, parts may be larger.
-    """
-    return min(-(-largest_share(count) // most), count // size())
-
-
 def parallel(model):
     """Return the model as it is to be called in training: its gradients become the mean over the processes.
 
