@@ -16,6 +16,7 @@ from benchmarks.measuring import REPOSITORY, installed_timm, rate_cell
 from config import CONFIG
 from engine import distributed
 from engine.device import AUTOCAST_DTYPES, autocast, choose_device, choose_precision
+from engine.out_of_memory import is_out_of_memory
 from engine.telemetry import GpuFigures
 
 # torchvision's classification reference as users run it: AMP on a GPU, SGD, contiguous images, .item() for its meters.
@@ -156,7 +157,9 @@ def measure_on(device, job):
             torch.cuda.reset_peak_memory_stats()
         try:
             figures[resolution] = timed(lambda images=images, labels=labels: step(images, labels), job, device)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             figures[resolution] = None
             break
         figures[resolution] |= {"clock_mhz": gpu.clock_mhz()}

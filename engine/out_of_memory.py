@@ -12,6 +12,7 @@ from engine.distributed import size
 from engine.errors import TrainingStopped, first_line
 from engine.micro_batches import enough_for_batch_norm
 from engine.random_state import random_state, random_state_restored_on_error, set_random_state
+from engine.sync_norm import SYNCED_NORMS
 
 # What CUDA's libraries say when the allocator itself was not asked. cuDNN finds no engine when none gets its workspace.
 SIGNS = (
@@ -139,7 +140,8 @@ def smaller_micro_batch(state, images, resolution, config, reason):
     if present == 1:
         raise TrainingStopped(f"out of GPU memory with a single image ({reason}): lower --train-resolution")
     half = math.ceil(present / 2)
-    if _norms_of(state.model) and not enough_for_batch_norm(config, resolution, half, size()):
+    alone = any(size() == 1 or not isinstance(norm, SYNCED_NORMS) for norm in _norms_of(state.model))
+    if alone and not enough_for_batch_norm(config, resolution, half, size()):
         raise TrainingStopped(
             f"out of GPU memory with micro-batches of {present} images of {resolution} px ({reason}), and smaller ones would "
             "leave a single image, of which batch norm knows no variance: make room in the GPU's memory"
