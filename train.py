@@ -24,7 +24,6 @@ if __name__ == "__main__":  # before torch is imported: --help and typing errors
 
 import functools
 import itertools
-import json
 import math
 import time
 from dataclasses import dataclass, field
@@ -54,6 +53,7 @@ from engine.micro_batches import enough_for_batch_norm, num_micro_batches
 from engine.monitor import Monitor, Throughput
 from engine.optim import build_optimizer, build_schedule, rate_factor
 from engine.out_of_memory import in_parts_that_fit, pass_in_parts_that_fit, retry_on_oom, stop_on_oom
+from engine.plain_json import to_json
 from engine.plan import epochs_within, measure_rates, plan_lines, plan_run, rates_stated
 from engine.random_state import random_state, random_state_restored_on_error, set_random_state
 from engine.range_test import BATCHES_IN_CYCLE, USUAL_RANGE, describe_rates, range_test
@@ -601,8 +601,8 @@ def run(config, recipe, contents, remarks, splits, device, precision, monitor):
         steps_per_epoch = len(images) // config["batch_size"]
         if contents is None:  # refused above unless it is asked for or there is none
             distributed.by_first(checkpoint.delete_run, config["checkpoint_dir"])
-        monitor.log(f"environment: {json.dumps(environment())}")
-        monitor.log(f"configuration: {json.dumps(config)}")
+        monitor.log(f"environment: {to_json(environment())}")
+        monitor.log(f"configuration: {to_json(config)}")
         monitor.say(
             f"recipe {recipe}: {config['architecture']} on {len(images):,} images of {len(images.classes)} classes, "
             f"{steps_per_epoch} steps an epoch; {describe_device(device)}, {precision}, PyTorch {torch.__version__}"
@@ -622,6 +622,7 @@ def run(config, recipe, contents, remarks, splits, device, precision, monitor):
                 found = find_learning_rate(config, batches, precision, monitor, *USUAL_RANGE[config["optimizer"]])
                 monitor.say(describe_rates(found))
                 config = config | {"learning_rate": distributed.as_the_first(found["suggestion"])}
+                monitor.log(f"configuration: {to_json(config)}")  # the final one
             torch.manual_seed(config["seed"] + distributed.rank())
             state = new_state(config, len(images.classes), steps_per_epoch, device, precision)
             if contents is not None:

@@ -1,6 +1,5 @@
 """A network's weights for other programs: PyTorch, safetensors or ONNX, and a model card beside them."""
 
-import json
 import os
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from engine.data import IMAGENET_MEAN, IMAGENET_STD
 from engine.errors import UserError
 from engine.files import replacing
+from engine.plain_json import to_json
 
 OPSET = 18
 SUFFIXES = (".pt", ".safetensors", ".onnx")
@@ -38,7 +38,7 @@ def export(model, path, facts):
     else:
         save = _needed("safetensors.torch", "safetensors").save
         with replacing(path) as file:
-            file.write(save(weights, {name: json.dumps(value) for name, value in facts.items()} | {"format": "pt"}))
+            file.write(save(weights, {name: to_json(value) for name, value in facts.items()} | {"format": "pt"}))
     warning = "; mind the blur (see the model card)" if facts["blurs"] else ""
     return f"wrote {path}: {sum(t.numel() for t in weights.values()):,} numbers with the keys of torchvision's resnet{warning}"
 
@@ -72,7 +72,7 @@ def _export_onnx(model, path, facts):
     )
     exported = program.model_proto
     for name, value in facts.items():
-        exported.metadata_props.add(key=name, value=json.dumps(value))
+        exported.metadata_props.add(key=name, value=to_json(value))
     onnx.checker.check_model(exported)
     with replacing(path) as file:
         file.write(exported.SerializeToString())

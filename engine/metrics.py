@@ -1,6 +1,5 @@
 """Counting on the device, and the record of a run's epochs."""
 
-import json
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +8,7 @@ import torch
 
 from engine.distributed import rank, summed
 from engine.files import replacing
+from engine.plain_json import from_json, to_json
 
 
 def topk_correct(logits, labels, k):
@@ -108,7 +108,7 @@ class TrainingSums:
 def append_record(path, record):
     """Append the record as one line and have it on disk before returning."""
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(to_json(record) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -120,8 +120,8 @@ def read_records(path):
     records = []
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
+            record = from_json(line)
+        except ValueError:
             continue
         if isinstance(record, dict) and isinstance(record.get("epoch"), int):
             records.append(record)
@@ -132,4 +132,4 @@ def keep_records_up_to(path, epochs):
     """Drop the records of epochs after `epochs`: a run resumed from there will write them again."""
     kept = {record["epoch"]: record for record in read_records(path) if record["epoch"] <= epochs}
     with replacing(path, "w") as file:
-        file.writelines(json.dumps(kept[epoch]) + "\n" for epoch in sorted(kept))
+        file.writelines(to_json(kept[epoch]) + "\n" for epoch in sorted(kept))
