@@ -161,9 +161,7 @@ def refuse_to_average(networks):
             raise UserError(f"--average: {first.path} and {other.path} were trained on different classes")
         shapes, others = ({k: t.shape for k, t in n.model.state_dict().items()} for n in (first, other))
         if differing := [key for key in shapes | others if shapes.get(key) != others.get(key)]:
-            raise UserError(
-                f"--average: {first.path} and {other.path} differ in {differing[0]} and {len(differing) - 1} more keys"
-            )
+            raise UserError(f"--average: {first.path} and {other.path} differ in {len(differing)} keys, as in {differing[0]}")
 
 
 class View(NamedTuple):
@@ -379,9 +377,7 @@ def parse_arguments(arguments=None):
     parser.add_argument("--data-dir", help="folder with val.arrow or val/<class>/*; default: the run's")
     parser.add_argument("--flip", action="store_true", help="also score the mean over image and mirror image")
     parser.add_argument("--resolution", type=int, nargs="+", metavar="PX", help="score at these sizes; default: the run's")
-    parser.add_argument(
-        "--crop-ratio", type=float, metavar="R", help="crop's side over the resized shorter one; default: the run's"
-    )
+    parser.add_argument("--crop-ratio", type=float, metavar="R", help="crop over the resized shorter side; default: the run's")
     parser.add_argument("--weights", choices=("auto", "all", *KINDS), help="default: all of one checkpoint, auto of several")
     parser.add_argument("--average", action="store_true", help="the mean of the checkpoints' weights instead of an ensemble")
     parser.add_argument("--details", metavar="PREFIX", help="write PREFIX_classes.csv, PREFIX_confusions.csv and PREFIX.png")
