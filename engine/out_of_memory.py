@@ -115,9 +115,8 @@ def retry_on_oom(attempt, state, images, resolution, config, log):
                 raise TrainingStopped(f"the network could not be compiled ({reason}); try --compile off") from error
         # outside the handler, where the failed step's tensors are no longer referenced
         state.optimizer.zero_grad(set_to_none=True)
-        state.scaler = rebuilt_scaler(
-            state.scaler, state.device, state.precision
-        )  # the old one refuses to unscale the same optimizer's gradients again
+        # the old scaler may have unscaled this step's gradients, and would refuse to unscale any others
+        state.scaler = rebuilt_scaler(state.scaler, state.device, state.precision)
         before.restore()
         if out_of_memory:
             state.micro_batch_size = smaller_micro_batch(state, images, resolution, config, reason)
