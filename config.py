@@ -5,6 +5,7 @@ what the user wrote: numbers derived from it are locals elsewhere. This module n
 so `--help` and typing errors answer before torch is imported.
 """
 
+import ast
 import difflib
 import math
 import re
@@ -14,6 +15,8 @@ from typing import NamedTuple
 
 from engine.console import protect_output
 from engine.errors import UserError, launched_rank
+from engine.launch import launched_size
+from engine.micro_batches import ONE_PIXEL_PX, enough_for_batch_norm
 
 CONFIG = {
     # The seed's six.
@@ -397,6 +400,15 @@ def config_problems(config):
         config["micro_batch_size"] <= config["batch_size"],
         f"micro_batch_size = {config['micro_batch_size']}: larger than batch_size = {config['batch_size']}",
     )
+    processes, smallest = launched_size(), config["start_resolution"] or config["train_resolution"]
+    micro_batch_size = config["micro_batch_size"] or config["batch_size"]
+    require(
+        config["batch_size"] < processes or enough_for_batch_norm(config, smallest, micro_batch_size, processes),
+        f"{'micro_batch_size' if config['micro_batch_size'] else 'batch_size'} = {micro_batch_size} at {ONE_PIXEL_PX} px"
+        + (f" with {processes} processes" if processes > 1 else "")
+        + ": one image would be alone in a forward pass, and of its single last pixel batch norm knows no variance; "
+        + "raise it, or the resolution",
+    )
     require(
         not (config["precision"] == "fp16" and config["device"] == "cpu"),
         "precision = 'fp16' with device = 'cpu': a CPU trains in fp32 or bf16",
@@ -579,9 +591,14 @@ def key_comments():
     return dict(re.findall(r'^    "(\w+)": .*?,  # (.*)$', block, flags=re.MULTILINE))
 
 
+def _docstring_of(program):
+    """Return the docstring at the head of a program beside this file; `python -OO` leaves none at run time."""
+    return ast.get_docstring(ast.parse(Path(__file__).with_name(program).read_text(encoding="utf-8")))
+
+
 def help_text(program, usage, own_flags):
     """Return the text of `--help`: the usage, the program's own flags, then every key with default and comment."""
-    lines = [usage.strip(), "", "options:"]
+    lines = [(usage or _docstring_of(program)).strip(), "", "options:"]
     lines += [f"  --{flag:<26} {text}" for flag, text in own_flags.items()]
     lines += [f"  --{'recipe NAME':<26} {', '.join(RECIPES)}; named overrides of the defaults below", ""]
     lines += [f"configuration ({program} --key value; defaults of the seed recipe in brackets):"]

@@ -17,7 +17,6 @@ OWN_FLAGS = {
 if __name__ == "__main__":  # before torch is imported: --help and typing errors answer at once
     COMMAND = command_from_terminal("lr_finder.py", __doc__, OWN_FLAGS)
 
-import json
 from pathlib import Path
 
 import torch
@@ -30,6 +29,7 @@ from engine.errors import run_program
 from engine.files import replacing
 from engine.interruption import Interrupted, StopRequest
 from engine.monitor import Monitor
+from engine.plain_json import to_json
 from engine.range_test import USUAL_RANGE, describe_rates
 from train import find_learning_rate, open_images
 
@@ -76,7 +76,7 @@ def main(command):
         prefix = command.options.get("output", "lr_finder")
         Path(prefix).parent.mkdir(parents=True, exist_ok=True)
         with replacing(f"{prefix}.json", "w") as file:
-            file.write(json.dumps(result | {"config": config}) + "\n")
+            file.write(to_json(result | {"config": config}) + "\n")
         written = f"{prefix}.json"
         if draw_range_test(result, f"{prefix}.png"):
             written += f" and {prefix}.png"

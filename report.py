@@ -42,6 +42,11 @@ def clock(hours):
     return duration(max(hours, 0.0))
 
 
+def interruptions_of(run):
+    """Return how often a run was interrupted; only its log knows."""
+    return len(run.sessions) - 1 if run.sessions else "unknown: no log"
+
+
 # One run -------------------------------------------------------------------------------------------------------------
 
 
@@ -228,7 +233,7 @@ def comparison(run, price_per_hour):
         ("hours", f"{hours:.2f}", f"about {SEED_RUN['hours']}"),
         ("images/s in training", spread(speeds), SEED_RUN["images_per_s"]),
         ("GPU memory (NVML)", f"{max(memory):,.0f} MiB" if memory else "no GPU figures", f"{SEED_RUN['memory_mib']:,} MiB"),
-        ("interruptions", max(0, len(run.sessions) - 1), SEED_RUN["interruptions"]),
+        ("interruptions", interruptions_of(run), SEED_RUN["interruptions"]),
     ]
     if price_per_hour is not None:
         at = SEED_RUN["price_per_hour"]
@@ -249,8 +254,14 @@ def settings(run, price_per_hour):
     if not run.sessions:
         return []
     of_recipe = RECIPES.get(run.recipe, {})
+
+    def set_by(key, value):
+        if key == "learning_rate" and any(session.asked_config.get(key) == "auto" for session in run.sessions):
+            return "range test, asked for by auto"
+        return "recipe" if of_recipe.get(key) == value else "command line"
+
     changed = [
-        (key, str(value), str(CONFIG[key]), "recipe" if of_recipe.get(key) == value else "command line")
+        (key, str(value), str(CONFIG[key]), set_by(key, value))
         for key, value in run.config.items()
         if key in CONFIG and value != CONFIG[key]
     ]
@@ -295,7 +306,7 @@ def compare(runs, price_per_hour=None):
         row("epochs done", lambda run: f"{len(run.records)} of {run.config['epochs']}"),
         row("hours", lambda run: f"{machine_hours(run):.2f}"),
         row("images/s", lambda run: spread(list(column(run.records, "images_per_s").values()))),
-        row("interruptions", lambda run: max(0, len(run.sessions) - 1)),
+        row("interruptions", interruptions_of),
         row("GPU energy", lambda run: f"{energy_kwh(run):.3f} kWh" if energy_kwh(run) is not None else None),
     ]
     if price_per_hour is not None:

@@ -23,8 +23,8 @@ if __name__ == "__main__":  # before torch is imported: --help and typing errors
     COMMAND = command_from_terminal("train.py", __doc__, OWN_FLAGS)
 
 import contextlib
+import functools
 import itertools
-import json
 import math
 import os
 import time
@@ -37,17 +37,29 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from engine import averaging, checkpoint, data, distributed, metrics
-from engine.compiling import COMPILE_ERRORS, choose_compile, compile_network, give_up_compiling, uncompiled
+from engine.compiling import choose_compile, compile_network, uncompiled
 from engine.demo import make_demo_data
-from engine.device import AUTOCAST_DTYPES, autocast, build_scaler, choose_device, choose_precision, describe_device
+from engine.device import (
+    AUTOCAST_DTYPES,
+    autocast,
+    build_scaler,
+    choose_device,
+    choose_precision,
+    describe_device,
+    skip_unless_finite,
+)
 from engine.environment import environment
 from engine.errors import CheckpointError, TrainingStopped, UserError, first_line, run_program
 from engine.lock import folder_lock
 from engine.interruption import Interrupted, StopRequest, watch_spot_notice
 from engine.loss import build_mixing, main_class, training_loss
+from engine.micro_batches import enough_for_batch_norm, num_micro_batches
 from engine.monitor import Monitor, Throughput
 from engine.optim import build_optimizer, build_schedule, rate_factor
+from engine.out_of_memory import in_parts_that_fit, pass_in_parts_that_fit, retry_on_oom, stop_on_oom
+from engine.plain_json import to_json
 from engine.plan import epochs_within, measure_rates, plan_lines, plan_run, rates_stated
+from engine.random_state import random_state, random_state_restored_on_error, set_random_state
 from engine.range_test import BATCHES_IN_CYCLE, USUAL_RANGE, describe_rates, range_test
 from engine.recompute import statistics_untouched
 from engine.sync_norm import norms_alone
@@ -72,6 +84,7 @@ class TrainState:
     precision: str
     micro_batch_size: int  # images per forward pass
     sums: metrics.TrainingSums  # of the epoch in progress
+    speed: Throughput  # of the same
     epoch: int = 0  # whole epochs done
     batch: int = 0  # batches of the next one done
     best: dict = field(default_factory=lambda: {"top1": 0.0, "epoch": 0, "weights": "raw"})
@@ -109,14 +122,10 @@ class TrainState:
             "schedule": {"step": self.schedule.last_epoch},  # the rate plan itself follows from the configuration
             "scaler": self.scaler.state_dict(),
             "sums": self.sums.state(),
+            "speed": self.speed.state(),
             "micro_batch_size": self.micro_batch_size,
             "bad_images": sorted(self.bad_images),
-            "rng": distributed.gathered(  # one for each process
-                {
-                    "cpu": torch.get_rng_state(),
-                    "cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
-                }
-            ),
+            "rng": distributed.gathered(random_state(self.device)),  # one for each process
         }
 
     def load_state_dict(self, saved, config, steps_per_epoch):
@@ -131,20 +140,21 @@ class TrainState:
         self.schedule.move_to(saved["epoch"] * steps_per_epoch + saved["batch"])
         self.scaler.load_state_dict(saved["scaler"])
         self.sums.load(saved["sums"])
+        self.speed.load(saved.get("speed"))  # absent in a checkpoint of old
         self.epoch, self.batch, self.best = saved["epoch"], saved["batch"], dict(saved["best"])
         was = saved["config"]
         if saved["micro_batch_size"] < was["batch_size"] and config["micro_batch_size"] == was["micro_batch_size"]:
-            self.micro_batch_size = saved["micro_batch_size"]  # what the memory sufficed for, unless a flag says otherwise
+            resolution = data.resolution_of_epoch(config, self.epoch)
+            if enough_for_batch_norm(config, resolution, saved["micro_batch_size"], distributed.size()):
+                self.micro_batch_size = saved["micro_batch_size"]  # what fitted, unless a flag says otherwise
         self.bad_images = set(saved["bad_images"])
         if distributed.rank() >= len(saved["rng"]):
             torch.manual_seed(config["seed"] + distributed.rank() + 1000 * self.schedule.last_epoch)  # a stream of its own
             return
-        rng = saved["rng"][distributed.rank()]
-        torch.set_rng_state(rng["cpu"])
-        if self.device.type == "cuda" and rng["cuda"] is not None:
-            torch.cuda.set_rng_state(rng["cuda"])
+        set_random_state(saved["rng"][distributed.rank()], self.device)
 
 
+@stop_on_oom("with the weights and the optimizer's state alone: make room in the GPU's memory")
 def new_state(config, num_classes, steps_per_epoch, device, precision):
     """Return the TrainState at the start of a run."""
     model = build_model(config, num_classes).to(device)
@@ -164,6 +174,7 @@ def new_state(config, num_classes, steps_per_epoch, device, precision):
         precision=precision,
         micro_batch_size=config["micro_batch_size"] or config["batch_size"],
         sums=metrics.TrainingSums(device),
+        speed=Throughput(device, config["batch_size"]),
     )
 
 
@@ -194,8 +205,10 @@ def train_step(state, images, targets, config):
     loss, correct = add_gradients(state, images, targets, config)
     state.scaler.unscale_(state.optimizer)  # clip the true gradient, not the scaled one
     grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config["grad_clip_value"])
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
+    skip_unless_finite(state.scaler, state.optimizer, grad_norm)
+    with stop_on_oom(f"while the weights were being changed; {cure(state, len(targets))}"):  # what precedes can be retried
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
     state.schedule.step()
     return StepResult(loss, grad_norm, correct)
 
@@ -209,7 +222,7 @@ def add_gradients(state, images, targets, config, alone=False):
     state.optimizer.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=images.device)
     correct = torch.zeros((), device=images.device)
-    parts = distributed.parts_of_shares(config["batch_size"], state.micro_batch_size)
+    parts = num_micro_batches(config["batch_size"], state.micro_batch_size, distributed.size())
     micro_batches = zip(images.tensor_split(parts), targets.tensor_split(parts), strict=True)
     for number, (some_images, some_targets) in enumerate(micro_batches, 1):
         with distributed.exchanging(state.network, now=number == parts and not alone):
@@ -223,60 +236,39 @@ def add_gradients(state, images, targets, config, alone=False):
 
 
 def adapting_train_step(state, images, targets, config, say):
-    """Take a train_step; where the GPU's memory or the compiler fails, say so, adapt and take it again.
+    """Take a train_step; where the GPU's memory or the compiler fails, say so, adapt and take it again (see retry_on_oom).
 
-    Out of memory the micro-batch is halved. What cannot be compiled runs as written, unless `compile` is on. Several
-    processes try out each resolution alone, since a step whose gradients are half exchanged cannot be taken again.
+    Several processes try out each resolution alone, since a step whose gradients are half exchanged cannot be taken again.
     """
     if distributed.size() == 1:
-        return adapting(lambda: train_step(state, images, targets, config), state, len(targets), config, say)
+        step = functools.partial(train_step, state, images, targets, config)
+        return retry_on_oom(step, state, len(targets), images.shape[3], config, say)
     if images.shape[3] not in state.rehearsed:
         state.rehearsed.add(images.shape[3])
         rehearse(state, images, targets, config, say)
-    try:
+    with stop_on_oom(f"in a step that had fitted before; {cure(state, len(targets))}"):
         return train_step(state, images, targets, config)
-    except torch.OutOfMemoryError:
-        raise TrainingStopped(
-            f"out of GPU memory in a step that had fitted before; start again with --micro-batch-size "
-            f"{math.ceil(min(state.micro_batch_size, len(targets)) / 2)} --resume auto"
-        ) from None
 
 
 def rehearse(state, images, targets, config, say):
     """Adapt to the memory and the compiler by a step that leaves no trace, then agree on the smallest micro-batch."""
     device = [state.device] if state.device.type == "cuda" else []
+    add_alone = functools.partial(add_gradients, state, images, targets, config, alone=True)
     with torch.random.fork_rng(device), statistics_untouched(state.model), norms_alone(state.model):
-        adapting(lambda: add_gradients(state, images, targets, config, alone=True), state, len(targets), config, say)
+        retry_on_oom(add_alone, state, len(targets), images.shape[3], config, say)
     state.micro_batch_size = min(distributed.gathered(state.micro_batch_size))
 
 
-def adapting(attempt, state, images, config, say):
-    """Return attempt(), a step on so many images; it is tried again after each adaptation to what failed."""
-    while True:
-        try:
-            return attempt()
-        except torch.OutOfMemoryError:
-            if state.micro_batch_size == 1:
-                raise TrainingStopped("out of GPU memory with a single image: lower --train-resolution") from None
-            out_of_memory = True
-        except COMPILE_ERRORS as error:
-            reason = first_line(error)
-            if config["compile"] == "on":
-                raise TrainingStopped(f"the network could not be compiled ({reason}); try --compile off") from error
-            out_of_memory = False
-        # outside the handlers, where the failed step's tensors are no longer referenced
-        state.optimizer.zero_grad(set_to_none=True)
-        if out_of_memory:
-            state.micro_batch_size = math.ceil(min(state.micro_batch_size, images) / 2)
-            torch.cuda.empty_cache()
-            hint = " (--memory low needs less)" if config["memory"] == "fast" else ""
-            say(f"out of GPU memory{hint}: the batch of {images} now goes in micro-batches of {state.micro_batch_size}")
-        else:
-            give_up_compiling(state.model)
-            say(f"WARNING: the network could not be compiled ({reason}); it runs as written from now on, more slowly")
+def cure(state, images):
+    """Return what helps a run whose memory did not suffice where a step of so many images cannot be retried."""
+    smaller = math.ceil(min(state.micro_batch_size, images) / 2)
+    return f"the last checkpoint is whole: start again with --micro-batch-size {smaller} --resume auto"
 
 
 # The loop ------------------------------------------------------------------------------------------------------------
+
+
+BETWEEN_STEPS = "outside of a training step: make room in the GPU's memory, and start again with --resume auto"
 
 
 def train(state, config, batches, checkpoints, monitor):
@@ -286,21 +278,24 @@ def train(state, config, batches, checkpoints, monitor):
         requests = data.training_requests(images, config, state.epoch, state.batch)
         monitor.start(f"epoch {state.epoch + 1}/{config['epochs']}", len(images) // config["batch_size"], state.batch)
         trained = train_one_epoch(state, batches.training(requests, state.bad_images), config, checkpoints, monitor)
-        validated, elsewhere = average_and_validate(state, batches, config, monitor)
+        with random_state_restored_on_error(state.device):  # whoever resumes does all of it again
+            validated, elsewhere = average_and_validate(state, batches, config, monitor)
         note_best(state, validated, checkpoints.best)
         record = monitor.write_record(epoch_record(state, config, trained, validated, elsewhere))
         state.epoch, state.batch = state.epoch + 1, 0
         state.sums.reset()
+        state.speed.reset()
         checkpoints.save(state)
         monitor.show_epoch(record)
 
 
+@stop_on_oom(BETWEEN_STEPS)
 def train_one_epoch(state, device_batches, config, checkpoints, monitor):
     """Train on the batches, the rest of the epoch in progress; return its figures."""
     state.network.train()
-    speed = Throughput(state.device, config["batch_size"])
+    state.speed.start()
     mix = build_mixing(config, state.model.fc.out_features)
-    for images, labels in speed.watch(device_batches):
+    for images, labels in state.speed.watch(device_batches):
         with state.changing():
             result = adapting_train_step(state, *mix(images, labels), config, monitor.say)
             state.sums.add(result.loss, result.correct, result.grad_norm, config["batch_size"])
@@ -310,14 +305,15 @@ def train_one_epoch(state, device_batches, config, checkpoints, monitor):
         if state.batch % config["log_every_steps"] == 0:
             figures = state.sums.read()  # here, and only here, the host waits for the device
             stop_if_diverged(figures, state, config)
-        monitor.advance(figures, state.schedule.get_last_lr()[0], speed)
+        monitor.advance(figures, state.schedule.get_last_lr()[0], state.speed)
         checkpoints.save_if_due(state)
     figures = state.sums.read()
-    speed.stop()
+    state.speed.stop()
     stop_if_diverged(figures, state, config)
-    return figures, speed
+    return figures
 
 
+@stop_on_oom(BETWEEN_STEPS)
 def average_and_validate(state, batches, config, monitor):
     """Bring the averaged weights up to date and validate.
 
@@ -332,9 +328,13 @@ def average_and_validate(state, batches, config, monitor):
     with state.changing():
         averages = averaging.bring_average_up_to_date(state.averaged_model, state.model, config, state.epoch + 1)
     if averages:
-        requests = data.training_requests(batches.splits["train"], config, state.epoch)
-        requests = itertools.islice(requests, config["swa_batch_norm_batches"])
-        averaging.refresh_batch_norm(state.averaged_model, batches.training(requests, state.bad_images), context)
+
+        def some_batches():
+            requests = data.training_requests(batches.splits["train"], config, state.epoch)
+            return batches.training(itertools.islice(requests, config["swa_batch_norm_batches"]), state.bad_images)
+
+        refresh = functools.partial(averaging.refresh_batch_norm, state.averaged_model, autocast=context)
+        pass_in_parts_that_fit(refresh, some_batches, config["batch_size"], state.device)
         distributed.average_statistics(state.averaged_model)
         models["averaged"] = state.averaged_model
     if state.ema_model is not None and state.ema_model.n_averaged:
@@ -362,7 +362,7 @@ def note_best(state, validated, on_disk):
 
 def epoch_record(state, config, trained, validated, elsewhere):
     """Return the epoch's line of metrics.jsonl: loss in nats, accuracy in percent, sizes in px."""
-    figures, speed = trained
+    figures, speed = trained, state.speed
     record = {
         "epoch": state.epoch + 1,
         "train_loss": figures.loss,
@@ -409,6 +409,7 @@ def stop_if_diverged(figures, state, config):
 # The rate ------------------------------------------------------------------------------------------------------------
 
 
+@stop_on_oom("outside of a training step: make room in the GPU's memory")
 def find_learning_rate(config, batches, precision, monitor, lowest, highest, steps):
     """Return the result of a range test with this run's own step, on weights of its own that are then forgotten."""
     images = batches.splits["train"]
@@ -431,6 +432,7 @@ def find_learning_rate(config, batches, precision, monitor, lowest, highest, ste
 # The plan ------------------------------------------------------------------------------------------------------------
 
 
+@stop_on_oom("outside of a training step: make room in the GPU's memory")
 def measure(config, splits, device, precision, monitor, seconds=20.0):
     """Return the Rates of this machine, data included, with the run's own step on weights that are then forgotten."""
     config = config | {"learning_rate": 1e-6}
@@ -441,10 +443,13 @@ def measure(config, splits, device, precision, monitor, seconds=20.0):
         state.network.train()
         return adapting_train_step(state, *mix(images, labels), config, monitor.say).loss
 
+    forward = in_parts_that_fit(lambda images: state.model(images).sum())
+
     @torch.inference_mode()
     def score(images, labels):
+        state.model.eval()
         with uncompiled(), autocast(device, precision):
-            return state.model.eval()(images).sum()
+            return forward(images)[-1]
 
     source = f"measured on {describe_device(device)}, {precision}, data included"
     batches = data.BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], StopRequest(), monitor.say)
@@ -644,8 +649,8 @@ def run(config, recipe, contents, remarks, splits, device, precision, monitor, l
         steps_per_epoch = len(images) // config["batch_size"]
         if contents is None:  # refused above unless it is asked for or there is none
             distributed.by_first(checkpoint.delete_run, config["checkpoint_dir"])
-        monitor.log(f"environment: {json.dumps(environment())}")
-        monitor.log(f"configuration: {json.dumps(config)}")
+        monitor.log(f"environment: {to_json(environment())}")
+        monitor.log(f"configuration: {to_json(config)}")
         monitor.say(
             f"recipe {recipe}: {config['architecture']} on {len(images):,} images of {len(images.classes)} classes, "
             f"{steps_per_epoch} steps an epoch; {describe_device(device)}, {precision}, PyTorch {torch.__version__}"
@@ -665,6 +670,7 @@ def run(config, recipe, contents, remarks, splits, device, precision, monitor, l
                 found = find_learning_rate(config, batches, precision, monitor, *USUAL_RANGE[config["optimizer"]])
                 monitor.say(describe_rates(found))
                 config = config | {"learning_rate": distributed.as_the_first(found["suggestion"])}
+                monitor.log(f"configuration: {to_json(config)}")  # the final one
             torch.manual_seed(config["seed"] + distributed.rank())
             state = new_state(config, len(images.classes), steps_per_epoch, device, precision)
             if contents is not None:

@@ -1,12 +1,13 @@
 """What all measurements share: rounds, ratios, and the facts that a figure depends on."""
 
-import json
 import multiprocessing
 import os
 import statistics
 import subprocess
 import time
 from pathlib import Path
+
+from engine.plain_json import from_json, to_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks"
@@ -60,13 +61,13 @@ def run_quietly(command):
 def record(name, results):
     """Append the results to benchmarks/NAME.jsonl."""
     with open(RESULTS / f"{name}.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(results) + "\n")
+        file.write(to_json(results) + "\n")
 
 
 def recorded(name):
     """Return the results in benchmarks/NAME.jsonl, oldest first."""
     path = RESULTS / f"{name}.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return [from_json(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def in_processes(work, argument_lists):

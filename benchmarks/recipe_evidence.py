@@ -4,7 +4,6 @@ Every run is train.py itself in a process of its own. Each finished run is a lin
 command goes on with the runs that are missing.
 """
 
-import json
 import statistics
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from engine.data import resolution_of_epoch
 from engine.demo import HARD_CLASSES, make_demo_data
 from engine.environment import environment
 from engine.metrics import read_records
+from engine.plain_json import from_json, to_json
 
 NAME = "recipes"
 STEP = 8  # px, between resolutions
@@ -137,7 +137,7 @@ def one_run(changes, seed, study, arguments):
     weights = "averaged_val" if "averaged_val_top1" in last else "val"
     elsewhere = {str(other["val_resolution"]): other["raw"]["top1"] for other in last.get("more_val", ())}
     return {
-        "config": json.loads(json.dumps(changes)),
+        "config": from_json(to_json(changes)),
         "pixels_per_image": compute(changes),
         "top1": last[f"{weights}_top1"],
         "flip_top1": last.get(f"{weights}_flip_top1"),

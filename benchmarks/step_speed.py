@@ -4,7 +4,6 @@ Every contender runs in a process of its own, `python -m benchmarks.step_speed J
 contenders take turns in rounds. One step does all that the loop does with a batch, its meters included.
 """
 
-import json
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,8 @@ from benchmarks.measuring import REPOSITORY, installed_timm, rate_cell
 from config import CONFIG
 from engine import distributed
 from engine.device import AUTOCAST_DTYPES, autocast, choose_device, choose_precision
+from engine.out_of_memory import is_out_of_memory
+from engine.plain_json import from_json, to_json
 from engine.telemetry import GpuFigures
 
 # torchvision's classification reference as users run it: AMP on a GPU, SGD, contiguous images, .item() for its meters.
@@ -156,7 +157,9 @@ def measure_on(device, job):
             torch.cuda.reset_peak_memory_stats()
         try:
             figures[resolution] = timed(lambda images=images, labels=labels: step(images, labels), job, device)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             figures[resolution] = None
             break
         figures[resolution] |= {"clock_mhz": gpu.clock_mhz()}
@@ -223,13 +226,13 @@ def step_benchmark(arguments):
 
 def run_job(job):
     """Measure in a process of its own; return measure()'s figures, or why there are none."""
-    command = ["-m", "benchmarks.step_speed", json.dumps(job)]
+    command = ["-m", "benchmarks.step_speed", to_json(job)]
     if job.get("torchrun"):
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", *command]
     done = subprocess.run([sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True)
     if done.returncode != 0:
         return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-    return json.loads(done.stdout.splitlines()[-1])
+    return from_json(done.stdout.splitlines()[-1])
 
 
 def step_tables(results):
@@ -268,4 +271,4 @@ def median_rate(results, name, resolution):
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(json.loads(sys.argv[1]))))
+    print(to_json(measure(from_json(sys.argv[1]))))

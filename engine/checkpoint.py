@@ -194,7 +194,8 @@ class _HashingFile:
         self.file.flush()
 
     def seal(self):
-        assert self._tail == b"\0\0", "torch.save no longer ends with an archive without comment"
+        if self._tail != b"\0\0":  # no assert: python -O must not write what cannot be verified
+            raise RuntimeError("torch.save no longer ends with an archive without comment")
         self.file.seek(-2, os.SEEK_END)
         self.file.write(_COMMENT_BYTES.to_bytes(2, "little"))
         self.file.write(b"sha256:" + self._digest.hexdigest().encode())

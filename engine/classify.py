@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from engine.data import build_normalise
 from engine.files import replacing
 from engine.images import decode_rgb, validation_view
+from engine.out_of_memory import in_parts_that_fit
 
 IMAGES_AT_ONCE = 64
 THUMBNAIL = 168  # px
@@ -42,11 +43,11 @@ def classify(paths, probabilities, classes, config, device, dtype, skip, k=5):
         skip: called with (path, reason) for each file that cannot be read.
     """
     views, files = [], []
-    normalise = build_normalise(device, dtype)
+    normalise, in_parts = build_normalise(device, dtype), in_parts_that_fit(probabilities)
 
     def predictions():
         batch = torch.from_numpy(np.stack(views)).to(device).permute(0, 3, 1, 2)
-        best = probabilities(normalise(batch)).topk(min(k, len(classes)), dim=1)
+        best = torch.cat(in_parts(normalise(batch))).topk(min(k, len(classes)), dim=1)
         for path, shares, labels in zip(files, best.values.tolist(), best.indices.tolist(), strict=True):
             yield Prediction(path, [(classes[label], share) for label, share in zip(labels, shares, strict=True)])
         views.clear()

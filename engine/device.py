@@ -54,6 +54,26 @@ def build_scaler(device, precision):
     return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
 
 
+def rebuilt_scaler(scaler, device, precision):
+    """Return a GradScaler that goes on where another one was, except that it knows nothing of a step that was broken off.
+
+    Only update() lets a GradScaler forget such a step, and that comes after the weights were changed.
+    """
+    rebuilt = build_scaler(device, precision)
+    rebuilt.load_state_dict(scaler.state_dict())
+    return rebuilt
+
+
+def skip_unless_finite(scaler, optimizer, grad_norm):
+    """Have a step skipped whose gradient's norm is not finite, too; between unscale_() and step(), without asking the host.
+
+    GradScaler looks at each number of the gradient, and finite ones can have a norm that overflows. To be clipped by
+    infinity such a gradient would be multiplied by inf / inf.
+    """
+    for found_inf in scaler._found_inf_per_device(optimizer).values():  # there is no public way to say it
+        found_inf.masked_fill_(~torch.isfinite(grad_norm), 1.0)
+
+
 def describe_device(device):
     """Return one line about the device, for the log."""
     if device.type == "cuda":

@@ -5,6 +5,7 @@ In a process that torchrun has not started the world has size 1, and every funct
 
 import contextlib
 import os
+import re
 import signal
 import time
 import uuid
@@ -19,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.errors import UserError
+from engine.launch import check_launch, launch_number, launched
 
 ANSWER_WITHIN = timedelta(minutes=5)  # a process that does not is lost; one that has ended is noticed at once
 
@@ -34,21 +36,38 @@ class EndedElsewhere(UserError):
 # Who is there --------------------------------------------------------------------------------------------------------
 
 
-def launched():
-    """Return whether torchrun has started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def restarted():
     """Return whether torchrun has started this process in place of one that had ended."""
-    return launched() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return launched() and launch_number("TORCHELASTIC_RESTART_COUNT", 0) > 0
 
 
 def end_launcher():
-    """Ask this machine's torchrun to end, if there is one: else it would start its processes again."""
+    """Ask this machine's torchrun to end, if it is what has started this process: else it would start its processes again."""
     parent = os.getppid()
-    if launched() and b"torch" in Path(f"/proc/{parent}/cmdline").read_bytes():
+    try:
+        command = Path(f"/proc/{parent}/cmdline").read_bytes()
+    except OSError:  # it is gone, or this is no Linux
+        return
+    words = [os.fsdecode(word) for word in command.removesuffix(b"\0").split(b"\0")]
+    if launched() and "TORCHELASTIC_RUN_ID" in os.environ and is_torchrun(words):
         os.kill(parent, signal.SIGTERM)
+
+
+def is_torchrun(words):
+    """Return whether a process's command line, a list of str, is Python's that runs torchrun, the script or the module."""
+    if not os.path.basename(words[0]).startswith(("python", "pypy")):
+        return False
+    rest = iter(words[1:])
+    for word in rest:
+        if word in ("-X", "-W", "--check-hash-based-pycs"):
+            next(rest, None)  # their value
+        elif module := re.fullmatch(r"-[bBdEiIOPqRsSuvx]*m(.*)", word):
+            return (module[1] or next(rest, "")) in ("torch.distributed.run", "torch.distributed.launch")
+        elif not word.startswith("-"):
+            return os.path.basename(word) == "torchrun"
+        elif re.fullmatch(r"-[bBdEiIOPqRsSuvx]*c.*", word):
+            return False
+    return False
 
 
 def size():
@@ -63,12 +82,12 @@ def rank():
 
 def local_rank():
     """Return this process's number on its machine, from 0."""
-    return int(os.environ.get("LOCAL_RANK", 0)) if launched() else 0
+    return launch_number("LOCAL_RANK", 0) if launched() else 0
 
 
 def local_size():
     """Return the number of processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched() else 1
+    return launch_number("LOCAL_WORLD_SIZE", 1) if launched() else 1
 
 
 def describe():
@@ -78,8 +97,11 @@ def describe():
 
 
 def refuse_several(program):
-    """Raise UserError if torchrun has started several processes of a program that is made for one."""
-    if launched() and int(os.environ["WORLD_SIZE"]) > 1:
+    """Raise UserError if torchrun has started several processes of a program that is made for one.
+
+    What else the environment says of torchrun does not matter to such a program.
+    """
+    if launched() and launch_number("WORLD_SIZE", 1) > 1:
         raise UserError(f"{program} works in one process: start it with python instead of torchrun")
 
 
@@ -89,20 +111,23 @@ def joined(device):
 
     Args:
         device: torch.device of the run; of a machine's GPUs each process takes the one of its local rank.
+    Raises:
+        UserError: what torchrun would have set in the environment is there in part only, or makes no sense.
     """
     if not launched():
         yield
         return
+    check_launch()
     if device.type == "cuda":
         there = torch.cuda.device_count()
         if local_rank() >= there:
             raise UserError(f"{local_size()} processes on a machine with {there} GPUs: --nproc_per_node={there} gives each one")
         torch.cuda.set_device(local_rank())
-    store, number, count = next(dist.rendezvous("env://", timeout=ANSWER_WITHIN))
-    store = dist.PrefixStore(_generation(store, number, count), store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=ANSWER_WITHIN)
     with noticing_losses():
+        store, number, count = next(dist.rendezvous("env://", timeout=ANSWER_WITHIN))
+        store = dist.PrefixStore(_generation(store, number, count), store)
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=ANSWER_WITHIN)
         yield
     dist.destroy_process_group()  # not after an exception: the others may be gone
 
@@ -242,14 +267,6 @@ def share(indices):
 def largest_share(count):
     """Return the length of the largest part of so many."""
     return -(-count // size())
-
-
-def parts_of_shares(count, most):
-    """Return the number of parts, of at most `most`, in which each process takes its share: for all the same, and none empty.
-
-    Synchronised batch norms wait for each other in each part. Where a share has fewer than such parts, parts may be larger.
-    """
-    return min(-(-largest_share(count) // most), count // size())
 
 
 def parallel(model):

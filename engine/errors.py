@@ -28,7 +28,8 @@ class TrainingStopped(UserError):
 
 def launched_rank():
     """Return the number that torchrun has given this process, known before torch is imported; 0 without torchrun."""
-    return int(os.environ.get("RANK", 0))
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else 0
 
 
 def first_line(error):

@@ -1,6 +1,5 @@
 """A network's weights for other programs: PyTorch, safetensors or ONNX, and a model card beside them."""
 
-import json
 import os
 from pathlib import Path
 
@@ -9,8 +8,10 @@ import torch
 from engine.data import IMAGENET_MEAN, IMAGENET_STD
 from engine.errors import UserError
 from engine.files import replacing
+from engine.plain_json import to_json
 
 OPSET = 18
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 SUFFIXES = (".pt", ".safetensors", ".onnx")
 
 
@@ -24,9 +25,8 @@ def export(model, path, facts):
     Raises:
         UserError: another suffix, or a package that is needed is not installed.
     """
+    check_export(path)
     path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"--export {path}: the name must end in one of {', '.join(SUFFIXES)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     model = model.eval().to(memory_format=torch.contiguous_format)
     if path.suffix == ".onnx":
@@ -36,28 +36,36 @@ def export(model, path, facts):
         with replacing(path) as file:
             torch.save(weights, file)
     else:
-        save = _needed("safetensors.torch", "safetensors").save
+        from safetensors.torch import save
+
         with replacing(path) as file:
-            file.write(save(weights, {name: json.dumps(value) for name, value in facts.items()} | {"format": "pt"}))
+            file.write(save(weights, {name: to_json(value) for name, value in facts.items()} | {"format": "pt"}))
     warning = "; mind the blur (see the model card)" if facts["blurs"] else ""
     return f"wrote {path}: {sum(t.numel() for t in weights.values()):,} numbers with the keys of torchvision's resnet{warning}"
 
 
-def _needed(module, package):
-    """Return a module that the default install does without."""
+def check_export(path):
+    """Raise UserError if export() could not write such a file, so that this is known before the work."""
+    suffix = Path(path).suffix
+    if suffix not in SUFFIXES:
+        raise UserError(f"--export {path}: the name must end in one of {', '.join(SUFFIXES)}")
+    for package in {".onnx": ONNX_PACKAGES, ".safetensors": ("safetensors",)}.get(suffix, ()):
+        _needed(package)
+
+
+def _needed(package):
+    """Return a package that the default install does without."""
     import importlib
 
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(package)
     except ImportError as error:
         raise UserError(f"{package} is not installed: pip install {package}") from error
 
 
 def _export_onnx(model, path, facts):
     """Write ONNX with a dynamic batch, run it with onnxruntime, and say how far it is from PyTorch."""
-    onnx = _needed("onnx", "onnx")
-    _needed("onnxscript", "onnxscript")
-    runtime = _needed("onnxruntime", "onnxruntime")
+    onnx, _, runtime = (_needed(package) for package in ONNX_PACKAGES)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(3, 3, facts["resolution"], facts["resolution"], generator=generator)
     program = torch.onnx.export(
@@ -72,7 +80,7 @@ def _export_onnx(model, path, facts):
     )
     exported = program.model_proto
     for name, value in facts.items():
-        exported.metadata_props.add(key=name, value=json.dumps(value))
+        exported.metadata_props.add(key=name, value=to_json(value))
     onnx.checker.check_model(exported)
     with replacing(path) as file:
         file.write(exported.SerializeToString())

@@ -3,16 +3,18 @@
 A session is one process. Every line of the log is read by itself, so that damaged ones cost only themselves.
 """
 
-import json
 import re
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from engine.plain_json import from_json
+
 STAMP = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}) (.*)")
 BEGUN = re.compile(r"environment: (\{.*\})$")
 CONFIGURATION = re.compile(r"configuration: (\{.*\})$")
 IMAGES = re.compile(r"recipe (\S+): (\S+) on ([\d,]+) images of (\d+) classes, (\d+) steps an epoch; (.*)")
+FOUND_RATE = re.compile(r"suggested learning_rate: (\d\S*) ")
 RESUMED = re.compile(r"resumed (.+), after epoch (\d+)(?: and (\d+) batches)? \(best so far")
 PROGRESS = re.compile(r"epoch (\d+)/\d+: batch (\d+)/\d+, ")
 EPOCH_DONE = re.compile(r"epoch (\d+)/\d+: .*val loss")
@@ -37,6 +39,7 @@ class Session(NamedTuple):
     hardware: str
     environment: dict
     config: dict
+    asked_config: dict  # as it was asked for: with learning_rate 'auto', for example
     warnings: list
 
     @property
@@ -55,7 +58,7 @@ def read_sessions(path):
         if begun := BEGUN.fullmatch(text):
             if current is not None:
                 sessions.append(current)
-            current = Session(instant, instant, (0, 0), (0, 0), SILENT_END, "?", 0, 0, 0, "", _json(begun[1]), {}, [])
+            current = Session(instant, instant, (0, 0), (0, 0), SILENT_END, "?", 0, 0, 0, "", _json(begun[1]), {}, {}, [])
         elif current is not None:
             current = _with_line(current, instant, text)
     return sessions + ([current] if current is not None else [])
@@ -65,7 +68,10 @@ def _with_line(session, instant, text):
     """Return the session as one more line of its log tells it."""
     session = session._replace(last_word=instant)
     if found := CONFIGURATION.fullmatch(text):
-        return session._replace(config=_json(found[1]))
+        config = _json(found[1])
+        return session._replace(config=config, asked_config=session.asked_config or config)
+    if (found := FOUND_RATE.match(text)) and session.config.get("learning_rate") == "auto":  # a log of old says no more
+        return session._replace(config=session.config | {"learning_rate": float(found[1])})
     if found := IMAGES.match(text):
         images, classes, steps = (int(found[n].replace(",", "")) for n in (3, 4, 5))
         return session._replace(recipe=found[1], images=images, classes=classes, steps_per_epoch=steps, hardware=found[6])
@@ -89,7 +95,7 @@ def _with_line(session, instant, text):
 
 def _json(text):
     try:
-        return json.loads(text)
+        return from_json(text)
     except ValueError:
         return {}
 
@@ -102,7 +108,7 @@ def sessions_of_run(path, folder):
     """
     folder, log_folder = Path(folder).resolve(), Path(path).resolve().parent
     sessions = [session for session in read_sessions(path) if "checkpoint_dir" in session.config]
-    places = [Path(session.config["checkpoint_dir"]) for session in sessions]
+    places = [Path(str(session.config["checkpoint_dir"])) for session in sessions]  # 'inf' was read as a number
     own = [s for s, place in zip(sessions, places, strict=True) if folder in ((log_folder / place).resolve(), place.resolve())]
     if not own:
         own = [s for s, place in zip(sessions, places, strict=True) if place.name == folder.name]

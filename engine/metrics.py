@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import json
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +10,7 @@ import torch
 
 from engine.distributed import rank, summed
 from engine.files import replacing, sync
+from engine.plain_json import from_json, to_json
 
 
 def topk_correct(logits, labels, k):
@@ -109,7 +109,7 @@ class TrainingSums:
 
 def append_record(path, record):
     """Append the record as one line and have it on disk before returning; nothing of it is left where that fails."""
-    line = json.dumps(record).encode() + b"\n"
+    line = to_json(record).encode() + b"\n"
     with open(path, "ab", buffering=0) as file:
         end = file.tell()
         try:
@@ -134,7 +134,7 @@ def _read_lines(path):
     records, unreadable = [], 0
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            record = json.loads(line)
+            record = from_json(line)
         except ValueError:
             record = None
         if isinstance(record, dict) and isinstance(record.get("epoch"), int):
@@ -153,5 +153,5 @@ def keep_records_up_to(path, epochs):
     records, unreadable = _read_lines(path)
     kept = {record["epoch"]: record for record in records if record["epoch"] <= epochs}
     with replacing(path, "w") as file:
-        file.writelines(json.dumps(kept[epoch]) + "\n" for epoch in sorted(kept))
+        file.writelines(to_json(kept[epoch]) + "\n" for epoch in sorted(kept))
     return unreadable

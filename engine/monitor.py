@@ -225,7 +225,9 @@ def epoch_line(record, epochs):
 
 
 class Throughput:
-    """Images per second, since the last reading and over all, and how long the device waited for them.
+    """Images per second of an epoch, since the last reading and over all, and how long the device waited for them.
+
+    Its clock runs from start(), or from its making, to stop(); what a checkpoint brings along by load() counts, too.
 
     Args:
         device: torch.device whose waiting is measured: of a GPU by its own clock, between the end of a step's work and the
@@ -234,14 +236,32 @@ class Throughput:
     """
 
     def __init__(self, device, batch_size):
-        self.images = 0
         self._batch_size = batch_size
-        self.started = self._read_at = time.perf_counter()
-        self._read_images = 0
-        self._stopped = None
         self._on_gpu = device.type == "cuda"
+        self.reset()
+
+    def reset(self):
+        """Begin a new epoch."""
+        self.images, self._waited, self._earlier_seconds = 0, 0.0, 0.0
         self._waits = []  # (instant asked for, instant there) of batches not yet summed up
-        self._waited = 0.0
+        self.start()
+
+    def start(self):
+        """Let the clock run from now on."""
+        self.started = self._read_at = time.perf_counter()
+        self._read_images, self._stopped = self.images, None
+
+    def state(self):
+        """Return what there is of the epoch so far, for a checkpoint; nothing before its first batch. Waits for the device."""
+        seconds = self.seconds() if self.images else 0.0
+        return {"images": self.images, "seconds": seconds, "waited_seconds": self.waited()}
+
+    def load(self, state):
+        """Go on from a checkpoint's state(), or from nothing; the clock stands until start()."""
+        self.reset()
+        if state is not None:
+            self.images, self._waited, self._earlier_seconds = state["images"], state["waited_seconds"], state["seconds"]
+        self._stopped = self.started
 
     def watch(self, batches):
         """Yield (images, labels) and count the images and the waiting for them."""
@@ -283,8 +303,8 @@ class Throughput:
         self._stopped = time.perf_counter()
 
     def seconds(self):
-        """Return the seconds until now, or until stop()."""
-        return (self._stopped or time.perf_counter()) - self.started
+        """Return the seconds that the clock has run."""
+        return self._earlier_seconds + (self._stopped or time.perf_counter()) - self.started
 
     def overall(self):
         """Return images/s over all these seconds."""

@@ -38,7 +38,14 @@ def build_optimizer(model, config):
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config["optimizer"]]
-    return kind(groups, lr=rate, fused=True)
+    optimizer = kind(groups, lr=rate, fused=True)
+    # What the first step would allocate, so that no step runs out of memory when it has changed half of the weights.
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter].update(step=step, **moments)
+    return optimizer
 
 
 class ThenConstant:

@@ -38,10 +38,13 @@ class CpuSyncBatchNorm2d(torch.nn.BatchNorm2d):
         self.running_var.lerp_(variance, share)
 
 
+SYNCED_NORMS = (torch.nn.SyncBatchNorm, CpuSyncBatchNorm2d)
+
+
 @contextlib.contextmanager
 def norms_alone(model):
     """Let the model's synchronised norms ask no other process: they use their running statistics for the time being."""
-    norms = [m for m in model.modules() if isinstance(m, (torch.nn.SyncBatchNorm, CpuSyncBatchNorm2d)) and m.training]
+    norms = [module for module in model.modules() if isinstance(module, SYNCED_NORMS) and module.training]
     for norm in norms:
         norm.eval()
     try:

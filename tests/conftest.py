@@ -113,7 +113,17 @@ def run_here(arguments):
 
 
 def start_python(arguments, cwd=REPOSITORY, environment=None, **options):
-    """Start Python in a process of its own, its output piped as text."""
+    """Start Python in a process of its own, its output piped as text.
+
+    A Ctrl-C reaches it even where the tests run in the background, whose processes ignore SIGINT and hand that down.
+    """
+    prepare = options.pop("preexec_fn", None)
+
+    def in_the_child():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if prepare is not None:
+            prepare()
+
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -121,6 +131,7 @@ def start_python(arguments, cwd=REPOSITORY, environment=None, **options):
         text=True,
         cwd=cwd,
         env=os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {}),
+        preexec_fn=in_the_child,
         **options,
     )
 

@@ -109,6 +109,29 @@ def test_impossible_values_and_combinations_are_refused(arguments, named):
     assert named in "\n".join(problems_of(*arguments.split()))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "processes", "refused"),
+    [
+        ("--batch-size 1 --train-resolution 32", 1, "batch_size = 1 at 32 px"),
+        ("--batch-size 1 --train-resolution 33", 1, None),
+        ("--batch-size 8 --micro-batch-size 1 --train-resolution 32", 1, "micro_batch_size = 1 at 32 px"),
+        ("--batch-size 3 --micro-batch-size 2 --train-resolution 32", 1, "micro_batch_size = 2 at 32 px"),  # 2 and 1 images
+        ("--batch-size 4 --micro-batch-size 2 --train-resolution 32", 1, None),
+        ("--batch-size 1 --train-resolution 224 --start-resolution 32", 1, "batch_size = 1 at 32 px"),
+        ("--batch-size 3 --train-resolution 32", 2, "batch_size = 3 at 32 px with 2 processes"),  # 2 and 1 images
+        ("--batch-size 3 --train-resolution 32 --sync-batch-norm true", 2, None),
+        ("--batch-size 1 --train-resolution 32 --sync-batch-norm true", 1, "batch_size = 1 at 32 px"),
+        ("--batch-size 4 --train-resolution 32", 2, None),
+    ],
+)
+def test_a_single_image_of_a_single_last_pixel_is_refused(arguments, processes, refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    if refused is None:
+        assert parse_command_line(arguments.split()).config
+    else:
+        assert [problem.partition(":")[0] for problem in problems_of(*arguments.split())] == [refused]
+
+
 @given(st.lists(st.sampled_from(["--epochs", "--seed", "3", "auto", "--", "--x", "-1", "=", "--recipe", "demo", "--seed=1e9"])))
 def test_no_command_line_ends_in_anything_but_a_config_error(arguments):
     try:

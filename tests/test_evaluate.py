@@ -19,6 +19,7 @@ import evaluate
 from config import CONFIG
 from engine import checkpoint, data
 from engine.confusion import class_rows, count_confusions, pair_rows
+from engine.errors import UserError
 from engine.images import validation_view
 from engine.networks import load_networks
 from evaluate import log_mean_probabilities
@@ -106,6 +107,11 @@ def test_several_resolutions_and_flip_are_stated_with_each_figure(runs, image_tr
 def test_the_mean_of_checkpoints_weights_gets_batch_norm_statistics_of_its_own(runs, image_tree, capsys, tmp_path):
     both = [runs / "a/last.pt", runs / "a/best.pt"]
     assert evaluated(*both, "--average", "--weights=raw", "--export", tmp_path / "mean.pt") == 0
+    card = (tmp_path / "mean.md").read_text()
+    assert f"| weights | mean of the weights of {both[0]}, raw weights and {both[1]}, raw weights |" in card
+    epochs = [checkpoint.read(path)["epoch"] for path in both]
+    assert f"| epochs | {', '.join(dict.fromkeys(map(str, epochs)))} |" in card
+    assert "| seed | 0 |" in card
     mean = torch.load(tmp_path / "mean.pt", weights_only=True)
     states = [checkpoint.read(path)["model"] for path in both]
     torch.testing.assert_close(mean["conv1.weight"], (states[0]["conv1.weight"] + states[1]["conv1.weight"]) / 2)
@@ -175,6 +181,88 @@ def test_details_are_written_as_csv_and_picture_and_add_up_to_the_accuracy(runs,
     assert wrong == 20 - sum(int(row["correct"]) for row in rows)
     with Image.open(tmp_path / "details.png") as picture:
         assert picture.width > 1000
+
+
+def changed(path, target, **config):
+    """A copy of a checkpoint whose run had another configuration; return its path."""
+    contents = checkpoint.read(path)
+    checkpoint.write(target, contents | {"config": contents["config"] | config})
+    return target
+
+
+def test_each_checkpoint_is_scored_as_its_own_run_did_and_votes_only_with_its_like(runs, tmp_path, capsys):
+    ours = runs / "a/last.pt"
+    other = changed(runs / "b/last.pt", tmp_path / "other.pt", val_resolution=64, val_crop_ratio=1.0)
+    assert evaluated(ours, "--weights=raw") == evaluated(other, "--weights=raw") == 0
+    alone = capsys.readouterr().out.splitlines()
+    assert "64 px centre crop (ratio 1)" in alone[1]
+    assert evaluated(ours, other, "--weights=raw") == 0
+    said, *lines = capsys.readouterr().out.splitlines()
+    assert said.startswith(f"no ensemble: each was validated in its own way ({ours}: 32 px, crop ratio 0.875; {other}: 64 px")
+    assert "--resolution, --crop-ratio and --flip name one for all" in said
+    assert lines == alone
+    assert evaluated(ours, other, "--weights=raw", "--resolution=64", "--crop-ratio=1") == 0
+    _, second, ensemble = capsys.readouterr().out.splitlines()
+    assert second == alone[1]
+    assert ensemble.startswith("ensemble of 2: ")
+    for flags in (["--average"], ["--details", tmp_path / "x"]):
+        with pytest.raises(UserError, match="in its own way"):
+            evaluated(ours, other, "--weights=raw", *flags)
+
+
+def test_the_mean_of_different_networks_is_refused_in_words(runs, tmp_path):
+    contents = checkpoint.read(runs / "a/last.pt")
+    larger = contents["config"] | {"architecture": "resnet34"}
+    checkpoint.write(tmp_path / "34.pt", contents | {"config": larger, "model": build_model(larger, 10).state_dict()})
+    checkpoint.write(tmp_path / "named.pt", contents | {"classes": [f"other {name}" for name in contents["classes"]]})
+    for other, said in (
+        (tmp_path / "34.pt", r"architecture resnet18, .*34.pt resnet34"),
+        (runs / "b/last.pt", r"BlurPool False, .*last.pt True"),
+        (tmp_path / "named.pt", "trained on different classes"),
+    ):
+        with pytest.raises(UserError, match=rf"--average: .*{said}"):
+            evaluated(runs / "a/last.pt", other, "--average", "--weights=raw", "--export", tmp_path / "mean.pt")
+
+
+def test_a_run_of_gpus_is_scored_on_a_cpu(runs, tmp_path, capsys):
+    path = changed(runs / "a/last.pt", tmp_path / "gpu.pt", device="cuda", sync_batch_norm=True)
+    assert evaluated(path, runs / "a/last.pt", "--weights=raw") == 0
+    theirs, ours, _ = capsys.readouterr().out.splitlines()
+    assert theirs.split(": ")[1] == ours.split(": ")[1]
+    path = changed(runs / "a/last.pt", tmp_path / "gpu.pt", precision="fp16")
+    assert evaluated(path, "--weights=raw") == 0
+
+
+def test_the_place_of_an_output_is_made_or_refused_before_anything_is_scored(runs, image_tree, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "folder.pt").mkdir()
+    picture = next((image_tree / "val").rglob("*.jpg"))
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "opened_networks", lambda *arguments: pytest.fail("it began"))
+        for flags, said in (
+            (["--details", tmp_path / "file/x"], "--details .* could not be written"),
+            (["--export", tmp_path / "file/x.pt"], "--export .* could not be written"),
+            (["--export", tmp_path / "folder.pt"], "is a folder: name a file"),
+            (["--export", tmp_path / "x.bin"], "must end in one of"),
+            (["--classify", picture, "--contact-sheet", tmp_path / "file/x.png"], "--contact-sheet .* could not be written"),
+        ):
+            with pytest.raises(UserError, match=said):
+                evaluated(runs / "a/last.pt", *flags)
+    assert evaluated(runs / "a/last.pt", "--weights=raw", "--details", f"{tmp_path}/new/er/") == 0
+    assert (tmp_path / "new/er/_classes.csv").exists()
+    sheet = tmp_path / "newest/sheet.png"
+    assert evaluated(runs / "a/last.pt", "--classify", picture, "--contact-sheet", sheet) == 0
+    assert sheet.exists()
+
+
+def test_a_validation_batch_lost_on_the_way_is_noticed(runs, image_tree, tmp_path, monkeypatch, capsys):
+    requests = data.validation_requests
+    monkeypatch.setattr(data, "validation_requests", lambda *arguments: list(requests(*arguments))[:-1])
+    with pytest.raises(data.DataError, match="16 images evaluated, 20 expected"):
+        evaluated(runs / "a/last.pt", "--weights=raw")
+    assert run_here(tiny_run(image_tree, tmp_path / "run", epochs=1, swa_start_epoch=0)) == 1
+    assert "stopped by 16 images evaluated, 20 expected" in capsys.readouterr().out
+    assert checkpoint.read(tmp_path / "run/last.pt")["best"]["epoch"] == 0
 
 
 # Classes of files ----------------------------------------------------------------------------------------------------

@@ -151,6 +151,9 @@ def test_without_a_log_the_records_alone_are_reported_and_without_records_it_is_
     (tmp_path / "alone/metrics.jsonl").write_bytes((run_folder / "metrics.jsonl").read_bytes())
     markdown, _ = reported(tmp_path / "alone", folder=tmp_path)
     assert "12 epochs are recorded; there is no log of the run" in markdown
+    assert re.search(r"interruptions +\| unknown: no log", markdown)
+    compared, _ = reported(tmp_path / "alone", tmp_path / "alone", folder=tmp_path)
+    assert re.search(r"interruptions +\| unknown: no log +\| unknown: no log", compared)
     (tmp_path / "empty").mkdir()
     status, output = run_program("report.py", [tmp_path / "empty"], cwd=tmp_path)
     assert status == 1

@@ -26,9 +26,11 @@ from conftest import (
     wait_for,
 )
 
+import train
 from config import CONFIG, ConfigError
-from engine import checkpoint
+from engine import averaging, checkpoint, data
 from engine.errors import CheckpointError, DataError
+from engine.metrics import read_records
 from engine.monitor import Monitor
 
 
@@ -90,6 +92,59 @@ def test_sigterm_saves_everything_and_the_resumed_run_equals_the_uninterrupted_o
     assert status == 0, output
     assert "resumed" in output
     assert_same_run(tmp_path / "run", reference)
+
+
+def then_sigterm(batches, after):
+    """Yield the batches; after so many of them this process gets SIGTERM."""
+    for number, batch in enumerate(batches, 1):
+        yield batch
+        if number == after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("where", ["engine.averaging.refresh_batch_norm", "train.evaluate"])
+def test_a_stop_between_an_epochs_last_step_and_its_record_is_resumed_bit_by_bit(where, image_tree, tmp_path, monkeypatch):
+    changes = {"stochastic_depth": 0.5, "swa_start_epoch": 2, "epochs": 3}  # the recomputation draws random numbers
+    assert run_here(tiny_run(image_tree, tmp_path / "whole", **changes)) == 0
+    original, calls = {"train.evaluate": train.evaluate}.get(where, averaging.refresh_batch_norm), []
+
+    def interrupted(model, batches, *others, **options):
+        calls.append(model)
+        return original(model, then_sigterm(batches, after=2 if len(calls) == 2 else None), *others, **options)
+
+    arguments = tiny_run(image_tree, tmp_path / "parts", **changes)
+    monkeypatch.setattr(where, interrupted)
+    assert run_here(arguments) == 143
+    assert run_here([*arguments, "--resume=auto"]) == 0
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_the_speed_of_an_epoch_is_that_of_the_whole_epoch_however_often_it_was_resumed(image_tree, tmp_path, monkeypatch):
+    arguments = [*tiny_run(image_tree, tmp_path / "run", swa_start_epoch=0, epochs=2), "--resume=auto"]
+    original, last = data.to_device, tmp_path / "run/last.pt"
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "to_device", lambda batches, *others: then_sigterm(original(batches, *others), after=3))
+        assert run_here(arguments) == 143
+        first = checkpoint.read(last)
+        assert run_here(arguments) == 143
+    saved = checkpoint.read(last)
+    assert (first["batch"], saved["batch"]) == (3, 6)
+    before, after = first["speed"], saved["speed"]
+    assert (before["images"], after["images"]) == (24, 48)
+    assert 0 < before["seconds"] < after["seconds"]
+    assert 0 < before["waited_seconds"] < after["waited_seconds"]
+    assert run_here(arguments) == 0
+    resumed, untouched = read_records(tmp_path / "run/metrics.jsonl")
+    for record in (resumed, untouched):
+        assert record["images_per_s"] * record["seconds"] == pytest.approx(56)
+    assert resumed["seconds"] > saved["speed"]["seconds"]
+    assert checkpoint.read(last)["speed"] == {"images": 0, "seconds": 0.0, "waited_seconds": 0.0}
+
+    del saved["speed"]  # as in a checkpoint of old
+    checkpoint.write(last, saved)
+    assert run_here(arguments) == 0
+    record = read_records(tmp_path / "run/metrics.jsonl")[0]
+    assert record["images_per_s"] * record["seconds"] == pytest.approx(8)  # of what it can know
 
 
 @pytest.mark.slow

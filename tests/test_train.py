@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from conftest import WithoutBatchNorm, run_here, run_program, state_of, tiny_run
 from torch.optim.lr_scheduler import OneCycleLR
 
+import report
 import train
 from config import CONFIG, ConfigError
 from engine import checkpoint, data
@@ -176,6 +178,15 @@ def test_a_resumed_run_keeps_the_micro_batch_that_fitted_unless_a_flag_changes_i
         assert checkpoint.read(last)["micro_batch_size"] == expected
 
 
+def test_a_micro_batch_that_fitted_at_64_px_is_not_taken_to_32_px_if_it_is_a_single_image(image_tree, tmp_path):
+    arguments = tiny_run(image_tree, tmp_path / "run", swa_start_epoch=0)
+    assert run_here([*arguments, "--epochs=1"]) == 0
+    last = tmp_path / "run/last.pt"
+    checkpoint.write(last, checkpoint.read(last) | {"micro_batch_size": 1})
+    assert run_here([f"--resume={last}", "--epochs=2"]) == 0
+    assert checkpoint.read(last)["micro_batch_size"] == 8
+
+
 # A whole run ---------------------------------------------------------------------------------------------------------
 
 
@@ -283,7 +294,7 @@ def test_evaluation_counts_every_image_exactly_once_whatever_the_batch_size(imag
     assert all(result["images"] == 20 for result in results)
     assert results[0] == pytest.approx(results[1], rel=1e-4)
     assert results[0] == pytest.approx(results[2], rel=1e-4)
-    with pytest.raises(AssertionError, match="20 images evaluated, 21 expected"):
+    with pytest.raises(DataError, match="20 images evaluated, 21 expected"):
         train.evaluate({"raw": model}, batches.validation(), 21, autocast(CPU, "fp32"))
 
 
@@ -322,11 +333,19 @@ def test_weights_that_are_not_finite_are_never_averaged(image_tree, tmp_path):
 
 
 def test_learning_rate_auto_finds_a_rate_and_keeps_it(image_tree, tmp_path, capfd):
-    arguments = tiny_run(image_tree, tmp_path / "run", learning_rate="auto", epochs=2)
+    arguments = tiny_run(image_tree, tmp_path / "run", learning_rate="auto", epochs=2, grad_clip_value="inf")
     assert run_here(arguments) == 0
     rate = checkpoint.read(tmp_path / "run/last.pt")["config"]["learning_rate"]
     assert isinstance(rate, float)
     assert f"suggested learning_rate: {rate:g}" in capfd.readouterr().out
+    configurations = re.findall(r"configuration: (.*)", (tmp_path / "run.log").read_text())
+    first, final = (json.loads(text, parse_constant=pytest.fail) for text in configurations)
+    assert (first["learning_rate"], final["learning_rate"]) == ("auto", rate)
+    assert final["grad_clip_value"] == "inf"
+    assert report.main(report.parse_arguments([str(tmp_path / "run"), "--log", str(tmp_path / "run.log")])) == 0
+    text = (tmp_path / "run/report.md").read_text()
+    assert re.search(rf"\| learning_rate +\| {rate} +\| 0.0005 +\| range test, asked for by auto", text), text
+    assert "grad_clip_value" in text
     assert run_here([*arguments, "--resume=auto"]) == 0
 
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from engine.workers import WorkerDied, worker_pool
+from engine.workers import WorkerDied, available_cores, worker_pool
 
 
 def test_a_killed_worker_is_said_and_the_others_end():
@@ -25,3 +25,38 @@ def test_a_ctrl_c_leaves_the_workers_alone():
         worker = pool.submit(os.getpid).result()
         os.kill(worker, signal.SIGINT)
         assert pool.submit(os.getpid).result() == worker
+
+
+V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/cpu,cpuacct"
+
+
+@pytest.mark.parametrize(
+    ("cores", "groups", "files"),
+    [
+        (8, "0::/\n", {}),
+        (8, "0::/\n", {f"{V2}/cpu.max": "max 100000"}),
+        (2, "0::/\n", {f"{V2}/cpu.max": "200000 100000"}),  # a container that sees its own group as the root
+        (2, "0::/docker/ab\n", {f"{V2}/cpu.max": "150000 100000"}),  # or under the path that the machine knows
+        (3, "0::/a.slice/b.scope\n", {f"{V2}/a.slice/cpu.max": "300000 100000", f"{V2}/a.slice/b.scope/cpu.max": "max 100000"}),
+        (1, "0::/\n", {f"{V2}/cpu.max": "10000 100000"}),
+        (8, "0::/\n", {f"{V2}/cpu.max": "6400000 100000"}),  # more than there are
+        (8, "4:cpu,cpuacct:/\n", {f"{V1}/cpu.cfs_quota_us": "-1", f"{V1}/cpu.cfs_period_us": "100000"}),
+        (2, "4:cpu,cpuacct:/\n1:name=systemd:/\n", {f"{V1}/cpu.cfs_quota_us": "100001", f"{V1}/cpu.cfs_period_us": "100000"}),
+        (4, "3:cpuset:/\n2:cpu,cpuacct:/docker/ab\n", {f"{V1}/cpu.cfs_quota_us": "40000", f"{V1}/cpu.cfs_period_us": "10000"}),
+        (
+            4,
+            "2:cpu:/x\n0::/\n",
+            {"sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "4000", "sys/fs/cgroup/cpu/x/cpu.cfs_period_us": "1000"},
+        ),
+    ],
+)
+def test_cores_are_those_of_the_affinity_or_fewer_by_a_containers_quota(cores, groups, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    for name, text in {"proc/self/cgroup": groups, **files}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n" if text != groups else text)
+    assert available_cores(tmp_path) == cores
+
+
+def test_without_control_groups_cores_are_those_of_the_affinity(tmp_path):
+    assert available_cores(tmp_path) == len(os.sched_getaffinity(0))

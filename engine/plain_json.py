@@ -1,0 +1,38 @@
+"""JSON as every program writes and reads it here: what the standard knows, on one line."""
+
+import json
+import math
+
+
+def to_json(value, **options):
+    """Return the value as JSON text: infinity becomes the string "inf", which from_json() turns back, and nan becomes null.
+
+    Args:
+        options: of json.dumps.
+    """
+    return json.dumps(_with_words(value), allow_nan=False, **options)
+
+
+def from_json(text):
+    """Return what to_json() made the text of; files of old with Infinity in them can be read, too.
+
+    Raises:
+        ValueError: the text is no JSON.
+    """
+    return _with_numbers(json.loads(text))
+
+
+def _with_words(value):
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    if isinstance(value, dict):
+        return {key: _with_words(item) for key, item in value.items()}
+    return [_with_words(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _with_numbers(value):
+    if isinstance(value, str) and value in ("inf", "-inf"):
+        return float(value)
+    if isinstance(value, dict):
+        return {key: _with_numbers(item) for key, item in value.items()}
+    return [_with_numbers(item) for item in value] if isinstance(value, list) else value
