@@ -36,7 +36,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from engine import averaging, checkpoint, data, distributed, metrics
 from engine.compiling import COMPILE_ERRORS, choose_compile, compile_network, give_up_compiling, uncompiled
 from engine.demo import make_demo_data
-from engine.device import AUTOCAST_DTYPES, autocast, build_scaler, choose_device, choose_precision, describe_device
+from engine.device import (
+    AUTOCAST_DTYPES,
+    autocast,
+    build_scaler,
+    choose_device,
+    choose_precision,
+    describe_device,
+    load_scaler,
+)
 from engine.environment import environment
 from engine.errors import TrainingStopped, UserError, first_line, run_program
 from engine.interruption import Interrupted, StopRequest, watch_spot_notice
@@ -117,7 +125,7 @@ class TrainState:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule = build_schedule(self.optimizer, config, steps_per_epoch)
         self.schedule.move_to(saved["epoch"] * steps_per_epoch + saved["batch"])
-        self.scaler.load_state_dict(saved["scaler"])
+        load_scaler(self.scaler, saved["scaler"], self.precision)
         self.sums.load(saved["sums"])
         self.epoch, self.batch, self.best = saved["epoch"], saved["batch"], dict(saved["best"])
         was = saved["config"]

@@ -4,6 +4,7 @@ import torch
 
 from engine.errors import UserError
 
+NEVER = 2**31 - 1  # steps until a loss scale grows
 AUTOCAST_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -44,14 +45,22 @@ def autocast(device, precision):
 
 
 def build_scaler(device, precision):
-    """Return a GradScaler: for fp16 it finds the loss scale; otherwise the scale is 1.
+    """Return a GradScaler: for fp16 it finds the loss scale; otherwise the scale is and stays 1.
 
     It is enabled in every precision, for it also skips a step whose gradient is not finite without asking the host. One
     such gradient in bf16 or fp32 would otherwise end the run.
     """
     if precision == "fp16":
         return torch.amp.GradScaler(device.type)
-    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
+    scaler = torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=NEVER)
+    scaler.set_backoff_factor(1.0)  # its constructor refuses that; a skipped step would halve the scale, and nothing double it
+    return scaler
+
+
+def load_scaler(scaler, saved, precision):
+    """Take over a checkpoint's state of the GradScaler, where both are of fp16: of another precision it tells nothing."""
+    if precision == "fp16" and saved["growth_interval"] != NEVER:
+        scaler.load_state_dict(saved)
 
 
 def describe_device(device):
