@@ -293,6 +293,8 @@ def train(state, config, batches, checkpoints, monitor):
 def train_one_epoch(state, device_batches, config, checkpoints, monitor):
     """Train on the batches, the rest of the epoch in progress; return its figures."""
     state.network.train()
+    if state.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # gpu_memory_peak_mib is each epoch's own
     speed = Throughput(state.device, config["batch_size"])
     mix = build_mixing(config, state.model.fc.out_features)
     for images, labels in speed.watch(device_batches):
