@@ -44,6 +44,8 @@ from engine.device import (
     choose_precision,
     describe_device,
     load_scaler,
+    precision_remarks,
+    set_up_arithmetic,
 )
 from engine.environment import environment
 from engine.errors import TrainingStopped, UserError, first_line, run_program
@@ -588,7 +590,8 @@ def start(command):
     config, recipe, contents, remarks = distributed.by_first(open_checkpoint, command)
     device = choose_device(config)
     precision = choose_precision(config, device)
-    torch.backends.cudnn.benchmark = True  # the sizes are fixed: let cuDNN try its algorithms once
+    set_up_arithmetic(config, device)
+    remarks += precision_remarks(precision, device)
     with Monitor(config, device) as monitor:
         splits = open_images(config, contents, monitor.say)
         if "hours" in command.options and contents is None:

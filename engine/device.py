@@ -1,10 +1,14 @@
 """The device of a run and the precision of its arithmetic."""
 
+import os
+
 import torch
 
 from engine.errors import UserError
 
 NEVER = 2**31 - 1  # steps until a loss scale grows
+FIRST_WITH_TF32 = (8, 0)  # compute capability
+REPEATING_WORKSPACES = (":4096:8", ":16:8")  # with which cuBLAS gives the same bits each time, by its documentation
 AUTOCAST_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -37,6 +41,38 @@ def choose_precision(config, device):
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # absent in older releases: fp32 is always right
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
+
+
+def precision_remarks(precision, device):
+    """Return what is to be said of a precision on a GPU, in lines: what it costs, or that it is less than its name says."""
+    if device.type != "cuda":
+        return []
+    capability = torch.cuda.get_device_capability(device)
+    if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return [
+            f"WARNING: bf16 is emulated on compute capability {capability[0]}.{capability[1]}, without channels-last: slow; "
+            "--precision fp16 is what this GPU computes natively"
+        ]
+    if precision == "fp32" and capability >= FIRST_WITH_TF32 and torch.backends.cudnn.allow_tf32:
+        return [
+            "note: convolutions in fp32 run in TF32 (10 bits of mantissa) on this GPU, as PyTorch has it; "
+            "NVIDIA_TF32_OVERRIDE=0 in the environment forbids it"
+        ]
+    return []
+
+
+def set_up_arithmetic(config, device):
+    """Let cuDNN choose its algorithms by trial; or, with config['deterministic'], let a GPU give the same bits each time.
+
+    To be called before the first operation on the GPU: cuBLAS reads its variable once. On a CPU all bits repeat as it is.
+    """
+    repeats = config["deterministic"] and device.type == "cuda"
+    torch.backends.cudnn.benchmark = not repeats  # the sizes are fixed: each is tried once
+    if repeats:
+        torch.backends.cudnn.deterministic = True
+        torch.use_deterministic_algorithms(True)  # an operator that has none raises
+        if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in REPEATING_WORKSPACES:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = REPEATING_WORKSPACES[0]
 
 
 def autocast(device, precision):

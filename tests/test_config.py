@@ -187,3 +187,9 @@ def test_learning_rate_auto_keeps_the_rate_that_was_found():
 def test_keys_that_an_older_checkpoint_does_not_know_get_their_defaults():
     saved = {key: value for key, value in CONFIG.items() if key != "label_smoothing"} | {"a_key_of_old": 1}
     assert resumed_config(saved, {}, batch=0) == CONFIG
+
+
+def test_a_deterministic_run_cannot_be_compiled():
+    assert "compile = 'on'" in problems_of("--deterministic=true", "--compile=on")[0]
+    for compile in ("auto", "off"):
+        assert parse_command_line(["--deterministic=true", f"--compile={compile}"]).config["deterministic"] is True

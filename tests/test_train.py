@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 import train
 from config import CONFIG, ConfigError
 from engine import checkpoint, data
-from engine.device import autocast, build_scaler, choose_precision, load_scaler
+from engine.device import autocast, build_scaler, choose_precision, load_scaler, set_up_arithmetic
 from engine.errors import CheckpointError, DataError, TrainingStopped, UserError
 from engine.interruption import StopRequest
 from model import build_model
@@ -144,6 +145,15 @@ def test_a_resumed_run_takes_over_the_loss_scale_of_fp16_and_no_others(precision
     assert (scaler.get_scale(), scaler.get_growth_interval()) == (scale, interval)
     assert scaler.get_backoff_factor() == (0.5 if precision == "fp16" else 1.0)
     assert scaler.state_dict()["_growth_tracker"] == (7 if scale == 512.0 else 0)
+
+
+def test_deterministic_changes_nothing_on_a_cpu(monkeypatch):
+    """Where all bits repeat as it is; what it changes on a GPU is in cuda_without_gpu/proof_card.py."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    set_up_arithmetic(CONFIG | {"deterministic": True}, CPU)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cudnn.deterministic
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 
 
 def test_fp16_on_a_cpu_is_refused():
