@@ -4,7 +4,8 @@ import os
 
 import torch
 
-from engine.errors import UserError
+from engine.errors import UserError, first_line
+from engine.gpu_absence import TorchBuild, absence_of_gpu, cure_of
 
 NEVER = 2**31 - 1  # steps until a loss scale grows
 FIRST_WITH_TF32 = (8, 0)  # compute capability
@@ -13,19 +14,35 @@ AUTOCAST_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.b
 
 
 def choose_device(config):
-    """Return the torch.device that config['device'] asks for.
+    """Return the torch.device that config['device'] asks for; 'auto' is a CPU only on a machine without a GPU.
 
     Raises:
-        UserError: a GPU is asked for and PyTorch sees none.
+        UserError: PyTorch sees no GPU, and one is asked for or the machine has one; with the reason and its cure.
     """
-    if config["device"] == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if config["device"] == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "device = 'cuda': PyTorch sees no GPU. nvidia-smi should list one, with a driver of 580 or newer for "
-            "PyTorch's CUDA 13 wheels; --device cpu trains without"
-        )
-    return torch.device(config["device"])
+    if config["device"] == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    seen, causes = absence_of_gpu(TorchBuild(torch.__version__, torch.version.cuda))
+    if not seen and config["device"] == "auto":
+        return torch.device("cpu")
+    lines = [f"device = {config['device']!r}: PyTorch sees no GPU, and this machine shows none of NVIDIA's"]
+    if seen:
+        lines = [f"device = {config['device']!r}: this machine has a GPU ({seen}), but PyTorch sees none"]
+        if not causes:
+            complaint = _complaint_of_torch()
+            causes = [(f"PyTorch says: {complaint}", cure_of(complaint))]
+        lines += [f"{reason}. Mend it with: {command}" for reason, command in causes]
+    raise UserError("\n".join([*lines, "--device cpu trains without a GPU, many times slower"]))
+
+
+def _complaint_of_torch():
+    """Return what PyTorch says when it is told to use a GPU that it does not see, in a line."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
+        return first_line(error)
+    return "no CUDA GPUs are available"
 
 
 def choose_precision(config, device):
