@@ -33,7 +33,7 @@ def choose_device(config):
             complaint = _complaint_of_torch()
             causes = [(f"PyTorch says: {complaint}", cure_of(complaint))]
         lines += [f"{reason}. Mend it with: {command}" for reason, command in causes]
-    raise UserError("\n".join([*lines, "--device cpu trains without a GPU, many times slower"]))
+    raise UserError("\n".join([*lines, "--device cpu does without a GPU, many times slower"]))
 
 
 def _complaint_of_torch():

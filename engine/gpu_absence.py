@@ -104,15 +104,25 @@ def _ask_nvidia_smi(environment):
     program = shutil.which("nvidia-smi", path=environment.get("PATH"))
     if program is None:
         return [], [], None, None
-    listed, table = (_output(program, arguments, environment) for arguments in (["-L"], []))
-    names = re.findall(r"^GPU \d+: (.+?)(?: \(UUID.*)?$", listed, flags=re.MULTILINE)
-    names = names or re.findall(r"^\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|", table, flags=re.MULTILINE)
-    complaint = "" if names else " ".join((table or listed).split())
-    return names, re.findall(r"UUID: ([\w/-]+)", listed), complaint, _first(f"Driver Version: *{VERSION}", table)
+    works, listing = _output(program, ["-L"], environment)
+    names = _names_in(listing) if works else []
+    if not names:
+        return [], [], " ".join(listing.split()), None
+    _, query = _output(program, ["--query-gpu=driver_version", "--format=csv,noheader"], environment)
+    driver = _first(rf"(?m)(?:^|, *|Driver Version: *){VERSION}(?:$|\s)", query)
+    return names, re.findall(r"UUID: ([\w/-]+)", listing), "", driver
+
+
+def _names_in(listing):
+    """Return the names in what nvidia-smi -L prints: a line for each GPU, indented ones for the parts of it."""
+    if "NVIDIA-SMI" in listing:  # a program in its place that knows no flags, and prints its table
+        return re.findall(r"(?m)^\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|", listing)
+    lines = [line for line in listing.splitlines() if line.strip() and not line[0].isspace() and "No devices" not in line]
+    return [re.sub(r"^GPU \d+: (.+?)(?: \(UUID.*)?$", r"\1", line) for line in lines]
 
 
 def _output(program, arguments, environment):
-    """Return what nvidia-smi prints, in an error too; '' where it cannot be run or does not end."""
+    """Return (whether nvidia-smi succeeded, what it printed)."""
     try:
         done = subprocess.run(
             [program, *arguments],
@@ -123,9 +133,9 @@ def _output(program, arguments, environment):
             timeout=SMI_SECONDS,
             env=dict(environment),
         )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return False, str(error)
+    return done.returncode == 0, done.stdout
 
 
 def absence_of_gpu(torch_build, system=None):

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import stat
 import tempfile
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import lr_finder
 from config import parse_command_line
 from engine.device import choose_device
 from engine.errors import UserError
-from engine.gpu_absence import CURES, INSTALL_DRIVER, INSTALL_TORCH, System, TorchBuild, absence_of_gpu, cure_of
+from engine.gpu_absence import CURES, INSTALL_DRIVER, INSTALL_TORCH, System, TorchBuild, absence_of_gpu, cure_of, look_for_gpus
 
 CUDA_13 = TorchBuild("2.14.1+cu130", "13.0")
 UUID = "GPU-11111111-2222-3333-4444-555555555555"
@@ -26,12 +25,15 @@ VERSION_FILE = "NVRM version: NVIDIA UNIX {kind}x86_64 Kernel Module  {driver}  
 def put_nvidia_smi(folder, driver=None, failure=None):
     """Put a nvidia-smi into the folder that answers as NVIDIA's does, for one Tesla T4, or fails."""
     listing = f"echo 'GPU 0: Tesla T4 (UUID: {UUID})'"
-    table = f"echo '| NVIDIA-SMI {driver}    Driver Version: {driver}    CUDA Version: 12.4 |'"
-    body = f"echo '{failure}'; exit 9" if failure else f'case "$*" in -L) {listing};; *) {table};; esac'
+    body = f"echo '{failure}'; exit 9" if failure else f'case "$*" in -L) {listing};; *) echo {driver};; esac'
+    put_program(folder, body)
+
+
+def put_program(folder, body):
     folder.mkdir(parents=True, exist_ok=True)
     program = folder / "nvidia-smi"
     program.write_text(f"#!/bin/sh\n{body}\n")
-    program.chmod(program.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
+    program.chmod(0o755)
 
 
 def put(root, **files):
@@ -96,6 +98,27 @@ def test_each_place_that_shows_a_gpu_is_looked_at(machine, tmp_path):
     assert absence_of_gpu(CUDA_13, machine())[0] == "PCI device 0000:00:1e.0 is one of NVIDIA's"
     assert absence_of_gpu(CUDA_13, machine("580.65.06"))[0] == "/proc/driver/nvidia/gpus has 0000:00:1e.0"
     assert absence_of_gpu(CUDA_13, machine("580.65.06", smi=True))[0] == "nvidia-smi lists Tesla T4"
+
+
+TABLE = """| NVIDIA-SMI 550.54.15    Driver Version: 550.54.15    CUDA Version: 12.4 |
+|   0  Tesla T4            Off |   00000000:00:1E.0 Off |                    0 |"""
+
+
+@pytest.mark.parametrize(
+    ("answer", "names", "driver"),
+    [
+        (TABLE, ["Tesla T4"], "550.54.15"),
+        ("GPU 0: Tesla T4 (UUID: GPU-1)\nGPU 1: NVIDIA A100 80GB (UUID: GPU-2)", ["Tesla T4", "NVIDIA A100 80GB"], None),
+        ("GPU 0: NVIDIA H100 (UUID: GPU-1)\n  MIG 1g.10gb Device 0: (UUID: MIG-3)", ["NVIDIA H100"], None),
+        ("Tesla T4, 550.54.15", ["Tesla T4, 550.54.15"], "550.54.15"),
+        ("No devices were found", [], None),
+        ("", [], None),
+    ],
+)
+def test_whatever_nvidia_smi_answers_is_understood(tmp_path, answer, names, driver):
+    put_program(tmp_path / "bin", f"cat <<'END'\n{answer}\nEND")
+    evidence = look_for_gpus(System(tmp_path, {"PATH": f"{tmp_path}/bin:/usr/bin:/bin"}))
+    assert (evidence.names, evidence.driver) == (names, driver)
 
 
 def test_a_card_without_a_driver(machine):
@@ -171,13 +194,16 @@ def test_without_nvidia_uvm_cuda_does_not_start(machine):
 
 def test_device_files_that_this_user_may_not_open(machine, tmp_path):
     made = machine("580.65.06", smi=True)
-    (made.root / "dev/nvidia0").chmod(0o000)
+    for name, mode in (("nvidiactl", 0o666), ("nvidia-uvm", 0o666), ("nvidia0", 0o600)):
+        (made.root / "dev" / name).chmod(mode)
     user = os.geteuid()
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)  # nobody may look into pytest's own
         system = made._replace(root=shutil.copytree(made.root, f"{folder}/root"))
         if user == 0:  # who may open everything
             os.seteuid(65534)
+        else:
+            os.chmod(f"{folder}/root/dev/nvidia0", 0o000)
         try:
             causes = causes_of(system._replace(root=Path(system.root)))
         finally:
@@ -220,7 +246,7 @@ def test_a_run_stops_instead_of_training_on_the_cpu_for_days(unused_gpu, tiny_ar
     status, output = run_program("train.py", [*tiny_arguments, "--device=auto"])
     assert status == 1
     assert "train.py: device = 'auto': this machine has a GPU (nvidia-smi lists Tesla T4), but PyTorch sees none" in output
-    assert "Mend it with: " in output and "--device cpu trains without a GPU" in output
+    assert "Mend it with: " in output and "--device cpu does without a GPU" in output
     assert "Traceback" not in output
     assert not (tmp_path / "run").exists()
 
