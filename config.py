@@ -82,6 +82,7 @@ CONFIG = {
     "device": "auto",  # auto, cuda or cpu
     "compile": "auto",  # auto, on or off: torch.compile of the network; auto where Triton supports the GPU
     "memory": "fast",  # fast keeps all activations; low and lowest compute ever more of them again, to the same bits
+    "deterministic": False,  # true: a GPU gives the same bits each time, after a resumption too; slower, how much is unmeasured
     "micro_batch_size": 0,  # images per forward pass of a GPU; 0 is all it gets, halved when its memory runs out
     "max_bad_steps": 20,  # steps in a row with a non-finite loss or gradient before the run stops
     "seed": 0,  # of weights, order and augmentation; the same seed on the same CPU gives the same bits
@@ -353,6 +354,7 @@ ALLOWED = {
     "device": Choice(("auto", "cuda", "cpu")),
     "compile": Choice(("auto", "on", "off")),
     "memory": Choice(("fast", "low", "lowest")),
+    "deterministic": Flag(),
     "micro_batch_size": Number(0, 65536, whole=True),
     "max_bad_steps": Number(1, 1_000_000, whole=True),
     "seed": Number(0, 2**32 - 1, whole=True),
@@ -414,6 +416,11 @@ def config_problems(config):
         "precision = 'fp16' with device = 'cpu': a CPU trains in fp32 or bf16",
     )
     require(
+        not (config["deterministic"] and config["compile"] == "on"),
+        "deterministic = True with compile = 'on': the compiler chooses its kernels by measurement, and so the order of their "
+        "sums; leave --compile auto",
+    )
+    require(
         not config["nesterov"] or (config["optimizer"] == "sgd" and config["momentum"] > 0),
         f"nesterov = True with optimizer = {config['optimizer']!r} and momentum = {config['momentum']}: it is a kind of sgd's "
         "momentum",
@@ -456,6 +463,7 @@ FREE_ON_RESUME = {
     "precision": "the weights are kept in fp32; rounding differs",
     "compile": "the same network; rounding differs",
     "memory": "the same gradients",
+    "deterministic": "the same arithmetic; rounding differs",
     "micro_batch_size": "the gradient stays the batch's; only batch norm sees smaller groups",
     "max_bad_steps": "a limit",
     "checkpoint_dir": "a place",

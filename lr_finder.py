@@ -19,11 +19,16 @@ if __name__ == "__main__":  # before torch is imported: --help and typing errors
 
 from pathlib import Path
 
-import torch
-
 from engine import data
 from engine.curves import draw_range_test
-from engine.device import AUTOCAST_DTYPES, choose_device, choose_precision, describe_device
+from engine.device import (
+    AUTOCAST_DTYPES,
+    choose_device,
+    choose_precision,
+    describe_device,
+    precision_remarks,
+    set_up_arithmetic,
+)
 from engine.distributed import refuse_several
 from engine.errors import run_program
 from engine.files import replacing
@@ -61,10 +66,11 @@ def main(command):
     lowest, highest, steps = range_from(command.options, config)
     device = choose_device(config)
     precision = choose_precision(config, device)
-    torch.backends.cudnn.benchmark = True
+    set_up_arithmetic(config, device)
     with Monitor(config | {"log_file": None}, device) as monitor, StopRequest() as stop:
         splits = open_images(config, None, monitor.say)
-        monitor.say(f"range test from {lowest:g} to {highest:g} in {steps} steps; {describe_device(device)}, {precision}")
+        start = f"range test from {lowest:g} to {highest:g} in {steps} steps; {describe_device(device)}, {precision}"
+        monitor.say("\n".join([start, *precision_remarks(precision, device)]))
         batches = data.BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.say)
         try:
             result = find_learning_rate(config, batches, precision, monitor, lowest, highest, steps)

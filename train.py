@@ -46,6 +46,9 @@ from engine.device import (
     choose_device,
     choose_precision,
     describe_device,
+    load_scaler,
+    precision_remarks,
+    set_up_arithmetic,
     skip_unless_finite,
 )
 from engine.environment import environment
@@ -138,7 +141,7 @@ class TrainState:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule = build_schedule(self.optimizer, config, steps_per_epoch)
         self.schedule.move_to(saved["epoch"] * steps_per_epoch + saved["batch"])
-        self.scaler.load_state_dict(saved["scaler"])
+        load_scaler(self.scaler, saved["scaler"], self.precision)
         self.sums.load(saved["sums"])
         self.speed.load(saved.get("speed"))  # absent in a checkpoint of old
         self.epoch, self.batch, self.best = saved["epoch"], saved["batch"], dict(saved["best"])
@@ -294,6 +297,8 @@ def train_one_epoch(state, device_batches, config, checkpoints, monitor):
     """Train on the batches, the rest of the epoch in progress; return its figures."""
     state.network.train()
     state.speed.start()
+    if state.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # gpu_memory_peak_mib is each epoch's own
     mix = build_mixing(config, state.model.fc.out_features)
     for images, labels in state.speed.watch(device_batches):
         with state.changing():
@@ -631,7 +636,8 @@ def start_in(folder, source, command, lock):
         remarks.insert(0, lock.note)
     device = choose_device(config)
     precision = choose_precision(config, device)
-    torch.backends.cudnn.benchmark = True  # the sizes are fixed: let cuDNN try its algorithms once
+    set_up_arithmetic(config, device)
+    remarks += precision_remarks(precision, device)
     with Monitor(config, device) as monitor:
         splits = open_images(config, contents, monitor.say)
         if "hours" in command.options and contents is None:

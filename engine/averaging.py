@@ -1,6 +1,10 @@
 """Averages of the weights, on torch.optim.swa_utils: SWA (arXiv:1803.05407) over epochs, and a running one (EMA)."""
 
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+import itertools
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 def epochs_to_average(config, epochs_trained):
@@ -23,10 +27,29 @@ def build_running_average(model, config):
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
+@torch.no_grad()
 def follow(running_average, model, config, steps_done):
-    """Take the model's weights into the running average if that is due after so many steps of the run."""
-    if running_average is not None and steps_done % config["ema_every_steps"] == 0:
+    """Take the model's weights into the running average if that is due after so many steps of the run.
+
+    As AveragedModel.update_parameters does it, which copies its counter to the device and makes the host wait there.
+    """
+    if running_average is None or steps_done % config["ema_every_steps"] != 0:
+        return
+    if running_average.n_averaged == 0:
         running_average.update_parameters(model)
+        return
+    by_dtype = {}
+    for ours, theirs in zip(_tensors(running_average.module), _tensors(model), strict=True):
+        averages, values = by_dtype.setdefault(ours.dtype, ([], []))
+        averages.append(ours)
+        values.append(theirs)
+    for averages, values in by_dtype.values():
+        running_average.multi_avg_fn(averages, values, None)
+    running_average.n_averaged += 1
+
+
+def _tensors(model):
+    return itertools.chain(model.parameters(), model.buffers())
 
 
 def bring_average_up_to_date(averaged_model, model, config, epochs_trained):
@@ -41,15 +64,29 @@ def bring_average_up_to_date(averaged_model, model, config, epochs_trained):
     return due > 0
 
 
+@torch.no_grad()
 def refresh_batch_norm(averaged_model, device_batches, autocast):
     """Recompute the batch-norm statistics of the averaged weights, as the plain mean over the batches.
 
-    Averaged weights need statistics of their own; a few hundred batches are enough.
+    Averaged weights need statistics of their own; a few hundred batches are enough. The same as swa_utils.update_bn, whose
+    momentum=None makes each norm read its counter on the device.
 
     Args:
         device_batches: yields (images, labels) as the network takes them in training.
         autocast: context of the run's precision.
     """
-    with autocast:
-        update_bn(device_batches, averaged_model)
+    norms = [module for module in averaged_model.modules() if isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    averaged_model.train()
+    for norm in norms:
+        norm.reset_running_stats()
+    try:
+        with autocast:
+            for number, (images, _) in enumerate(device_batches, 1):
+                for norm in norms:
+                    norm.momentum = 1 / number  # the mean so far and this batch, each by its share
+                averaged_model(images)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
     averaged_model.eval()

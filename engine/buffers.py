@@ -1,5 +1,6 @@
 """A ring of memory in which worker processes make batches and from which the main process copies them to the device."""
 
+import contextlib
 import mmap
 
 import torch
@@ -43,7 +44,7 @@ class BatchBuffers:
         """
         for labels, pixels in zip(self._labels, self._pixels, strict=True):
             start, size = labels.data_ptr(), pixels.data_ptr() + pixels.numel() - labels.data_ptr()
-            if int(torch.cuda.cudart().cudaHostRegister(start, size, 0)) != 0:
+            if not _succeeds(torch.cuda.cudart().cudaHostRegister(start, size, 0)):
                 self.unpin()
                 return False
             self._pinned.append(start)
@@ -52,4 +53,16 @@ class BatchBuffers:
     def unpin(self):
         """Undo pin()."""
         while self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self._pinned.pop())
+            _succeeds(torch.cuda.cudart().cudaHostUnregister(self._pinned.pop()))
+
+
+def _succeeds(cuda_status):
+    """Return whether a call of the CUDA runtime succeeded; if not, nothing of its failure is left behind.
+
+    The runtime remembers it, and the next operation would raise it: a throw-away one takes it.
+    """
+    if int(cuda_status) == 0:
+        return True
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda")
+    return False

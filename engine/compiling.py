@@ -11,6 +11,8 @@ COMPILE_ERRORS = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.Fail
 
 def choose_compile(config, device):
     """Return (whether to compile the network, why) for config['compile']."""
+    if config["deterministic"] and device.type == "cuda":
+        return False, "deterministic, and the compiler chooses its kernels by measurement"
     if config["compile"] != "auto":
         return config["compile"] == "on", "as asked for"
     if device.type != "cuda":

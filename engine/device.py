@@ -1,26 +1,48 @@
 """The device of a run and the precision of its arithmetic."""
 
+import os
+
 import torch
 
-from engine.errors import UserError
+from engine.errors import UserError, first_line
+from engine.gpu_absence import TorchBuild, absence_of_gpu, cure_of
 
+NEVER = 2**31 - 1  # steps until a loss scale grows
+FIRST_WITH_TF32 = (8, 0)  # compute capability
+REPEATING_WORKSPACES = (":4096:8", ":16:8")  # with which cuBLAS gives the same bits each time, by its documentation
 AUTOCAST_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def choose_device(config):
-    """Return the torch.device that config['device'] asks for.
+    """Return the torch.device that config['device'] asks for; 'auto' is a CPU only on a machine without a GPU.
 
     Raises:
-        UserError: a GPU is asked for and PyTorch sees none.
+        UserError: PyTorch sees no GPU, and one is asked for or the machine has one; with the reason and its cure.
     """
-    if config["device"] == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if config["device"] == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "device = 'cuda': PyTorch sees no GPU. nvidia-smi should list one, with a driver of 580 or newer for "
-            "PyTorch's CUDA 13 wheels; --device cpu trains without"
-        )
-    return torch.device(config["device"])
+    if config["device"] == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    seen, causes = absence_of_gpu(TorchBuild(torch.__version__, torch.version.cuda))
+    if not seen and config["device"] == "auto":
+        return torch.device("cpu")
+    lines = [f"device = {config['device']!r}: PyTorch sees no GPU, and this machine shows none of NVIDIA's"]
+    if seen:
+        lines = [f"device = {config['device']!r}: this machine has a GPU ({seen}), but PyTorch sees none"]
+        if not causes:
+            complaint = _complaint_of_torch()
+            causes = [(f"PyTorch says: {complaint}", cure_of(complaint))]
+        lines += [f"{reason}. Mend it with: {command}" for reason, command in causes]
+    raise UserError("\n".join([*lines, "--device cpu does without a GPU, many times slower"]))
+
+
+def _complaint_of_torch():
+    """Return what PyTorch says when it is told to use a GPU that it does not see, in a line."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
+        return first_line(error)
+    return "no CUDA GPUs are available"
 
 
 def choose_precision(config, device):
@@ -38,20 +60,60 @@ def choose_precision(config, device):
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
 
 
+def precision_remarks(precision, device):
+    """Return what is to be said of a precision on a GPU, in lines: what it costs, or that it is less than its name says."""
+    if device.type != "cuda":
+        return []
+    capability = torch.cuda.get_device_capability(device)
+    if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return [
+            f"WARNING: bf16 is emulated on compute capability {capability[0]}.{capability[1]}, without channels-last: slow; "
+            "--precision fp16 is what this GPU computes natively"
+        ]
+    if precision == "fp32" and capability >= FIRST_WITH_TF32 and torch.backends.cudnn.allow_tf32:
+        return [
+            "note: convolutions in fp32 run in TF32 (10 bits of mantissa) on this GPU, as PyTorch has it; "
+            "NVIDIA_TF32_OVERRIDE=0 in the environment forbids it"
+        ]
+    return []
+
+
+def set_up_arithmetic(config, device):
+    """Let cuDNN choose its algorithms by trial; or, with config['deterministic'], let a GPU give the same bits each time.
+
+    To be called before the first operation on the GPU: cuBLAS reads its variable once. On a CPU all bits repeat as it is.
+    """
+    repeats = config["deterministic"] and device.type == "cuda"
+    torch.backends.cudnn.benchmark = not repeats  # the sizes are fixed: each is tried once
+    if repeats:
+        torch.backends.cudnn.deterministic = True
+        torch.use_deterministic_algorithms(True)  # an operator that has none raises
+        if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in REPEATING_WORKSPACES:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = REPEATING_WORKSPACES[0]
+
+
 def autocast(device, precision):
     """Return the autocast context of a precision; for fp32 it changes nothing."""
     return torch.autocast(device.type, dtype=AUTOCAST_DTYPES[precision], enabled=precision != "fp32")
 
 
 def build_scaler(device, precision):
-    """Return a GradScaler: for fp16 it finds the loss scale; otherwise the scale is 1.
+    """Return a GradScaler: for fp16 it finds the loss scale; otherwise the scale is and stays 1.
 
     It is enabled in every precision, for it also skips a step whose gradient is not finite without asking the host. One
     such gradient in bf16 or fp32 would otherwise end the run.
     """
     if precision == "fp16":
         return torch.amp.GradScaler(device.type)
-    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
+    scaler = torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=NEVER)
+    scaler.set_backoff_factor(1.0)  # its constructor refuses that; a skipped step would halve the scale, and nothing double it
+    return scaler
+
+
+def load_scaler(scaler, saved, precision):
+    """Take over a checkpoint's state of the GradScaler, where both are of fp16: of another precision it tells nothing."""
+    if precision == "fp16" and saved["growth_interval"] != NEVER:
+        scaler.load_state_dict(saved)
 
 
 def rebuilt_scaler(scaler, device, precision):

@@ -37,12 +37,22 @@ def build_mixing(config, num_classes):
     """
     mixers = []
     if config["mixup_alpha"]:
-        mixers.append(v2.MixUp(alpha=config["mixup_alpha"], num_classes=num_classes))
+        mixers.append(_in_channels_last(v2.MixUp(alpha=config["mixup_alpha"], num_classes=num_classes)))
     if config["cutmix_alpha"]:
         mixers.append(v2.CutMix(alpha=config["cutmix_alpha"], num_classes=num_classes))
     if not mixers:
         return lambda images, labels: (images, labels)
     return v2.RandomChoice(mixers)
+
+
+def _in_channels_last(mixup):
+    """Return mixup for images [B, 3, H, W] in channels-last: its roll would lay them out anew, so it gets [B, H, W, 3]."""
+
+    def mix(images, labels):
+        mixed, targets = mixup(images.permute(0, 2, 3, 1), labels)
+        return mixed.permute(0, 3, 1, 2), targets
+
+    return mix
 
 
 def main_class(targets):

@@ -1,6 +1,8 @@
 import copy
 
+import pytest
 import torch
+from torch.optim.swa_utils import update_bn
 
 from config import CONFIG
 from engine.averaging import (
@@ -105,3 +107,39 @@ def test_the_running_average_halves_a_steps_share_after_its_half_life():
 def test_without_a_half_life_there_is_no_running_average():
     assert build_running_average(network(), CONFIG) is None
     follow(None, network(), CONFIG, 20)
+
+
+def test_refreshed_statistics_have_the_bits_of_torchs_own():
+    ours, theirs = network(), network()
+    generator = torch.Generator().manual_seed(1)
+    batches = [(torch.randn(8, 3, 8, 8, generator=generator), torch.zeros(8)) for _ in range(7)]
+    refresh_batch_norm(ours, batches, autocast(torch.device("cpu"), "fp32"))
+    update_bn(batches, theirs)
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, theirs.state_dict()[name]), name
+
+
+def test_statistics_that_could_not_be_finished_leave_the_norms_momentum_as_it_was():
+    model = network()
+
+    def broken_off():
+        yield torch.randn(8, 3, 8, 8), torch.zeros(8)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        refresh_batch_norm(model, broken_off(), autocast(torch.device("cpu"), "fp32"))
+    assert model[1].momentum == 0.1
+
+
+def test_the_running_average_has_the_bits_of_torchs_own():
+    config = CONFIG | {"ema_half_life_steps": 7, "ema_every_steps": 1}
+    model = network()
+    ours, theirs = build_running_average(model, config), build_running_average(model, config)
+    for step in range(1, 9):
+        randomise(model)
+        model(torch.randn(8, 3, 8, 8))
+        follow(ours, model, config, step)
+        theirs.update_parameters(model)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, theirs.state_dict()[name]), name

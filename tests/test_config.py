@@ -245,3 +245,9 @@ def test_a_home_folder_in_a_path_is_found(monkeypatch):
     assert command.options["resume"] == "/home/somebody/runs/last.pt"
     with pytest.raises(ConfigError, match="gs://bucket/run/last.pt: must be a path on this machine"):
         parse_command_line(["--resume=gs://bucket/run/last.pt"], ["resume FILE"])
+
+
+def test_a_deterministic_run_cannot_be_compiled():
+    assert "compile = 'on'" in problems_of("--deterministic=true", "--compile=on")[0]
+    for compile in ("auto", "off"):
+        assert parse_command_line(["--deterministic=true", f"--compile={compile}"]).config["deterministic"] is True

@@ -6,14 +6,11 @@ import math
 import re
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 import torchvision
 from conftest import encoded, photo, run_here, run_program, tiny_run
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 import evaluate
 from config import CONFIG
@@ -127,9 +124,8 @@ def test_torchvisions_own_weights_are_scored_from_pt_and_safetensors(image_tree,
     torch.manual_seed(0)
     network = torchvision.models.resnet50(num_classes=10).eval()
     torch.save(network.state_dict(), tmp_path / "weights.pt")
-    from safetensors.torch import save_file
-
-    save_file(network.state_dict(), tmp_path / "weights.safetensors")
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(network.state_dict(), tmp_path / "weights.safetensors")
     images, labels = images_and_labels(image_tree, 64)
     with torch.inference_mode():
         expected = torch.nn.functional.cross_entropy(network(images), labels).item()
@@ -309,6 +305,8 @@ def test_classify_says_what_the_network_says(runs, image_tree, capsys):
 
 
 def test_exported_weights_load_into_torchvisions_own_network(runs, image_tree, tmp_path, capsys):
+    safetensors = pytest.importorskip("safetensors.torch")
+    load_file = safetensors.load_file
     images, _ = images_and_labels(image_tree)
     expected = network_of(runs / "a/last.pt", "averaged").model(images)
     for name, load in (("model.pt", lambda path: torch.load(path, weights_only=True)), ("model.safetensors", load_file)):
@@ -316,13 +314,14 @@ def test_exported_weights_load_into_torchvisions_own_network(runs, image_tree, t
         theirs = torchvision.models.resnet18(num_classes=10).eval()
         theirs.load_state_dict(load(tmp_path / name))
         torch.testing.assert_close(theirs(images), expected, atol=1e-5, rtol=1e-5)
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+    with safetensors.safe_open(tmp_path / "model.safetensors", "pt") as file:
         facts = {key: json.loads(value) for key, value in file.metadata().items() if key != "format"}
     assert facts["classes"] == checkpoint.read(runs / "a/last.pt")["classes"]
     assert (facts["resolution"], facts["mean"], facts["std"]) == (32, list(data.IMAGENET_MEAN), list(data.IMAGENET_STD))
 
 
 def test_an_exported_safetensors_file_is_scored_as_the_checkpoint_it_came_from(runs, image_tree, tmp_path, capsys):
+    pytest.importorskip("safetensors")
     assert evaluated(runs / "b/last.pt", "--weights=raw") == 0
     expected = capsys.readouterr().out.split(": ", 1)[1].split(", loss")[0]
     assert evaluated(runs / "b/last.pt", "--weights=raw", "--export", tmp_path / "b.safetensors") == 0
@@ -332,6 +331,8 @@ def test_an_exported_safetensors_file_is_scored_as_the_checkpoint_it_came_from(r
 
 
 def test_onnxruntime_gives_the_networks_logits_for_any_batch(runs, image_tree, tmp_path, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
     assert evaluated(runs / "b/last.pt", "--weights=raw", "--export", tmp_path / "b.onnx") == 0
     said = capsys.readouterr().out
     assert re.search(r"opset 18, images float32 \[batch, 3, 32, 32\] of any batch; .* at most [\d.e-]+ from PyTorch's", said)

@@ -7,7 +7,7 @@ import torch
 from conftest import figures, run_program, run_torchrun, tiny_run
 
 from config import CONFIG
-from engine import data
+from engine import checkpoint, data
 from engine.demo import make_demo_data
 from engine.device import AUTOCAST_DTYPES, build_scaler
 from engine.interruption import StopRequest
@@ -19,7 +19,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def small_state(precision, **changes):
-    config = CONFIG | {"batch_size": 16, "epochs": 4, "warmup_epochs": 1, "swa_start_epoch": 3} | changes
+    """Return (config, state) of a run of ResNet-50 as written: to compile it takes minutes, of which few tests need any."""
+    config = CONFIG | {"batch_size": 16, "epochs": 4, "warmup_epochs": 1, "swa_start_epoch": 3, "compile": "off"} | changes
     return config, new_state(config, 10, 50, torch.device("cuda"), precision)
 
 
@@ -151,20 +152,31 @@ def test_less_memory_modes_hold_less_and_learn_the_same(compile):
     assert losses["lowest"] == pytest.approx(losses["fast"], rel=0.05)
 
 
-def test_batch_256_at_224_px_fits_in_8_gb_in_the_low_mode_and_in_11_by_default():
-    for memory, limit_gib in (("low", 8), ("fast", 11)):
-        config, state = small_state("fp16", optimizer="sgd", memory=memory, batch_size=256, compile="off", swa_start_epoch=0)
+@pytest.mark.parametrize(("memory", "card_gib"), [("fast", 14.5), ("low", 7.6)])
+def test_batch_256_at_224_px_fits_a_t4_by_default_and_a_card_of_8_gb_in_the_low_mode(memory, card_gib):
+    """What a card of 16 or 8 GB shows as its total, less 0.6 GiB for the CUDA context: the allocator may hold no more.
+
+    No bound on the peak itself: cuDNN takes as workspace what it finds free, and does with less where there is less. The bytes
+    alive without it are asserted by cuda_without_gpu/proof_memory.py.
+    """
+    total_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+    if total_gib < card_gib:
+        pytest.skip(f"this GPU has {total_gib:.1f} GiB")
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((card_gib - 0.6) / total_gib)
+    try:
+        config, state = small_state("fp16", optimizer="sgd", memory=memory, batch_size=256, swa_start_epoch=3)
         images, labels = random_batch(config, torch.float16, resolution=224)
         state.model.train()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
         for _ in range(2):
             train_step(state, images, labels, config)
-        assert torch.cuda.max_memory_allocated() < limit_gib * 2**30
-        del state
+        torch.cuda.synchronize()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def test_compiled_gradients_are_the_plain_ones():
+def test_compiled_gradients_are_the_plain_ones(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     gradients = {}
     for compile in ("off", "on"):
         config, state = small_state("fp32", optimizer="sgd", compile=compile)
@@ -212,9 +224,11 @@ def test_the_waiting_for_data_is_measured_on_the_device():
 def test_under_torchrun_all_gpus_train_what_one_does(memory, image_tree, tmp_path):
     gpus = torch.cuda.device_count()
     changes = {"device": "cuda", "precision": "fp32", "compile": "off", "sync_batch_norm": "true", "memory": memory}
-    status, output = run_program("train.py", tiny_run(image_tree, tmp_path / "alone", **changes))
+    exact = {"NVIDIA_TF32_OVERRIDE": "0"}  # TF32 rounds to 3 digits, more coarsely than the bound below
+    status, output = run_program("train.py", tiny_run(image_tree, tmp_path / "alone", **changes), environment=exact)
     assert status == 0, output
-    status, output = run_torchrun(gpus, tiny_run(image_tree, tmp_path / "together", **changes))
+    together = tiny_run(image_tree, tmp_path / "together", **changes)
+    status, output = run_torchrun(gpus, together, environment=exact)
     assert status == 0, output
     assert "cuda:nccl" in output
     for ours, theirs in zip(figures(tmp_path / "together"), figures(tmp_path / "alone"), strict=True):
@@ -227,3 +241,21 @@ def test_under_torchrun_the_network_is_compiled_as_without(image_tree, tmp_path)
     status, output = run_torchrun(1, tiny_run(image_tree, tmp_path / "run", **changes))
     assert status == 0, output
     assert "the network is compiled" in output
+
+
+@pytest.mark.parametrize("precision", ["fp32", "auto"])
+def test_a_deterministic_run_gives_the_same_bits_each_time_and_after_a_resumption(precision, image_tree, tmp_path):
+    changes = {"device": "cuda", "precision": precision, "deterministic": "true", "checkpoint_every_epochs": 1}
+    changes |= {"architecture": "resnet50", "train_resolution": 64, "mixup_alpha": 0.2, "blur_max_pool": "true"}
+    weights = []
+    for name in ("once", "again"):
+        status, output = run_program("train.py", tiny_run(image_tree, tmp_path / name, **changes))
+        assert status == 0, output
+        weights.append(checkpoint.read(tmp_path / name / "last.pt"))
+    resumed = [f"--resume={tmp_path}/once/epoch_001.pt", f"--checkpoint-dir={tmp_path}/resumed", "--device=cuda"]
+    status, output = run_program("train.py", resumed)
+    assert status == 0, output
+    weights.append(checkpoint.read(tmp_path / "resumed/last.pt"))
+    for kind in ("model", "averaged_model"):
+        for name, tensor in weights[0][kind].items():
+            assert all(torch.equal(tensor, other[kind][name]) for other in weights[1:]), name

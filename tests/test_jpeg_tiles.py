@@ -30,6 +30,7 @@ def tiled(pixels, subsampling="4:2:0", blocks=None):
     seed=st.integers(0, 3),
 )
 def test_a_crop_has_the_same_bits_as_in_the_whole_image(size, corners, scale, subsampling, gray, seed):
+    pytest.importorskip("simplejpeg", reason="Pillow reduces the smallest images otherwise than by the DCT")
     pixels = photo(*size, seed=seed)
     data = tiled(pixels[..., 0] if gray else pixels, subsampling)
     (top, bottom), (left, right) = (

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.transforms import v2
 
 from config import CONFIG, parse_command_line
 from engine.loss import build_mixing, main_class, training_loss
@@ -60,6 +61,20 @@ def test_mixup_blends_images_as_it_blends_labels():
     torch.testing.assert_close(mixed, expected)
     torch.testing.assert_close(targets.sum(1), torch.ones(8))
     assert (targets > 0).sum(1).tolist() == [2] * 8
+
+
+@pytest.mark.parametrize("key", ["mixup_alpha", "cutmix_alpha"])
+def test_mixing_gives_torchvisions_values_and_keeps_channels_last(key):
+    kind = {"mixup_alpha": v2.MixUp, "cutmix_alpha": v2.CutMix}[key]
+    images = torch.randn(8, 3, 32, 32).to(memory_format=torch.channels_last)
+    labels = torch.arange(8)
+    results = []
+    for mix in (build_mixing(CONFIG | {key: 0.7}, 8), v2.RandomChoice([kind(alpha=0.7, num_classes=8)])):
+        torch.manual_seed(2)
+        results.append([mix(images, labels) for _ in range(3)])
+    for (ours, our_targets), (theirs, their_targets) in zip(*results, strict=True):
+        assert torch.equal(ours, theirs) and torch.equal(our_targets, their_targets)
+        assert ours.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_cutmix_pastes_a_box_whose_area_is_the_labels_share():

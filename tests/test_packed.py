@@ -14,6 +14,8 @@ from engine.errors import DataError
 from engine.interruption import StopRequest
 from engine.packed import END_OF_STREAM, PackedSplit, packed_rows, packed_schema, write_split
 
+pytest.importorskip("pyarrow")
+
 
 def pack(path, rows, classes, rows_in_batch=7):
     write_split(path, rows, classes, rows_in_batch)

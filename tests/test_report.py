@@ -314,12 +314,11 @@ def test_the_use_of_a_gpu_is_reported_from_its_records(run_folder, tmp_path):
 
 
 def test_tensorboard_gets_every_epochs_figures_once_even_after_a_resumption(image_tree, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     folder = tmp_path / "run"
     assert run_here(tiny_run(image_tree, folder, epochs=3, tensorboard=True, checkpoint_every_epochs=2)) == 0
     assert run_here([f"--resume={folder}/epoch_002.pt", "--epochs=5"]) == 0  # the third epoch is trained once more
-    events = EventAccumulator(str(folder / "tensorboard"))
+    events = accumulator.EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     written = [(event.step, event.value) for event in events.Scalars("val_loss")]
     assert written == [(r["epoch"], pytest.approx(r["val_loss"])) for r in raw_records(folder)]

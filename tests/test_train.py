@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import re
 
 import pytest
@@ -15,7 +16,7 @@ import report
 import train
 from config import CONFIG, ConfigError
 from engine import checkpoint, data
-from engine.device import autocast, build_scaler, choose_precision
+from engine.device import autocast, build_scaler, choose_precision, load_scaler, set_up_arithmetic
 from engine.errors import CheckpointError, DataError, TrainingStopped, UserError
 from engine.interruption import StopRequest
 from model import build_model
@@ -111,6 +112,50 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_as_they_were(precision
 def test_the_loss_scale_is_sought_in_fp16_only():
     assert build_scaler(CPU, "fp16").get_scale() == 2.0**16
     assert build_scaler(CPU, "bf16").get_scale() == build_scaler(CPU, "fp32").get_scale() == 1.0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_without_fp16_the_loss_scale_stays_1_after_steps_that_are_not_finite(precision):
+    state = state_for(QUICK, precision)
+    images, labels = some_batch()
+    for factor in (1, math.nan, math.nan, 1):
+        train.train_step(state, images * factor, labels, QUICK)
+    assert state.scaler.get_scale() == 1.0
+
+
+def scaler_state(scale, **changes):
+    """What a checkpoint of fp16 holds of the loss scale."""
+    usual = {"scale": scale, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 7}
+    return usual | changes
+
+
+OF_FP32_BEFORE = scaler_state(2.0**-20, growth_interval=2**31 - 1)  # halved at each bad step, as checkpoints from then have it
+
+
+@pytest.mark.parametrize(
+    ("precision", "saved", "scale", "interval"),
+    [
+        ("fp16", scaler_state(512.0), 512.0, 2000),
+        ("fp16", OF_FP32_BEFORE, 2.0**16, 2000),
+        ("fp32", OF_FP32_BEFORE, 1.0, 2**31 - 1),
+        ("bf16", scaler_state(512.0), 1.0, 2**31 - 1),
+    ],
+)
+def test_a_resumed_run_takes_over_the_loss_scale_of_fp16_and_no_others(precision, saved, scale, interval):
+    scaler = build_scaler(CPU, precision)
+    load_scaler(scaler, saved, precision)
+    assert (scaler.get_scale(), scaler.get_growth_interval()) == (scale, interval)
+    assert scaler.get_backoff_factor() == (0.5 if precision == "fp16" else 1.0)
+    assert scaler.state_dict()["_growth_tracker"] == (7 if scale == 512.0 else 0)
+
+
+def test_deterministic_changes_nothing_on_a_cpu(monkeypatch):
+    """Where all bits repeat as it is; what it changes on a GPU is in cuda_without_gpu/proof_card.py."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    set_up_arithmetic(CONFIG | {"deterministic": True}, CPU)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cudnn.deterministic
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 
 
 def test_fp16_on_a_cpu_is_refused():

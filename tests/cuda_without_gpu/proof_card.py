@@ -1,0 +1,116 @@
+"""What the program decides by the card that it meets: a T4, an A100 or an H100, as STANDIN_CAPABILITY says."""
+
+import os
+
+import pytest
+import torch
+from conftest import run_here, tiny_run
+
+import train
+from config import CONFIG
+from engine.compiling import choose_compile
+from engine.device import build_scaler, choose_device, choose_precision, describe_device, precision_remarks
+from engine.errors import TrainingStopped
+from engine.telemetry import GpuFigures
+
+CAPABILITY = int(os.environ["STANDIN_CAPABILITY"])
+NATIVE_BF16 = CAPABILITY >= 80  # by NVIDIA's documents, as TF32
+NAME, MIB = {75: ("Tesla T4", "14,918"), 80: ("A100", "40,536"), 90: ("H100", "81,079")}[CAPABILITY]
+CUDA = torch.device("cuda")
+
+
+def test_the_gpu_is_taken_and_named():
+    assert choose_device(CONFIG) == CUDA
+    version = f"{CAPABILITY // 10}.{CAPABILITY % 10}"
+    assert describe_device(CUDA) == f"{NAME} (stand-in), {MIB} MiB, compute capability {version}"
+
+
+def test_the_precision_is_what_the_card_computes_natively():
+    assert choose_precision(CONFIG, CUDA) == ("bf16" if NATIVE_BF16 else "fp16")
+    assert (build_scaler(CUDA, choose_precision(CONFIG, CUDA)).get_scale() > 1) == (not NATIVE_BF16)
+    for precision in ("fp32", "fp16", "bf16"):
+        assert choose_precision(CONFIG | {"precision": precision}, CUDA) == precision
+
+
+def test_emulated_bf16_is_said_to_be_slow_and_tf32_to_be_used():
+    assert precision_remarks("fp16", CUDA) == []
+    emulated = precision_remarks("bf16", CUDA)
+    assert emulated == [] if NATIVE_BF16 else ("slow" in emulated[0] and "--precision fp16" in emulated[0])
+    shortened = precision_remarks("fp32", CUDA)
+    assert ("TF32" in shortened[0]) if NATIVE_BF16 else shortened == []
+    assert torch.backends.cudnn.allow_tf32  # which the remark speaks of; for products of matrices it is off
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_the_network_is_compiled_as_asked_for_and_not_where_the_bits_must_repeat():
+    assert choose_compile(CONFIG | {"compile": "off"}, CUDA)[0] is False
+    assert choose_compile(CONFIG | {"compile": "on"}, CUDA)[0] is True
+    chosen, why = choose_compile(CONFIG | {"deterministic": True}, CUDA)
+    assert not chosen and "deterministic" in why
+
+
+def test_the_figures_shown_are_those_of_the_runs_own_card():
+    """NVML's first card idles; CUDA's first one is NVML's second."""
+    gpu = GpuFigures(CUDA)
+    assert gpu.text() == {"GPU": "11,701 MiB 98 %"}
+    assert gpu.read_all() == {
+        "memory_mib": 11701,
+        "memory_total_mib": 15360,
+        "utilization_percent": 98,
+        "power_w": 69.5,
+        "temperature_c": 74,
+        "throttled": ["power cap"],
+    }
+    assert gpu.clock_mhz() == 1590
+
+
+@pytest.fixture
+def arithmetic():
+    """The process's switches, put back afterwards."""
+    yield
+    torch.backends.cudnn.benchmark = torch.backends.cudnn.deterministic = False
+    torch.use_deterministic_algorithms(False)
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+@pytest.mark.parametrize("deterministic", ["false", "true"])
+def test_a_run_starts_with_the_cards_precision_and_the_switches_that_were_asked_for(
+    arithmetic, image_tree, tmp_path, monkeypatch, capsys, deterministic
+):
+    seen = {}
+
+    def first_step(state, *_):
+        seen.update(
+            precision=state.precision,
+            benchmark=torch.backends.cudnn.benchmark,
+            cudnn=torch.backends.cudnn.deterministic,
+            algorithms=torch.are_deterministic_algorithms_enabled(),
+            workspace=os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        )
+        raise TrainingStopped("far enough")
+
+    monkeypatch.setattr(train, "train", first_step)
+    changes = {"device": "auto", "precision": "auto", "deterministic": deterministic}
+    with pytest.raises(TrainingStopped, match="far enough"):
+        run_here(tiny_run(image_tree, tmp_path / "run", **changes))
+    repeats = deterministic == "true"
+    assert seen.pop("precision") == ("bf16" if NATIVE_BF16 else "fp16")
+    assert seen == {
+        "benchmark": not repeats,
+        "cudnn": repeats,
+        "algorithms": repeats,
+        "workspace": ":4096:8" if repeats else None,
+    }
+    said = capsys.readouterr().out
+    assert f"{NAME} (stand-in), {MIB} MiB" in said
+    assert not repeats or "the network is not compiled: deterministic" in said
+
+
+def test_a_run_whose_bf16_is_emulated_says_so(image_tree, tmp_path, monkeypatch, capsys):
+    def first_step(*_):
+        raise TrainingStopped("far enough")
+
+    monkeypatch.setattr(train, "train", first_step)
+    with pytest.raises(TrainingStopped):
+        run_here(tiny_run(image_tree, tmp_path / "run", device="cuda", precision="bf16"))
+    assert ("is emulated" in capsys.readouterr().out) == (not NATIVE_BF16)

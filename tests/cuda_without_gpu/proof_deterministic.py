@@ -1,0 +1,62 @@
+"""With `deterministic` every operator of the step has a deterministic form: PyTorch raises at those that have none.
+
+The operators run for real, on the stand-in, since fake tensors know nothing of it. Convolutions and products of matrices,
+which need cuDNN and cuBLAS, are left out: the switches that proof_card.py looks at make those deterministic.
+"""
+
+import pytest
+import torch
+from fake_cuda import CUDA, QUICK, batch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from config import CONFIG
+from engine.loss import build_mixing
+from train import new_state, train_step
+
+LIBRARIES = ("convolution", "mm", "addmm", "batch_norm")  # of cuDNN and cuBLAS; batch norm's own kernels have no atomics
+
+
+class WithoutLibraries(TorchDispatchMode):
+    """Gives the libraries' operators results of the right shape and no content."""
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        options = options or {}
+        if not any(name in operator.__name__.split(".")[0] for name in LIBRARIES):
+            return operator(*arguments, **options)
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            results = operator(*tree_map_only(torch.Tensor, fake.from_tensor, (arguments, options))[0], **options)
+        return tree_map_only(
+            torch.Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device), results
+        )
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "sgd", "mixup_alpha": 0.2, "cutmix_alpha": 1.0, "loss": "bce", "blur_pool": True, "blur_max_pool": True},
+        {"optimizer": "adamw", "label_smoothing": 0.1, "stochastic_depth": 0.2, "memory": "low", "micro_batch_size": 4},
+    ],
+)
+def test_no_operator_of_the_step_lacks_a_deterministic_form(deterministic, changes):
+    config = CONFIG | QUICK | {"batch_size": 8} | changes
+    state = new_state(config, 10, 50, CUDA, "fp16")
+    state.network.train()
+    torch.autograd.set_multithreading_enabled(False)
+    with WithoutLibraries():
+        result = train_step(state, *build_mixing(config, 10)(*batch(8, 32, "fp16", 10)), config)
+        state.sums.add(result.loss, result.correct, result.grad_norm, 8)
+
+
+def test_control_an_operator_without_one_is_noticed(deterministic):
+    images = torch.empty(2, 4, 8, 8, device="cuda", requires_grad=True)
+    with WithoutLibraries(), pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+        torch.nn.functional.adaptive_max_pool2d(images, 4).sum().backward()

@@ -1,0 +1,105 @@
+"""The training step on a GPU: the host reads nothing of the device, copies nothing, and the fast layout is kept."""
+
+import os
+
+import pytest
+import torch
+from fake_cuda import QUICK, batch, fake_cuda, steps
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+from config import CONFIG, RECIPES
+from engine import averaging, metrics
+from engine.device import autocast
+from evaluate import evaluate
+from train import new_state
+
+NATIVE_BF16 = int(os.environ["STANDIN_CAPABILITY"]) >= 80
+VARIANTS = {
+    "micro-batches": {"micro_batch_size": 5},
+    "no clipping": {"grad_clip_value": float("inf")},
+    "mixup": {"mixup_alpha": 0.2},
+    "cutmix": {"cutmix_alpha": 1.0},
+    "mixup and cutmix, bce, micro-batches": {"mixup_alpha": 0.2, "cutmix_alpha": 1.0, "loss": "bce", "micro_batch_size": 5},
+    "bce": {"loss": "bce", "label_smoothing": 0.1},
+    "blur": {"blur_pool": True, "blur_max_pool": True},
+    "stochastic depth": {"stochastic_depth": 0.2},
+    "running average": {"ema_half_life_steps": 100, "ema_every_steps": 1},
+    "low": {"memory": "low"},
+    "lowest": {"memory": "lowest"},
+    "low, stochastic depth, blur": {"memory": "low", "stochastic_depth": 0.2, "blur_pool": True, "architecture": "resnet50"},
+}
+
+
+def require_device_alone(state, copies, mixed):
+    assert copies == []
+    held = [*state.model.parameters(), *state.model.buffers()]
+    held += [p.grad for p in state.model.parameters()]
+    held += [t for of_one in state.optimizer.state.values() for t in of_one.values()]
+    assert {tensor.device.type for tensor in held} == {"cuda"}
+    assert mixed.is_contiguous(memory_format=torch.channels_last)
+    if NATIVE_BF16 or state.precision != "bf16":  # PyTorch has no channels-last convolution in emulated bf16
+        assert all(p.grad.stride() == p.stride() for p in state.model.parameters())
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adam"])
+def test_the_host_reads_and_copies_nothing_in_any_precision_with_any_optimizer(precision, optimizer):
+    require_device_alone(*steps(precision, optimizer=optimizer))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_host_reads_and_copies_nothing_whatever_is_switched_on(variant):
+    require_device_alone(*steps(**VARIANTS[variant]))
+
+
+@pytest.mark.parametrize("recipe", ["seed", "fast", "mild"])  # long is fast for longer, demo is for a CPU
+def test_the_host_reads_and_copies_nothing_in_any_recipe(recipe):
+    settings = CONFIG | RECIPES[recipe] | {key: QUICK[key] for key in ("batch_size", "epochs", "warmup_epochs", "compile")}
+    settings |= {"swa_start_epoch": 3 if settings["swa_start_epoch"] else 0, "ema_every_steps": 1}
+    del settings["precision"]
+    require_device_alone(*steps("fp16", **settings))
+
+
+def test_control_a_value_read_in_the_step_is_noticed(monkeypatch):
+    real = metrics.topk_correct
+    monkeypatch.setattr(metrics, "topk_correct", lambda *a: (real(*a), float(real(*a)))[0])
+    with pytest.raises(DataDependentOutputException):
+        steps()
+
+
+def test_control_a_tensor_on_the_cpu_is_noticed(monkeypatch):
+    real = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *a, **k: real(*a, **(k | {"device": "cpu"} if a == ((),) else k)))
+    with pytest.raises(RuntimeError, match="found cpu"):
+        steps()
+
+
+def test_control_a_copy_to_the_host_is_noticed(monkeypatch):
+    real = metrics.topk_correct
+    monkeypatch.setattr(metrics, "topk_correct", lambda *a: real(*a).cpu().to("cuda"))
+    _, copies, _ = steps()
+    assert len(copies) == 4
+
+
+def test_recomputing_batch_norm_statistics_reads_nothing_on_the_host():
+    with fake_cuda():
+        state = new_state(CONFIG | QUICK, 1000, 50, torch.device("cuda"), "fp16")
+        batches = (batch(16, 32, "fp16") for _ in range(3))
+        averaging.refresh_batch_norm(state.averaged_model, batches, autocast(state.device, "fp16"))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_scoring_reads_the_device_once_at_its_end(flip):
+    with fake_cuda():
+        state = new_state(CONFIG | QUICK | {"ema_half_life_steps": 100}, 1000, 50, torch.device("cuda"), "fp16")
+        served = []
+
+        def batches():
+            for images in (16, 16, 4):
+                served.append(images)
+                yield batch(images, 32, "fp16")
+
+        models = {"raw": state.model, "averaged": state.averaged_model, "ema": state.ema_model}
+        with pytest.raises(DataDependentOutputException):  # the sums, read after the last batch
+            evaluate(models, batches(), 36, autocast(state.device, "fp16"), flip)
+        assert served == [16, 16, 4]
