@@ -39,6 +39,7 @@ from engine.demo import make_demo_data
 from engine.device import AUTOCAST_DTYPES, autocast, build_scaler, choose_device, choose_precision, describe_device
 from engine.environment import environment
 from engine.errors import TrainingStopped, UserError, first_line, run_program
+from engine.host_memory import keep_freed_memory
 from engine.interruption import Interrupted, StopRequest, watch_spot_notice
 from engine.loss import build_mixing, main_class, training_loss
 from engine.monitor import Monitor, Throughput
@@ -569,7 +570,10 @@ def main(command):
     idle = sorted({"images_per_s", "price_per_hour"} & set(command.options))
     if idle and not planning:
         raise ConfigError([f"--{name.replace('_', '-')}: belongs to a plan; add --plan or --hours" for name in idle])
-    with distributed.joined(choose_device(command.config)):
+    device = choose_device(command.config)
+    if device.type == "cpu":
+        keep_freed_memory()
+    with distributed.joined(device):
         return print_plan(command) if "plan" in planning else start(command)
 
 
