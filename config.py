@@ -76,7 +76,7 @@ CONFIG = {
     # Numbers and device.
     "precision": "auto",  # auto, fp32, fp16 (with a GradScaler) or bf16; auto takes bf16 where the hardware has it
     "device": "auto",  # auto, cuda or cpu
-    "compile": "auto",  # auto, on or off: torch.compile of the network; auto where Triton supports the GPU
+    "compile": "auto",  # torch.compile of the network: on, off, auto where it is faster on a GPU, measure where it is anywhere
     "memory": "fast",  # fast keeps all activations; low and lowest compute ever more of them again, to the same bits
     "micro_batch_size": 0,  # images per forward pass of a GPU; 0 is all it gets, halved when its memory runs out
     "max_bad_steps": 20,  # steps in a row with a non-finite loss or gradient before the run stops
@@ -334,7 +334,7 @@ ALLOWED = {
     "ema_every_steps": Number(1, 1_000_000, whole=True),
     "precision": Choice(("auto", "fp32", "fp16", "bf16")),
     "device": Choice(("auto", "cuda", "cpu")),
-    "compile": Choice(("auto", "on", "off")),
+    "compile": Choice(("auto", "on", "off", "measure")),
     "memory": Choice(("fast", "low", "lowest")),
     "micro_batch_size": Number(0, 65536, whole=True),
     "max_bad_steps": Number(1, 1_000_000, whole=True),
