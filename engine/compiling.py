@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from engine.data import resolution_of_epoch
 from engine.device import AUTOCAST_DTYPES, describe_device
@@ -78,7 +79,7 @@ def keep_compiled_code_in(folder, create=True):
         create: the folder, if it is not there; without it nothing is kept there then.
     """
     cache = Path(folder, CACHE_FOLDER).resolve()
-    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) != default_cache_dir():  # PyTorch itself sets the default
         return
     try:
         if create:
@@ -203,7 +204,7 @@ def choose_compiled(config, contents, own_step, train_images, hours, device, pre
     if how == "measure":
         circumstances = {
             "hardware": f"{size()} times {describe_device(device)}",
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # itself a class of its own, which no checkpoint may hold
             "precision": precision,
             "batch_size": config["batch_size"],
             "memory": config["memory"],

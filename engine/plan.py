@@ -184,7 +184,7 @@ def measure_with(batches, config, state, step, monitor, begun, seconds):
 
     sizes = sorted({resolution_of_epoch(config, epoch) for epoch in range(config["epochs"])})
     at = {size: pace(train_on, training(size)) for size in sorted({sizes[0], sizes[-1]})}
-    most = networks_scored(config, config["epochs"] - 1)
+    most = networks_scored(config, config["epochs"])
     scoring = {
         networks: pace(score_with(networks), endless(lambda epoch: batches.validation())) for networks in sorted({1, most})
     }
@@ -257,9 +257,9 @@ class Plan(NamedTuple):
         return sum(phase.hours for phase in self.phases) + sum(parts)
 
 
-def networks_scored(config, epoch):
-    """Return how many kinds of weights are validated after an epoch, counted from 0: raw, averaged, EMA."""
-    averages = averaging.epochs_to_average(config, epoch + 1) > 0
+def networks_scored(config, epochs_trained):
+    """Return how many kinds of weights are validated after so many epochs: raw, averaged, EMA."""
+    averages = averaging.epochs_to_average(config, epochs_trained) > 0
     return 1 + averages + bool(config["ema_half_life_steps"])
 
 
@@ -305,16 +305,17 @@ def plan_run(config, rates, train_images, val_images):
         group, rate = list(group), rates.training_at(resolution)
         hours = len(group) * steps * config["batch_size"] / rate / 3600
         phases.append(Phase(group[0] + 1, group[-1] + 1, resolution, rate, hours))
-    scored = [networks_scored(config, epoch) for epoch in range(epochs)]
+    fewest, most = (networks_scored(config, epoch) for epoch in (0, epochs))
+    averaged = averaging.epochs_to_average(config, epochs)
     elsewhere = sum((side / config["val_resolution"]) ** 2 for side in config["more_val_resolutions"])  # at the end
-    validation = sum(val_images / rates.validation_of(networks) for networks in scored)
-    validation += elsewhere * val_images / rates.validation_of(scored[-1])
+    validation = (epochs - averaged) * val_images / rates.validation_of(fewest) if averaged < epochs else 0.0
+    validation += (averaged + elsewhere) * val_images / rates.validation_of(most)
     statistics = 0.0
-    for epoch in range(epochs) if config["swa_start_epoch"] else ():
-        if averaging.epochs_to_average(config, epoch + 1):
-            size = resolution_of_epoch(config, epoch)
-            rate = rates.statistics * rates.training_at(size) / rates.training_at(max(phase.resolution for phase in phases))
-            statistics += min(config["swa_batch_norm_batches"], steps) * config["batch_size"] / rate
+    for phase in phases if averaged else ():
+        count = averaging.epochs_to_average(config, phase.last_epoch)
+        count -= averaging.epochs_to_average(config, phase.first_epoch - 1)
+        rate = rates.statistics * phase.images_per_s / rates.training_at(phases[-1].resolution)
+        statistics += count * min(config["swa_batch_norm_batches"], steps) * config["batch_size"] / rate
     working = sum(phase.hours for phase in phases) * 3600
     saves = epochs + int(working / 60 / config["checkpoint_minutes"])
     drawings = min(epochs, 1 + math.ceil((working + validation + statistics) / DRAWING_SECONDS))

@@ -9,6 +9,7 @@ import torch
 import torch._inductor.config
 import torch.nn.functional as F
 from conftest import run_program, tiny_run
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 import train
 from config import CONFIG, RECIPES, config_problems
@@ -166,7 +167,7 @@ def test_a_run_measures_says_and_remembers_whether_compiled_code_is_faster(image
         assert torch.equal(ours["cpu"], theirs["cpu"])
 
 
-def test_what_was_measured_before_holds_for_the_same_circumstances_only(monkeypatch):
+def test_what_was_measured_before_holds_for_the_same_circumstances_only(monkeypatch, tmp_path):
     monkeypatch.setattr("engine.compiling._measured", lambda *arguments: {**figures, "compiled": False})
     figures = {"compiled": True, "why": "", "step_as_written": 2.0, "step_compiled": 1.0, "compilation": 1.0, "resolution": 32}
 
@@ -176,6 +177,8 @@ def test_what_was_measured_before_holds_for_the_same_circumstances_only(monkeypa
 
     first = chosen(None)
     assert first.items() >= {"batch_size": 8, "precision": "fp32", "torch": torch.__version__}.items()
+    checkpoint.write(tmp_path / "last.pt", {"format": checkpoint.FORMAT, "compile_choice": first})
+    assert checkpoint.read(tmp_path / "last.pt")["compile_choice"] == first  # plain values, safe to load
     contents = {"epoch": 1, "compile_choice": first | {"compiled": True}}
     assert chosen(contents)["compiled"] is True
     assert chosen(contents, precision="bf16")["compiled"] is False
@@ -201,10 +204,12 @@ def test_compiled_code_lies_beside_the_checkpoints_and_neither_is_a_run_nor_goes
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
     keep_compiled_code_in(tmp_path / "other")
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere" and not (tmp_path / "other").exists()
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as PyTorch does when it is imported
     (tmp_path / "file").touch()
     keep_compiled_code_in(tmp_path / "file")  # cannot be: saving a checkpoint will say so
-    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == default_cache_dir()
+    keep_compiled_code_in(tmp_path / "run")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "run/compiler_cache")
 
 
 # Compiling -----------------------------------------------------------------------------------------------------------
