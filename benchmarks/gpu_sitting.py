@@ -153,8 +153,7 @@ def sit(arguments):
             continue
         took = round(time.monotonic() - began, 1)
         line = environment() | facts | {"sitting": number, "part": part.name, "seconds": took, "result": result}
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        keep(path, line)
         sitting.append(line)
         print(f"  {took:.0f} s: {json.dumps(result)[:300]}", flush=True)
     if left:
@@ -194,8 +193,15 @@ def lines_of(path):
     return lines
 
 
+def keep(path, line):
+    """Append a line to a results file, behind one that a kill cut short."""
+    cut = Path(path).exists() and not Path(path).read_bytes().endswith(b"\n")
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(("\n" if cut else "") + json.dumps(line) + "\n")
+
+
 def newest_sitting(lines, card=None, rehearsal=False):
-    """Return the newest sitting's lines, of a card if it is named."""
+    """Return the newest sitting's lines, of a card if it is named; none if there is no sitting."""
     lines = [line for line in lines if line["rehearsal"] == rehearsal and card in (None, line["card"])]
     return [line for line in lines if line["sitting"] == lines[-1]["sitting"]]
 

@@ -1,15 +1,17 @@
 """What a run will take is said before it begins, and can be chosen."""
 
 import re
+import statistics
 import time
 
 import pytest
 import torch
-from conftest import REPOSITORY, run_program, tiny_run
+from conftest import REPOSITORY, run_here, run_program, tiny_run
 
 import train
 from config import CONFIG, RECIPES, config_problems, parse_command_line
 from engine import data, metrics
+from engine.demo import make_demo_data
 from engine.monitor import Monitor
 from engine.plan import PlanError, Rates, epochs_within, measure_machine, plan_run, rates_stated, steady_pace
 
@@ -163,6 +165,37 @@ def test_a_machines_rates_are_measured_at_the_smallest_and_largest_size_and_in_v
     assert rates.statistics > rates.training[96]
     assert rates.start_seconds > 0 and rates.save_seconds > 0 and rates.drawing_seconds > 0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_plan_is_right_when_held_against_the_run_that_follows(tmp_path):
+    """Plan, run, plan and so on; each run beside the plans before and after it, as other processes slow all of them alike."""
+    make_demo_data(tmp_path / "images", 480, 160)
+    growing = {"start_resolution": 64, "train_resolution": 96, "val_resolution": 96, "val_flip": "true"}
+    averaged = {"epochs": 5, "swa_start_epoch": 3, "swa_batch_norm_batches": 10, "checkpoint_minutes": 0.1, "batch_size": 16}
+    arguments = tiny_run(tmp_path / "images", tmp_path / "run", **growing, **averaged)
+    command = parse_command_line(arguments)
+    splits, cpu = data.open_splits(command.config["data_dir"]), torch.device("cpu")
+
+    def planned():
+        begun = time.perf_counter()
+        state = train.state_to_forget(command.config, splits["train"], cpu, "fp32")
+
+        def step(state, *batch):
+            return train.adapting_train_step(state, *batch, command.config, print)
+
+        with Monitor(command.config | {"log_file": None}, cpu) as monitor:
+            rates = measure_machine(command.config, splits, state, step, monitor, begun, seconds=4)
+        return 3600 * plan_run(command.config, rates, 480, 160).hours
+
+    plans, ratios = [planned()], []
+    for number in range(3):
+        begun = time.perf_counter()
+        assert run_here([*arguments, f"--checkpoint-dir={tmp_path / str(number)}"]) == 0
+        took = time.perf_counter() - begun
+        plans.append(planned())
+        ratios.append((plans[-2] + plans[-1]) / 2 / took)
+    assert statistics.median(ratios) == pytest.approx(1, abs=0.1), (plans, ratios)
 
 
 @pytest.mark.slow
