@@ -12,7 +12,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from engine.data import resolution_of_epoch
 from engine.device import AUTOCAST_DTYPES, describe_device
-from engine.distributed import any_process, gathered, largest_share, rank, size
+from engine.distributed import any_process, as_the_first, gathered, largest_share, rank, size
 
 LEAST_CAPABILITY = (7, 0)  # that Inductor compiles for: torch/_dynamo/device_interface.py, torch 2.11 to 2.14
 SHAPES = 64  # that may be compiled: a run's resolutions, each with its micro-batches
@@ -199,11 +199,11 @@ def choose_compiled(config, contents, own_step, train_images, hours, device, pre
         choice: dict of plain values with at least `compiled`; for the checkpoints.
     """
     coarse = config if own_step else config | {"resolution_step": coarser_step(config)}
-    how, why = choose_compile(config, device)
+    how, why = as_the_first(choose_compile(config, device))
     choice = {"compiled": how == "on"}
     if how == "measure":
         circumstances = {
-            "hardware": f"{size()} times {describe_device(device)}",
+            "hardware": as_the_first(f"{size()} times {describe_device(device)}"),
             "torch": str(torch.__version__),  # itself a class of its own, which no checkpoint may hold
             "precision": precision,
             "batch_size": config["batch_size"],

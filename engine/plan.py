@@ -121,26 +121,27 @@ def steady_pace(batches, work, workers, queued, seconds, clock=time.perf_counter
     return Pace(counted / took, first_batch, max(first_work - (took - waited) / steps, 0.0))
 
 
-def measure_machine(config, splits, state, step, monitor, begun, seconds=20.0):
+def measure_machine(config, splits, state, step, monitor, begun, seconds=20.0, clock=time.perf_counter):
     """Return the Rates of this machine with everything that a run does: data, averages, validation, saving.
 
     Args:
         splits: the run's images.
         state: TrainState to train and forget, as the run's own is at its start.
         step: (state, images, targets) -> result with loss, correct and grad_norm; trains.
-        begun: time.perf_counter() at the program's start.
+        begun: what the clock showed at the program's start.
         seconds: of measuring each: training at the smallest and the largest resolution of the run, validation, statistics.
+        clock: time.perf_counter; or time.process_time for the CPU time of a run without workers, which others do not disturb.
     """
     batches = BatchServer(splits, config, state.device, AUTOCAST_DTYPES[state.precision], StopRequest(), monitor.say)
     try:
-        return measure_with(batches, config, state, step, monitor, begun, seconds)
+        return measure_with(batches, config, state, step, monitor, begun, seconds, clock)
     finally:
         batches.close()
 
 
-def measure_with(batches, config, state, step, monitor, begun, seconds):
+def measure_with(batches, config, state, step, monitor, begun, seconds, clock):
     """Return measure_machine's Rates, with a BatchServer."""
-    start_seconds = time.perf_counter() - begun
+    start_seconds = clock() - begun
     mix = build_mixing(config, state.model.fc.out_features)
     context = autocast(state.device, state.precision)
     views = 2 if config["val_flip"] else 1
@@ -174,7 +175,7 @@ def measure_with(batches, config, state, step, monitor, begun, seconds):
 
     def pace(work, of_batches):
         monitor.start("measuring this machine", None)
-        measured = steady_pace(monitor.watch(of_batches), work, batches.workers, batches.queued, seconds)
+        measured = steady_pace(monitor.watch(of_batches), work, batches.workers, batches.queued, seconds, clock)
         monitor.finish()
         return measured
 
@@ -189,13 +190,13 @@ def measure_with(batches, config, state, step, monitor, begun, seconds):
         networks: pace(score_with(networks), endless(lambda epoch: batches.validation())) for networks in sorted({1, most})
     }
     statistics = pace(recompute, training(sizes[-1])).images_per_s if config["swa_start_epoch"] else 0.0
-    save_seconds, drawing_seconds = seconds_to_keep(config, state, monitor.say)
+    save_seconds, first_drawing, drawing_seconds = seconds_to_keep(config, state, monitor.say, clock)
     return Rates(
         training={size: measured.images_per_s for size, measured in at.items()},
         validation={networks: measured.images_per_s for networks, measured in scoring.items()},
         statistics=statistics,
         source=f"measured on {describe_device(state.device)}, {state.precision}, data included",
-        start_seconds=start_seconds,
+        start_seconds=start_seconds + max(first_drawing - drawing_seconds, 0.0),
         first_step_seconds=max(measured.first_work for measured in at.values()),
         passes_seconds=at[sizes[-1]].first_batch + scoring[1].first_batch,
         save_seconds=save_seconds,
@@ -203,10 +204,11 @@ def measure_with(batches, config, state, step, monitor, begun, seconds):
     )
 
 
-def seconds_to_keep(config, state, say):
-    """Return the seconds that a checkpoint of the state and a drawing of the curves take on the disk of checkpoint_dir.
+def seconds_to_keep(config, state, say, clock):
+    """Return the seconds of a checkpoint of the state, of the first drawing of the curves and of another one.
 
-    Both go into a folder that is then deleted; where nothing can be written, that is said, and they are 0.
+    They go to the disk of checkpoint_dir, into a folder that is then deleted; where nothing can be written, that is said, and
+    they are 0.
     """
     place = Path(config["checkpoint_dir"]).absolute()
     place = next(folder for folder in (place, *place.parents) if folder.is_dir())
@@ -214,17 +216,21 @@ def seconds_to_keep(config, state, say):
     records = [{"epoch": epoch + 1} | dict.fromkeys(figures, 1.0) for epoch in range(min(config["epochs"], 100))]
 
     def kept(contents, started):
+        seconds = []
         try:
             with tempfile.TemporaryDirectory(prefix=".plan-", dir=place) as folder:
                 checkpoint.write(Path(folder) / checkpoint.LAST, contents)
-                saved = time.perf_counter()
-                draw_curves(records, Path(folder) / checkpoint.CURVES)
-                return saved - started, time.perf_counter() - saved
+                seconds.append(clock() - started)
+                for _ in range(2):
+                    started = clock()
+                    draw_curves(records, Path(folder) / checkpoint.CURVES)
+                    seconds.append(clock() - started)
+            return seconds
         except OSError as error:
             say(f"WARNING: saving could not be measured and is not in the plan: {place} cannot be written to: {error}")
-            return 0.0, 0.0
+            return 0.0, 0.0, 0.0
 
-    started = time.perf_counter()
+    started = clock()
     contents = state.state_dict()
     checkpoint.all_finite(contents)
     return as_the_first(by_first(kept, contents, started))
@@ -316,8 +322,11 @@ def plan_run(config, rates, train_images, val_images):
         count -= averaging.epochs_to_average(config, phase.first_epoch - 1)
         rate = rates.statistics * phase.images_per_s / rates.training_at(phases[-1].resolution)
         statistics += count * min(config["swa_batch_norm_batches"], steps) * config["batch_size"] / rate
+    saves = epochs
+    for phase in phases:  # each epoch's end starts the minutes anew
+        count = phase.last_epoch - phase.first_epoch + 1
+        saves += count * int(phase.hours / count * 60 / config["checkpoint_minutes"])
     working = sum(phase.hours for phase in phases) * 3600
-    saves = epochs + int(working / 60 / config["checkpoint_minutes"])
     drawings = min(epochs, 1 + math.ceil((working + validation + statistics) / DRAWING_SECONDS))
     starting = rates.start_seconds + len(phases) * rates.first_step_seconds + epochs * rates.passes_seconds
     keeping = saves * rates.save_seconds + drawings * rates.drawing_seconds
