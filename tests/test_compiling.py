@@ -212,6 +212,22 @@ def test_compiled_code_lies_beside_the_checkpoints_and_neither_is_a_run_nor_goes
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "run/compiler_cache")
 
 
+@pytest.mark.slow
+def test_a_second_start_takes_the_compiled_code_of_the_first(image_tree, tmp_path):
+    arguments = tiny_run(image_tree, tmp_path / "run", compile="on", epochs=1, swa_start_epoch=0)
+
+    def compiled():
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "run/compiler_cache").rglob("*.so")}
+
+    status, output = run_program("train.py", arguments, timeout=900)
+    assert status == 0, output
+    first = compiled()
+    assert first
+    status, output = run_program("train.py", [*arguments, "--overwrite"], timeout=900)
+    assert status == 0, output
+    assert compiled() == first  # nothing was compiled, and nothing anew
+
+
 # Compiling -----------------------------------------------------------------------------------------------------------
 
 
