@@ -5,6 +5,7 @@ python benchmark.py input      images/s from JPEG files to batches, on one core 
 python benchmark.py step       images/s and memory of the train step on data that lies on the device
 python benchmark.py train      images/s from JPEG files to trained weights, and the time spent waiting for data
 python benchmark.py scaling    what several GPUs can give, calculated from the bytes that they exchange
+python benchmark.py gpu        all that is worth knowing of a GPU in 25 minutes, to paste as a report; goes on when called again
 python benchmark.py recipes    top-1 of the recipes on a made data set, each block left out, several seeds; takes hours
 
 Contenders take turns in rounds, so that a busy machine slows all alike; the figures are medians over the rounds, and the
@@ -15,6 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from benchmarks.gpu_sitting import gpu_tables, sit
 from benchmarks.input_speed import input_benchmark, input_tables
 from benchmarks.measuring import record
 from benchmarks.picture import draw_benchmarks
@@ -77,6 +79,16 @@ def parse_arguments(arguments=None):
 
     command("scaling")
 
+    sitting = commands.add_parser("gpu", allow_abbrev=False)
+    sitting.set_defaults(what="gpu")
+    sitting.add_argument("--minutes", type=at_least_one, default=25, help="that it may take; default 25")
+    sitting.add_argument("--rehearse", action="store_true", help="go through everything at a tiny size on the CPU")
+    sitting.add_argument("--anew", action="store_true", help="do not go on with this card's newest sitting")
+    sitting.add_argument(
+        "--parts", nargs="+", metavar="NAME", help="only those whose names begin so, such as step; default: all"
+    )
+    sitting.add_argument("--results", type=Path, metavar="FILE", help="default benchmarks/gpu.jsonl, or gpu_rehearsal.jsonl")
+
     recipes = command("recipes", on_device)
     recipes.add_argument(
         "--data-dir", type=Path, default=Path("data/hard"), help="where the images are made; default data/hard"
@@ -132,6 +144,9 @@ def at_least_one(text):
 def main(arguments):
     if arguments.what == "recipes":
         print("\n".join(recipe_tables(recipe_benchmark(arguments))))
+        return 0
+    if arguments.what == "gpu":
+        print("\n".join(["", *gpu_tables(sit(arguments))]))
         return 0
     if arguments.what == "scaling":
         print("\n".join(scaling_tables()))

@@ -80,7 +80,7 @@ CONFIG = {
     # Numbers and device.
     "precision": "auto",  # auto, fp32, fp16 (with a GradScaler) or bf16; auto takes bf16 where the hardware has it
     "device": "auto",  # auto, cuda or cpu
-    "compile": "auto",  # auto, on or off: torch.compile of the network; auto where Triton supports the GPU
+    "compile": "auto",  # torch.compile of the network: on, off, auto where it is faster on a GPU, measure where it is anywhere
     "memory": "fast",  # fast keeps all activations; low and lowest compute ever more of them again, to the same bits
     "deterministic": False,  # true: a GPU gives the same bits each time, after a resumption too; slower, how much is unmeasured
     "micro_batch_size": 0,  # images per forward pass of a GPU; 0 is all it gets, halved when its memory runs out
@@ -352,7 +352,7 @@ ALLOWED = {
     "ema_every_steps": Number(1, 1_000_000, whole=True),
     "precision": Choice(("auto", "fp32", "fp16", "bf16")),
     "device": Choice(("auto", "cuda", "cpu")),
-    "compile": Choice(("auto", "on", "off")),
+    "compile": Choice(("auto", "on", "off", "measure")),
     "memory": Choice(("fast", "low", "lowest")),
     "deterministic": Flag(),
     "micro_batch_size": Number(0, 65536, whole=True),
@@ -550,19 +550,21 @@ class Command(NamedTuple):
     recipe: str | None  # as named on the command line; None means the default, seed
     options: dict  # the program's own flags, such as resume
 
-    def with_epochs(self, epochs):
-        """Return the configuration of a new run of another length: what is not given keeps its share of the run."""
-        return stretched(CONFIG | RECIPES.get(self.recipe, {}), self.recipe, self.given | {"epochs": epochs})
+    def durations(self, epochs):
+        """Return {key: value} of what the length of a new run decides: what is not given keeps its share of it."""
+        config = stretched(CONFIG | RECIPES.get(self.recipe, {}), self.recipe, self.given | {"epochs": epochs})
+        return {key: config[key] for key in ("epochs", *DURATIONS)}
 
 
 # A published schedule that says otherwise: FFCV's warm-up takes 2 epochs at any length.
 WARMUP_OF_ANY_LENGTH = ("fast", "long")
+DURATIONS = ("warmup_epochs", "swa_start_epoch", "swa_anneal_epochs")
 
 
 def stretched(recipe_config, recipe, given):
     """Return a recipe's configuration with the given keys; where they change `epochs`, other durations keep their share.
 
-    These are warmup_epochs, swa_start_epoch and swa_anneal_epochs, rounded to whole epochs, unless one of their kind is given.
+    These are the DURATIONS, rounded to whole epochs, unless one of their kind is given.
     """
     config = recipe_config | given
     epochs, usual = config["epochs"], recipe_config["epochs"]
@@ -584,8 +586,7 @@ def stretched(recipe_config, recipe, given):
 def stretching_in_words(recipe, config, given):
     """Return a sentence about what `stretched` has changed beside the epochs, or None."""
     usual = CONFIG | RECIPES.get(recipe, {})
-    durations = ("warmup_epochs", "swa_start_epoch", "swa_anneal_epochs")
-    changed = [key for key in durations if key not in given and config[key] != usual[key]]
+    changed = [key for key in DURATIONS if key not in given and config[key] != usual[key]]
     if not changed:
         return None
     shown = ", ".join(f"{key} = {config[key]} (was {usual[key]})" for key in changed)

@@ -8,6 +8,7 @@ torchrun --nproc_per_node=4 train.py           the same run on four GPUs
 """
 
 import sys
+import time
 
 from config import RULED_ON_RESUME, ConfigError, command_from_terminal, config_problems, resumed_config, stretching_in_words
 
@@ -20,6 +21,7 @@ OWN_FLAGS = {
     "price-per-hour P": "for the plan: what an hour of the machine costs",
 }
 if __name__ == "__main__":  # before torch is imported: --help and typing errors answer at once
+    BEGUN = time.perf_counter()
     COMMAND = command_from_terminal("train.py", __doc__, OWN_FLAGS)
 
 import contextlib
@@ -27,7 +29,6 @@ import functools
 import itertools
 import math
 import os
-import time
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +38,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from engine import averaging, checkpoint, data, distributed, metrics
-from engine.compiling import choose_compile, compile_network, uncompiled
+from engine.compiling import choose_compile, choose_compiled, compile_network, keep_compiled_code_in, uncompiled
 from engine.demo import make_demo_data
 from engine.device import (
     AUTOCAST_DTYPES,
@@ -53,15 +54,16 @@ from engine.device import (
 )
 from engine.environment import environment
 from engine.errors import CheckpointError, TrainingStopped, UserError, first_line, run_program
+from engine.host_memory import keep_freed_memory
 from engine.lock import folder_lock
 from engine.interruption import Interrupted, StopRequest, watch_spot_notice
 from engine.loss import build_mixing, main_class, training_loss
 from engine.micro_batches import enough_for_batch_norm, num_micro_batches
 from engine.monitor import Monitor, Throughput
 from engine.optim import build_optimizer, build_schedule, rate_factor
-from engine.out_of_memory import in_parts_that_fit, pass_in_parts_that_fit, retry_on_oom, stop_on_oom
+from engine.out_of_memory import pass_in_parts_that_fit, retry_on_oom, stop_on_oom
 from engine.plain_json import to_json
-from engine.plan import epochs_within, measure_rates, plan_lines, plan_run, rates_stated
+from engine.plan import measure_machine, plan_new_run, positive
 from engine.random_state import random_state, random_state_restored_on_error, set_random_state
 from engine.range_test import BATCHES_IN_CYCLE, USUAL_RANGE, describe_rates, range_test
 from engine.recompute import statistics_untouched
@@ -163,7 +165,7 @@ def new_state(config, num_classes, steps_per_epoch, device, precision):
     model = build_model(config, num_classes).to(device)
     averaged_model = averaging.build_average(model) if config["swa_start_epoch"] else None
     ema_model = averaging.build_running_average(model, config)
-    if choose_compile(config, device)[0]:
+    if config["compile"] == "on":
         compile_network(model, config["memory"])  # in place, after the averages were copied from it
     optimizer = build_optimizer(model, config)
     return TrainState(
@@ -434,85 +436,62 @@ def find_learning_rate(config, batches, precision, monitor, lowest, highest, ste
     return result
 
 
-# The plan ------------------------------------------------------------------------------------------------------------
+# What is measured beforehand -----------------------------------------------------------------------------------------
 
 
-@stop_on_oom("outside of a training step: make room in the GPU's memory")
-def measure(config, splits, device, precision, monitor, seconds=20.0):
-    """Return the Rates of this machine, data included, with the run's own step on weights that are then forgotten."""
-    config = config | {"learning_rate": 1e-6}
-    state = state_to_forget(config, splits["train"], device, precision)
-    mix = build_mixing(config, len(splits["train"].classes))
+def prepare(command, config, contents, splits, device, precision, monitor, begun):
+    """Return (config, compile_choice, remarks): whether the network is compiled and, where a plan is asked for, its lines."""
+    images, remarks = splits["train"], []
 
-    def train_on(images, labels):
-        state.network.train()
-        return adapting_train_step(state, *mix(images, labels), config, monitor.say).loss
+    def scratch_state(config):
+        return state_to_forget(config | {"learning_rate": 1e-6}, images, device, precision)
 
-    forward = in_parts_that_fit(lambda images: state.model(images).sum())
+    def step(state, *batch):
+        return adapting_train_step(state, *batch, config, remarks.append)
 
-    @torch.inference_mode()
-    def score(images, labels):
-        state.model.eval()
-        with uncompiled(), autocast(device, precision):
-            return forward(images)[-1]
-
-    source = f"measured on {describe_device(device)}, {precision}, data included"
-    batches = data.BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], StopRequest(), monitor.say)
-    try:
-        return measure_rates(config, batches, train_on, score, source, monitor, seconds)
-    finally:
-        batches.close()
-
-
-def plan_new_run(config, options, splits, counts, monitor):
-    """Return (config, lines): the configuration with the epochs that fit, if hours are asked for, and its plan in words.
-
-    Args:
-        splits: to measure with; not needed where the options state images_per_s.
-        counts: of the images for training and for validation.
-    """
-    if "images_per_s" in options:
-        rates = rates_stated(positive("images-per-s", options), config["val_resolution"])
-    else:
-        device = choose_device(config)
-        rates = measure(config, splits, device, choose_precision(config, device), monitor)
-    if "hours" in options:
-        hours = positive("hours", options)
-        epochs = epochs_within(hours, config, rates, *counts, lambda stretched: not config_problems(stretched))
-        if epochs == 0:
-            raise ConfigError([f"--hours {hours:g}: too short for this recipe on this machine ({rates.source}); allow more"])
-        config = config | {"epochs": epochs}
-    price = positive("price-per-hour", options) if "price_per_hour" in options else None
-    return config, plan_lines(plan_run(config, rates, *counts), config, rates, *counts, price)
+    if choose_compile(config, device)[0] != "off":
+        keep_compiled_code_in(config["checkpoint_dir"], create="plan" not in command.options)
+    own_step = "resolution_step" in command.given or contents is not None
+    hours = positive("hours", command.options)
+    config, choice, lines = choose_compiled(
+        config, contents, own_step, len(images), hours or math.inf, device, precision, scratch_state, step
+    )
+    if {"plan", "hours"} & set(command.options) and contents is None:
+        settled = config | {"compile": "on" if choice["compiled"] else "off"}
+        config, planned = distributed.as_the_first(
+            plan_new_run(
+                config,
+                command.options,
+                (len(images), len(splits["val"])),
+                lambda: measure_machine(settled, splits, scratch_state(settled), step, monitor, begun),
+                lambda epochs: config | command.durations(epochs),
+                lambda stretched: not config_problems(stretched),
+            )
+        )
+        lines += planned
+    return config, choice, lines + remarks
 
 
-def print_plan(command):
+def print_plan(command, begun):
     """Print what a new run would take; nothing is written."""
     config, options = command.config, command.options
-    with Monitor(config | {"log_file": None}, choose_device(config)) as monitor:
-        try:
+    device = choose_device(config)
+    set_up_arithmetic(config, device)
+    with Monitor(config | {"log_file": None}, device) as monitor:
+        if "images_per_s" in options:
+            try:
+                splits = open_images(config, None, monitor.say)
+                counts = len(splits["train"]), len(splits["val"])
+            except data.DataError:
+                counts = data.IMAGENET_COUNTS
+                monitor.say(f"no images in {config['data_dir']}: planned for ImageNet-1K")
+            stretch = lambda epochs: config | command.durations(epochs)  # noqa: E731
+            _, lines = plan_new_run(config, options, counts, None, stretch, lambda stretched: not config_problems(stretched))
+        else:
             splits = open_images(config, None, monitor.say)
-            counts = len(splits["train"]), len(splits["val"])
-        except data.DataError:
-            if "images_per_s" not in options:
-                raise
-            splits, counts = None, data.IMAGENET_COUNTS
-            monitor.say(f"no images in {config['data_dir']}: planned for ImageNet-1K")
-        _, lines = plan_new_run(config, options, splits, counts, monitor)
+            _, _, lines = prepare(command, config, None, splits, device, choose_precision(config, device), monitor, begun)
         monitor.say("\n".join(lines))
     return 0
-
-
-def positive(flag, options):
-    """Return a flag's value as a number above 0."""
-    text = options[flag.replace("-", "_")]
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise ConfigError([f"--{flag} {text}: must be a number above 0"])
-    return value
 
 
 # From the command line to the loop -----------------------------------------------------------------------------------
@@ -609,7 +588,8 @@ def open_images(config, contents, say):
     return splits
 
 
-def main(command):
+def main(command, begun=None):
+    begun = begun or time.perf_counter()
     planning = {"plan", "hours"} & set(command.options)
     if planning and "resume" in command.options:
         raise ConfigError(
@@ -618,18 +598,21 @@ def main(command):
     idle = sorted({"images_per_s", "price_per_hour"} & set(command.options))
     if idle and not planning:
         raise ConfigError([f"--{name.replace('_', '-')}: belongs to a plan; add --plan or --hours" for name in idle])
-    with distributed.joined(choose_device(command.config)):
-        return print_plan(command) if "plan" in planning else start(command)
+    device = choose_device(command.config)
+    if device.type == "cpu":
+        keep_freed_memory()
+    with distributed.joined(device):
+        return print_plan(command, begun) if "plan" in planning else start(command, begun)
 
 
-def start(command):
+def start(command, begun=None):
     """Start or go on with the run that the command asks for; return the exit status."""
     source, folder = distributed.by_first(source_of_run, command)
     with folder_lock(folder, "checkpoint_dir", print, "train elsewhere: --checkpoint-dir OTHER") as lock:
-        return start_in(folder, source, command, lock)
+        return start_in(folder, source, command, lock, begun)
 
 
-def start_in(folder, source, command, lock):
+def start_in(folder, source, command, lock, begun):
     """Do so in a folder whose lock is held; return the exit status."""
     config, recipe, contents, remarks = distributed.by_first(open_checkpoint, command, source, folder)
     if lock.note:
@@ -640,16 +623,18 @@ def start_in(folder, source, command, lock):
     remarks += precision_remarks(precision, device)
     with Monitor(config, device) as monitor:
         splits = open_images(config, contents, monitor.say)
-        if "hours" in command.options and contents is None:
-            counts = len(splits["train"]), len(splits["val"])
-            config, lines = distributed.as_the_first(plan_new_run(config, command.options, splits, counts, monitor))
-            remarks += lines
-            monitor.epochs = config["epochs"]
-        return run(config, recipe, contents, remarks, splits, device, precision, monitor, lock)
+        config, compile_choice, lines = prepare(command, config, contents, splits, device, precision, monitor, begun)
+        remarks, monitor.epochs = lines + remarks, config["epochs"]
+        return run(config, recipe, contents, compile_choice, remarks, splits, device, precision, monitor, lock)
 
 
-def run(config, recipe, contents, remarks, splits, device, precision, monitor, lock):
-    """Start a run, or go on with the one whose checkpoint `contents` is; return the exit status."""
+def run(config, recipe, contents, compile_choice, remarks, splits, device, precision, monitor, lock):
+    """Start a run, or go on with the one whose checkpoint `contents` is; return the exit status.
+
+    Args:
+        compile_choice: as prepare returns it.
+        remarks: lines to log once the log says which run they belong to.
+    """
     with StopRequest() as stop:
         images = splits["train"]
         steps_per_epoch = len(images) // config["batch_size"]
@@ -663,8 +648,6 @@ def run(config, recipe, contents, remarks, splits, device, precision, monitor, l
         )
         if distributed.launched():
             monitor.say(f"{distributed.describe()}; batches of {config['batch_size']} over all of them")
-        compiles, why = choose_compile(config, device)
-        monitor.say(f"the network is {'compiled' if compiles else 'not compiled'}: {why}")
         for remark in remarks:
             monitor.say(remark)
         batches = data.BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.say)
@@ -678,12 +661,14 @@ def run(config, recipe, contents, remarks, splits, device, precision, monitor, l
                 config = config | {"learning_rate": distributed.as_the_first(found["suggestion"])}
                 monitor.log(f"configuration: {to_json(config)}")  # the final one
             torch.manual_seed(config["seed"] + distributed.rank())
-            state = new_state(config, len(images.classes), steps_per_epoch, device, precision)
+            compiled = {"compile": "on" if compile_choice["compiled"] else "off"}
+            state = new_state(config | compiled, len(images.classes), steps_per_epoch, device, precision)
             if contents is not None:
                 state.load_state_dict(contents, config, steps_per_epoch)
                 contents = None  # hundreds of megabytes
             facts = {"config": config, "recipe": recipe, "classes": images.classes, "train_images": len(images)}
             facts["val_images"] = len(splits["val"])
+            facts["compile_choice"] = compile_choice
             several = f"{distributed.size()} times " if distributed.size() > 1 else ""
             facts["hardware"] = several + describe_device(device)
             facts["class_names"] = getattr(images, "class_names", {})  # what people call them, where a packed file knows
@@ -738,4 +723,4 @@ def save_and_leave(cause, checkpoints, state, monitor):
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("train.py", main, COMMAND))
+    sys.exit(run_program("train.py", main, COMMAND, BEGUN))

@@ -55,11 +55,23 @@ def contenders(resolution, epochs):
             "swa_anneal_epochs": max(1, round(length * CONFIG["swa_anneal_epochs"] / CONFIG["epochs"])),
         } | changes
 
+    def mild_like(length):
+        return RECIPES["mild"] | {
+            "epochs": length,
+            "warmup_epochs": max(1, round(length * RECIPES["mild"]["warmup_epochs"] / RECIPES["mild"]["epochs"])),
+            "resolution_step": STEP,
+            "start_resolution": shrunk(88),
+            "train_resolution": shrunk(176),
+            "val_resolution": resolution,
+        }
+
+    mild = min(map(mild_like, range(2, 4 * epochs)), key=lambda changes: abs(compute(changes) - pixels))
     small = {"start_resolution": 0, "train_resolution": fast["start_resolution"]}
     seeds_optimizer = {key: CONFIG[key] for key in ("optimizer", "learning_rate", "scale_learning_rate")}
     return {
         "seed": seed_like(),
         "seed, no averaging": seed_like(swa_start_epoch=0),
+        "mild": mild,
         "fast": fast,
         "fast, no label smoothing": fast | {"label_smoothing": 0.0},
         "fast, no BlurPool": fast | {"blur_pool": False},
@@ -134,7 +146,7 @@ def one_run(changes, seed, study, arguments):
         run_quietly([sys.executable, REPOSITORY / "train.py", *(f"--{key}={value}" for key, value in texts.items())])
         seconds = time.perf_counter() - started
         last = read_records(Path(folder) / "metrics.jsonl")[-1]
-    weights = "averaged_val" if "averaged_val_top1" in last else "val"
+    weights = next(kind for kind in ("averaged_val", "ema_val", "val") if f"{kind}_top1" in last)
     elsewhere = {str(other["val_resolution"]): other["raw"]["top1"] for other in last.get("more_val", ())}
     return {
         "config": from_json(to_json(changes)),

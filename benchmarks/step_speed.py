@@ -15,6 +15,7 @@ from benchmarks.measuring import REPOSITORY, installed_timm, rate_cell
 from config import CONFIG
 from engine import distributed
 from engine.device import AUTOCAST_DTYPES, autocast, choose_device, choose_precision
+from engine.host_memory import keep_freed_memory
 from engine.out_of_memory import is_out_of_memory
 from engine.plain_json import from_json, to_json
 from engine.telemetry import GpuFigures
@@ -113,6 +114,8 @@ def our_step(job, device, precision):
         "compile": job["compile"],
         "memory": job.get("memory", "fast"),
     }
+    if device.type == "cpu":
+        keep_freed_memory()  # as train.py does
     state = new_state(config, NUM_CLASSES, 100_000, device, precision)
     state.model.train()
 

@@ -254,6 +254,7 @@ class BatchServer:
         ahead = workers * BATCHES_AHEAD
         self.splits = splits
         self.config = config
+        self.workers, self.queued = workers, ahead  # processes, and batches that they have been asked for beforehand
         self.device, self.dtype = device, dtype
         self.stop, self.say = stop, say
         images = largest_share(config["batch_size"])

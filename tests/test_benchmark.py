@@ -1,12 +1,17 @@
 """What the README says of speed and recipes is what was measured and kept."""
 
+import json
+import os
+import re
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, run_program
+from conftest import REPOSITORY, children_of, run_program
 
 import benchmark
+from benchmarks.gpu_sitting import ON_A_GPU, gpu_tables, in_a_process, newest_sitting, parts_of
 from benchmarks.input_speed import input_tables, read_originals
 from benchmarks.measuring import recorded
 from benchmarks.recipe_evidence import compute, contenders, recipe_tables
@@ -31,6 +36,8 @@ TABLES = {
     "scaling": scaling_tables,
     "recipes": lambda: recipe_tables(newest_study()),
 }
+if SITTING := newest_sitting(recorded("gpu")):  # until a card was measured, the README has no such table
+    TABLES["gpu"] = lambda: gpu_tables(SITTING)
 
 
 def marks(name):
@@ -113,6 +120,104 @@ def test_wrong_flags_are_refused():
         with pytest.raises(SystemExit) as ended:
             benchmark.parse_arguments(flags)
         assert ended.value.code == 2
+
+
+# A card's first half hour ---------------------------------------------------------------------------------------------
+
+
+def rehearse(results, *parts, minutes=25):
+    return run_program("benchmark.py", ["gpu", "--rehearse", f"--results={results}", f"--minutes={minutes}", "--parts", *parts])
+
+
+def lines_in(results):
+    return [json.loads(line) for line in results.read_text().splitlines() if not line.endswith("cut sho")]
+
+
+def test_a_sitting_keeps_each_part_at_once_and_goes_on_with_what_is_missing(tmp_path):
+    results = tmp_path / "gpu.jsonl"
+    status, output = rehearse(results, "longest batch, memory fast")
+    assert status == 0, output
+    (first,) = lines_in(results)
+    assert first["result"] == {
+        "images": 4,
+        "resolution": 64,
+        "precision": first["precision"],
+        "stopped_by": "not above 4 tried",
+    }
+    results.write_text(results.read_text() + '{"part": "cut sho')  # by a kill
+    status, output = rehearse(results, "longest batch, memory fast", "step: torchvision, channels")
+    assert status == 0, output
+    assert "going on with the sitting" in output and "1 parts are done" in output
+    assert "longest batch, memory fast ..." not in output  # it is not measured again
+    assert [line["part"] for line in lines_in(results)] == [first["part"], "step: torchvision, channels-last, 64 32 px"]
+    assert lines_in(results)[0] == first
+    report = output.split("REHEARSAL at a tiny size, no figures")[1]
+    assert "by --memory: `fast` 4 (not above 4 tried)" in report
+    assert re.search(r"\| torchvision, channels-last \| \d+, 1.00x \| \d+, 1.00x \|", report)
+
+
+def test_a_part_that_takes_too_long_ends_with_all_its_processes():
+    assert in_a_process({"do": "tests"}, seconds=3) is None
+    assert not [child for child in children_of(os.getpid()) if "gpu_sitting" in Path(f"/proc/{child}/cmdline").read_text()]
+
+
+def test_a_part_that_fails_says_why_and_is_no_end():
+    assert "KeyError" in in_a_process({"do": "step"}, seconds=60)["failed"]
+
+
+def test_without_a_gpu_a_sitting_is_refused_with_the_way_to_rehearse_it(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    status, output = run_program("benchmark.py", ["gpu", f"--results={tmp_path / 'gpu.jsonl'}"])
+    assert status == 1
+    assert "benchmark.py: PyTorch sees no GPU here; --rehearse" in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sitting_fits_into_its_half_hour_and_the_most_valuable_comes_first():
+    parts = parts_of(ON_A_GPU, "cuda")
+    assert len({part.name for part in parts}) == len(parts)
+    assert [part.name.split(":")[0] for part in parts[:3]] == ["gpu tests", "step", "step"]
+    upto_recipe = next(number for number, part in enumerate(parts) if part.name == "recipe mild")
+    assert sum(part.minutes for part in parts[: upto_recipe + 1]) <= 25
+    assert {"recipe mild", "recipe fast", "recipe seed", "end to end", "second start of a compiled run"} < {
+        p.name for p in parts
+    }
+
+
+def test_the_report_of_a_card_shows_figures_ratios_failures_and_what_does_not_fit():
+    facts = {"sitting": "1", "rehearsal": False, "card": "Some GPU, 15,360 MiB", "driver": "580.1", "cpu": "a CPU", "cores": 8}
+    facts |= {"versions": {"torch": "2"}, "cudnn": 9, "precision": "fp16", "commit": "abc", "date": "2026-01-01"}
+
+    def step(rate, gib):
+        return {"precision": "fp16", "figures": {"224": {"images_per_s": rate, "milliseconds": 1, "peak_mib": 1024 * gib}}}
+
+    results = {
+        "gpu tests": {"counts": {"passed": 27, "failed": 1}, "not_passed": ["FAILED tests/test_gpu.py::test_a"]},
+        "step: torchvision, 224 px": step(200.0, 11),
+        "step: ours, 224 px": step(300.0, 10.5),
+        "step: ours, memory low, 224 px": {"precision": "fp16", "figures": {"224": None}},
+        "recipe fast": {"failed": "no end within 900 s"},
+    }
+    report = "\n".join(gpu_tables([facts | {"part": part, "result": result} for part, result in results.items()]))
+    assert "Some GPU, 15,360 MiB, driver 580.1" in report and "commit abc" in report
+    assert "GPU tests: 27 passed, 1 failed.\nFAILED tests/test_gpu.py::test_a" in report
+    assert "| ours | 300, 1.50x, 10.50 GiB |" in report
+    assert "| ours, memory low | does not fit |" in report
+    assert "Failed: recipe fast: no end within 900 s" in report
+
+
+@pytest.mark.slow
+def test_the_whole_sitting_can_be_rehearsed_on_a_cpu(tmp_path):
+    results = tmp_path / "gpu.jsonl"
+    flags = ["gpu", "--rehearse", f"--results={results}", "--minutes=60"]
+    status, output = run_program("benchmark.py", flags, timeout=3600)
+    assert status == 0, output
+    failed = {line["part"]: line["result"]["failed"] for line in lines_in(results) if "failed" in line["result"]}
+    assert failed == {}
+    assert "no time was left" not in output
+    for text in ("GPU tests: ", "| ours, compiled |", "End to end", "| mild | 3 |", "Three compiled steps"):
+        assert text in output, text
 
 
 # Several GPUs --------------------------------------------------------------------------------------------------------

@@ -43,10 +43,11 @@ def test_emulated_bf16_is_said_to_be_slow_and_tf32_to_be_used():
 
 
 def test_the_network_is_compiled_as_asked_for_and_not_where_the_bits_must_repeat():
-    assert choose_compile(CONFIG | {"compile": "off"}, CUDA)[0] is False
-    assert choose_compile(CONFIG | {"compile": "on"}, CUDA)[0] is True
+    assert choose_compile(CONFIG, CUDA)[0] == "measure"
+    for asked in ("off", "on"):
+        assert choose_compile(CONFIG | {"compile": asked}, CUDA) == (asked, "as asked for")
     chosen, why = choose_compile(CONFIG | {"deterministic": True}, CUDA)
-    assert not chosen and "deterministic" in why
+    assert chosen == "off" and "deterministic" in why
 
 
 def test_the_figures_shown_are_those_of_the_runs_own_card():

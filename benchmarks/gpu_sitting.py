@@ -1,0 +1,436 @@
+"""Everything worth knowing of a card from one sitting: in parts, the most valuable first, each kept as soon as it is measured.
+
+Each part runs in a process of its own, `python -m benchmarks.gpu_sitting PART`, so that one that crashes or hangs costs only
+itself. A sitting goes on with the parts that are missing when it is called again.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks import recipe_evidence, step_speed, train_speed
+from benchmarks.input_speed import packed_rows_of, read_originals
+from benchmarks.measuring import REPOSITORY, RESULTS, installed_timm, run_quietly
+from engine import images
+from engine.demo import make_demo_data
+from engine.device import AUTOCAST_DTYPES, choose_device, choose_precision, describe_device
+from engine.environment import environment
+from engine.errors import UserError, first_line
+from engine.metrics import read_records
+from engine.packed import write_split
+from engine.workers import available_cores
+
+FILE, REHEARSAL_FILE = RESULTS / "gpu.jsonl", RESULTS / "gpu_rehearsal.jsonl"
+RESERVE_SECONDS = 5.0  # kept for the report
+MOST_TIMES_LONGER = 3  # than calculated: then a part is taken to hang, and the sitting goes on
+PLAIN = {
+    "torchvision": {"loop": "reference"},
+    "torchvision, channels-last": {"loop": "reference", "channels_last": True},
+    "ours": {"loop": "ours", "compile": "off"},
+    "timm": {"loop": "timm"},
+    "timm, channels-last": {"loop": "timm", "channels_last": True},
+    "ours, memory low": {"loop": "ours", "compile": "off", "memory": "low"},
+    "ours, memory lowest": {"loop": "ours", "compile": "off", "memory": "lowest"},
+}
+COMPILED = {
+    "ours, compiled": {"loop": "ours", "compile": "on"},
+    "timm, channels-last, compiled": {"loop": "timm", "channels_last": True, "compile": True},
+    "ours, compiled, memory low": {"loop": "ours", "compile": "on", "memory": "low"},
+}
+
+
+class Sizes(NamedTuple):
+    """How large the parts are."""
+
+    batch_size: int
+    resolutions: tuple  # px, the most valuable first
+    seconds: float  # of measuring a step
+    largest_batch: int  # that is tried
+    train_steps: int  # of an epoch, end to end
+    recipe_images: tuple  # for training, for validation
+    recipe_classes: int
+    recipe_resolution: int  # px, in place of 224
+    recipe_epochs: int
+    recipe_architecture: str
+
+
+ON_A_GPU = Sizes(256, (224, 160, 192, 128), 4.0, 4096, 60, (20_000, 5_000), 100, 128, 16, "resnet50")
+REHEARSED = Sizes(2, (64, 32), 0.1, 4, 2, (32, 16), 4, 32, 3, "resnet18")
+
+
+class Part(NamedTuple):
+    """One measurement."""
+
+    name: str
+    minutes: float  # that it needs on a T4, calculated; with less left it is not begun
+    job: dict  # its function's name under 'do', and what that needs
+
+
+def parts_of(sizes, device):
+    """Return the Parts of a sitting in order."""
+    shared = {
+        "device": device,
+        "precision": "auto",
+        "batch_size": sizes.batch_size,
+        "seconds": sizes.seconds,
+        "warmup_steps": 10 if device == "cuda" else 1,
+        "steps_at_once": 5 if device == "cuda" else 1,
+    }
+
+    def step(name, job, resolutions, minutes):
+        at = " ".join(map(str, resolutions))
+        return Part(f"step: {name}, {at} px", minutes, shared | job | {"do": "step", "resolutions": list(resolutions)})
+
+    first, others = sizes.resolutions[:1], sizes.resolutions[1:]
+    plain = [step(name, job, sizes.resolutions, 0.8) for name, job in PLAIN.items()]
+    compiled = {name: step(name, job, first, 2.0) for name, job in COMPILED.items()}
+    largest = shared | {"do": "largest", "resolution": first[0], "most": sizes.largest_batch}
+    return [
+        Part("gpu tests", 3.0, {"do": "tests"}),
+        *plain[:3],
+        compiled["ours, compiled"],
+        *plain[3:],
+        *(
+            Part(f"longest batch, memory {memory}", 1.0, largest | {"memory": memory, "loop": "ours", "compile": "off"})
+            for memory in ("fast", "low", "lowest")
+        ),
+        Part("end to end", 4.0, shared | {"do": "train", "resolution": first[0], "steps": sizes.train_steps}),
+        *(
+            Part(f"recipe {name}", 5.0, {"do": "recipe", "contender": name, "device": device, "sizes": sizes._asdict()})
+            for name in ("mild", "fast", "seed")
+        ),
+        Part("second start of a compiled run", 3.0, shared | {"do": "restart", "resolution": first[0]}),
+        *(step("ours, compiled", COMPILED["ours, compiled"], (px,), 2.0) for px in others),
+        *list(compiled.values())[1:],
+    ]
+
+
+# A sitting -----------------------------------------------------------------------------------------------------------
+
+
+def sit(arguments):
+    """Measure what is missing of the card's sitting as far as the time goes; return the sitting's lines."""
+    ends = time.monotonic() + 60 * arguments.minutes - RESERVE_SECONDS
+    if not (arguments.rehearse or torch.cuda.is_available()):
+        raise UserError("PyTorch sees no GPU here; --rehearse goes through everything at a tiny size on the CPU")
+    device = torch.device("cpu" if arguments.rehearse else "cuda")
+    path = arguments.results or (REHEARSAL_FILE if arguments.rehearse else FILE)
+    facts = facts_of(device) | {"rehearsal": arguments.rehearse}
+    sitting = [] if arguments.anew else newest_sitting(lines_of(path), facts["card"], arguments.rehearse)
+    number = sitting[0]["sitting"] if sitting else time.strftime("%Y-%m-%dT%H:%M:%S")
+    done = {line["part"] for line in sitting}
+    if sitting:
+        print(f"going on with the sitting begun at {number}: {len(done)} parts are done", flush=True)
+    left = []
+    for part in parts_of(REHEARSED if arguments.rehearse else ON_A_GPU, device.type):
+        if part.name in done or (arguments.parts and not any(part.name.startswith(name) for name in arguments.parts)):
+            continue
+        if "timm" in part.name and not installed_timm():
+            print(f"{part.name}: timm is not installed (pip install timm); left out", flush=True)
+            continue
+        seconds = ends - time.monotonic()
+        if seconds < (1 if arguments.rehearse else 60 * part.minutes):
+            left.append(part.name)
+            continue
+        print(f"{part.name} ...", flush=True)
+        began, longest = time.monotonic(), 60 * MOST_TIMES_LONGER * part.minutes
+        result = in_a_process(part.job, min(seconds, longest))
+        if result is None and longest < seconds:
+            result = {"failed": f"no end within {longest:.0f} s"}
+        if result is None:
+            print("  the time is up", flush=True)
+            left.append(part.name)
+            continue
+        took = round(time.monotonic() - began, 1)
+        line = environment() | facts | {"sitting": number, "part": part.name, "seconds": took, "result": result}
+        keep(path, line)
+        sitting.append(line)
+        print(f"  {took:.0f} s: {json.dumps(result)[:300]}", flush=True)
+    if left:
+        print(f"no time was left for: {', '.join(left)}. The same command goes on with them.", flush=True)
+    return sitting
+
+
+def facts_of(device):
+    """Return what a sitting's figures depend on besides environment()."""
+    return {
+        "card": describe_device(device),
+        "driver": driver_version(),
+        "precision": choose_precision({"precision": "auto"}, device),
+        "cores": available_cores(),
+    }
+
+
+def driver_version():
+    """Return the version of NVIDIA's driver, or None where there is none to ask."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except Exception:  # no nvidia-ml-py, no driver: the figure does without
+        return None
+
+
+def lines_of(path):
+    """Return the lines of a results file; one cut short is passed over."""
+    lines = []
+    for text in Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def keep(path, line):
+    """Append a line to a results file, behind one that a kill cut short."""
+    cut = Path(path).exists() and not Path(path).read_bytes().endswith(b"\n")
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(("\n" if cut else "") + json.dumps(line) + "\n")
+
+
+def newest_sitting(lines, card=None, rehearsal=False):
+    """Return the newest sitting's lines, of a card if it is named; none if there is no sitting."""
+    lines = [line for line in lines if line["rehearsal"] == rehearsal and card in (None, line["card"])]
+    return [line for line in lines if line["sitting"] == lines[-1]["sitting"]]
+
+
+def in_a_process(job, seconds):
+    """Do a part's job in a process of its own; return its result, {'failed': why}, or None if it took too long."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer, log = Path(folder) / "answer.json", Path(folder) / "log"
+        with open(log, "w", encoding="utf-8") as output:
+            command = [sys.executable, "-m", "benchmarks.gpu_sitting", json.dumps(job | {"answer": str(answer)})]
+            child = subprocess.Popen(command, cwd=REPOSITORY, stdout=output, stderr=output, start_new_session=True)
+            try:
+                child.wait(seconds)
+            except subprocess.TimeoutExpired:
+                return None
+            finally:
+                if child.poll() is None:  # with all that it has started
+                    os.killpg(child.pid, signal.SIGKILL)
+                    child.wait()
+        if child.returncode == 0:
+            return json.loads(answer.read_text(encoding="utf-8"))
+        last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""])[-1]
+        return {"failed": last[:500] or f"exit status {child.returncode}"}
+
+
+# The jobs ------------------------------------------------------------------------------------------------------------
+
+
+def gpu_tests(job):
+    """Return the outcomes of the tests that need a GPU: how many passed, failed, were skipped, and the names of the failed."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0", "-q", "-rfE", "--no-header", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    lines = done.stdout.strip().splitlines() or [done.stderr.strip()]
+    counts = {name.rstrip("s"): int(count) for count, name in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", lines[-1])}
+    if not counts:
+        raise RuntimeError(f"pytest: {lines[-1]}")
+    bad = [line.split(" - ")[0] for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    return {"counts": counts, "not_passed": bad}
+
+
+def step(job):
+    """Return step_speed's figures of a loop: images/s, milliseconds and peak memory at each resolution."""
+    return step_speed.measure(job)
+
+
+def largest_batch(job):
+    """Return the largest batch whose train step fits into the card's memory, to within a factor of 1.05, and what ended it."""
+    device = choose_device(job)
+    precision = choose_precision(job, device)
+    most, px = job["most"], job["resolution"]
+    stopped_by = f"not above {most} tried"
+
+    def fits(batch_size):
+        nonlocal stopped_by
+        step = None
+        try:
+            step = step_speed.our_step(job | {"batch_size": batch_size}, device, precision)
+            images = torch.randn(batch_size, 3, px, px, device=device).to(AUTOCAST_DTYPES[precision])
+            images = images.to(memory_format=torch.channels_last)
+            labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
+            for _ in range(2):
+                step(images, labels)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            return True
+        except RuntimeError as error:  # out of memory is said in several ways
+            stopped_by = f"{type(error).__name__}: {first_line(error)[:200]}"
+        finally:
+            step = images = labels = None
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        return False
+
+    fitting, too_many = 0, None
+    batch_size = min(32, most)
+    while True:
+        if fits(batch_size):
+            fitting = batch_size
+        else:
+            too_many = batch_size
+        if fitting == most or (too_many and too_many - fitting <= max(fitting // 20, 1)):
+            break
+        batch_size = min(2 * fitting, most) if too_many is None else (fitting + too_many) // 2
+    return {"images": fitting, "resolution": px, "precision": precision, "stopped_by": stopped_by}
+
+
+def end_to_end(job):
+    """Return train_speed's figures: images/s from packed JPEGs, beside the bare step, and the share of time spent waiting."""
+    flags = {key: job[key] for key in ("device", "precision", "batch_size", "resolution", "steps", "seconds")}
+    return train_speed.train_benchmark(argparse.Namespace(**flags, data_dir=None, rounds=1, compile="off"))
+
+
+def recipe(job):
+    """Return one run of a recipe on the hard data set, its images made first if they are not there."""
+    sizes = Sizes(**{key: tuple(value) if isinstance(value, list) else value for key, value in job["sizes"].items()})
+    folder = REPOSITORY / "data" / ("hard" if sizes == ON_A_GPU else "hard_rehearsal")  # that of benchmark.py recipes
+    sides = (round(1.25 * sizes.recipe_resolution), 2 * sizes.recipe_resolution)
+    make_demo_data(folder, *sizes.recipe_images, 0, recipe_evidence.some_classes(sizes.recipe_classes), sides)
+    study = {
+        "architecture": sizes.recipe_architecture,
+        "batch_size": min(256, sizes.recipe_images[0] // 2),
+        "min_crop_area": 0.25,
+    }
+    arguments = argparse.Namespace(data_dir=folder, device=job["device"], num_workers="auto")
+    changes = recipe_evidence.contenders(sizes.recipe_resolution, sizes.recipe_epochs)[job["contender"]]
+    run = recipe_evidence.one_run(changes | {"compile": "off"}, 0, study, arguments)
+    return {key: run[key] for key in ("top1", "flip_top1", "train_loss", "seconds")} | {
+        "epochs": changes["epochs"],
+        "images": sizes.recipe_images[0],
+        "resolution": sizes.recipe_resolution,
+    }
+
+
+def second_start(job):
+    """Return the seconds of a run of three compiled steps on fresh ground, and of the same run beside the first one's cache."""
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder:
+        folder, count = Path(folder), 3 * job["batch_size"]
+        contents = [images.packed_jpeg(content, 352) for content in read_originals(None, 8)]
+        write_split(folder / "train.arrow", packed_rows_of(contents, count), ["a", "b"])
+        write_split(folder / "val.arrow", packed_rows_of(contents, 8), ["a", "b"])
+        flags = {key: job[key] for key in ("device", "precision", "batch_size")} | {
+            "data_dir": folder,
+            "checkpoint_dir": folder / "run",
+            "log_file": folder / "log",
+            "train_resolution": job["resolution"],
+            "val_resolution": job["resolution"],
+            "epochs": 1,
+            "warmup_epochs": 0,
+            "swa_start_epoch": 0,
+            "compile": "on",
+        }
+        os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+        for again in ([], ["--overwrite"]):
+            started = time.monotonic()
+            run_quietly([sys.executable, REPOSITORY / "train.py", *(f"--{k}={v}" for k, v in flags.items()), *again])
+            seconds.append(round(time.monotonic() - started, 1))
+        loss = read_records(folder / "run/metrics.jsonl")[-1]["train_loss"]
+        cached = sum(file.stat().st_size for file in (folder / "run/compiler_cache").rglob("*") if file.is_file())
+    return {"first": seconds[0], "second": seconds[1], "train_loss": loss, "cache_mib": round(cached / 2**20, 1)}
+
+
+JOBS = {
+    "tests": gpu_tests,
+    "step": step,
+    "largest": largest_batch,
+    "train": end_to_end,
+    "recipe": recipe,
+    "restart": second_start,
+}
+
+
+# The report ----------------------------------------------------------------------------------------------------------
+
+
+def gpu_tables(sitting):
+    """Return a sitting as lines of Markdown: a block to paste as a report of a card."""
+    if not sitting:
+        return ["nothing was measured"]
+    last, results = sitting[-1], {line["part"]: line["result"] for line in sitting}
+    failed = {part: result["failed"] for part, result in results.items() if "failed" in result}
+    results = {part: result for part, result in results.items() if part not in failed}
+    lines = [
+        f"{'REHEARSAL at a tiny size, no figures: ' if last['rehearsal'] else ''}{last['card']}, driver {last['driver']}, "
+        f"{last['cpu']}, {last['cores']} cores, PyTorch {last['versions']['torch']}, cuDNN {last['cudnn']}, "
+        f"{last['precision']}, commit {', '.join(sorted({str(line['commit']) for line in sitting}))}, {last['date']}; n = 1.",
+        "",
+    ]
+    if "gpu tests" in results:
+        counts, bad = results["gpu tests"]["counts"], results["gpu tests"]["not_passed"]
+        lines += ["GPU tests: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + ".", *bad, ""]
+    lines += _step_lines(results)
+    largest = {part.split("memory ")[1]: result for part, result in results.items() if part.startswith("longest batch")}
+    if largest:
+        text = "; ".join(f"`{memory}` {result['images']:,} ({result['stopped_by']})" for memory, result in largest.items())
+        px = next(iter(largest.values()))["resolution"]
+        lines += [f"Longest batch that fits at {px} px, by --memory: {text}.", ""]
+    if train := results.get("end to end"):
+        rates = train["rates"]
+        lines += [
+            f"End to end from packed JPEGs at {train['resolution']} px: {rates['training'][0]:,.0f} images/s, the step alone "
+            f"{rates['step'][0]:,.0f}; {train['waits'][0]:.1%} of the time was spent waiting for data.",
+            "",
+        ]
+    if restart := results.get("second start of a compiled run"):
+        lines += [
+            f"Three compiled steps: {restart['first']:.0f} s from the start on, {restart['second']:.0f} s beside its "
+            f"compiler cache of {restart['cache_mib']:.0f} MiB.",
+            "",
+        ]
+    if recipes := {part.removeprefix("recipe "): result for part, result in results.items() if part.startswith("recipe ")}:
+        one = next(iter(recipes.values()))
+        lines += [
+            f"| recipe, {one['images']:,} made images, {one['resolution']} px in place of 224 | epochs | top-1 | minutes |",
+            "|---|---|---|---|",
+            *(f"| {name} | {r['epochs']} | {r['top1']:.2f} % | {r['seconds'] / 60:.1f} |" for name, r in recipes.items()),
+            "",
+        ]
+    lines += [f"Failed: {part}: {why}" for part, why in failed.items()]
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def _step_lines(results):
+    """Return the table of the steps: images/s, the ratio to torchvision's loop, peak memory."""
+    figures = {}
+    for part, result in results.items():
+        if part.startswith("step: "):
+            name = part.removeprefix("step: ").rpartition(", ")[0]
+            figures.setdefault(name, {}).update({int(px): of for px, of in result["figures"].items()})
+    if not figures:
+        return []
+    sizes = sorted({px for of in figures.values() for px in of})
+    lines = [f"| train step | {' | '.join(f'{px} px' for px in sizes)} |", "|---" * (1 + len(sizes)) + "|"]
+    for name, of in figures.items():
+        cells = []
+        for px in sizes:
+            if px not in of:
+                cells.append("")
+            elif of[px] is None:
+                cells.append("does not fit")
+            else:
+                reference = (figures.get("torchvision", {}).get(px) or of[px])["images_per_s"]
+                peak = f", {of[px]['peak_mib'] / 1024:.2f} GiB" if of[px]["peak_mib"] else ""
+                cells.append(f"{of[px]['images_per_s']:,.0f}, {of[px]['images_per_s'] / reference:.2f}x{peak}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [*lines, "", "images/s, ratio to torchvision's loop, peak of the memory that PyTorch allocated.", ""]
+
+
+if __name__ == "__main__":
+    JOB = json.loads(sys.argv[1])
+    RESULT = JOBS[JOB["do"]](JOB)
+    Path(JOB["answer"]).write_text(json.dumps(RESULT), encoding="utf-8")
