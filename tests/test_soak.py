@@ -14,7 +14,7 @@ from conftest import assert_same_run, finish, run_program, start_driver, start_p
 from engine import checkpoint, lock
 
 ROUNDS = int(os.environ.get("SOAK_ROUNDS", 100))
-STEPS = 7  # of an epoch
+EPOCHS, STEPS = 8, 7  # the latter of an epoch
 
 
 def flip_a_bit(path, rng):
@@ -32,7 +32,7 @@ class Soak:
     def __init__(self, image_tree, folder, rng):
         self.folder, self.rng = folder, rng
         self.steps = folder.with_suffix(".steps")
-        changes = {"epochs": 12, "checkpoint_minutes": 0.005, "checkpoint_every_epochs": 1, "swa_start_epoch": 2}
+        changes = {"epochs": EPOCHS, "checkpoint_minutes": 0.005, "checkpoint_every_epochs": 1, "swa_start_epoch": 2}
         self.arguments = [*tiny_run(image_tree, folder, **changes), "--resume=auto"]
         self.happened, self.steps_lost = {}, []
 
@@ -149,12 +149,12 @@ class Soak:
         lost = accident()
         self.steps_lost.append((lost, accident.__name__))
         print(len(self.steps_lost), accident.__name__, "steps lost:", lost, flush=True)
-        if self.position() >= 12 * STEPS:  # it has come to its end: begin anew, there are accidents left
+        if self.position() >= EPOCHS * STEPS:  # it has come to its end: begin anew, there are accidents left
             self.compare()
             shutil.rmtree(self.folder)
 
     def finish(self):
-        status, output = run_program("train.py", self.arguments)
+        status, output = run_program("train.py", self.arguments, timeout=1200)
         assert status == 0, output
         assert not (self.folder / lock.LOCK).exists()
         return output
