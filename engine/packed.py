@@ -129,6 +129,8 @@ def packed_schema(classes, class_names):
         classes: the classes in the order of their labels.
         class_names: {class: what people call it}.
     """
+    if pa is None:
+        raise DataError("packed images are an Arrow file, and pyarrow is not installed: pip install pyarrow")
     features = {"image": {"_type": "Image"}, "label": {"names": list(classes), "_type": "ClassLabel"}}
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     metadata = {"huggingface": json.dumps({"info": {"features": features}}), "class_names": json.dumps(class_names)}

@@ -55,6 +55,7 @@ def test_the_readmes_tables_are_the_newest_measurements(name):
 
 
 def test_the_input_benchmark_measures_every_contender_on_real_files(tmp_path):
+    pytest.importorskip("pyarrow")
     flags = ["input", "--images=8", "--rounds=1", "--resolutions", "64", "--num-workers=1", "--loader-batches=1", "--no-record"]
     status, output = run_program("benchmark.py", flags, cwd=tmp_path)
     assert status == 0, output
@@ -95,6 +96,7 @@ def test_the_loops_compared_really_train_their_network(loop):
 
 
 def test_training_is_measured_end_to_end_by_train_py_itself(tmp_path):
+    pytest.importorskip("pyarrow")
     flags = ["train", "--device=cpu", "--batch-size=4", "--resolution=32", "--steps=2", "--rounds=1", "--seconds=1"]
     status, output = run_program("benchmark.py", [*flags, "--no-record"], cwd=tmp_path)
     assert status == 0, output

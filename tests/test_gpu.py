@@ -136,7 +136,9 @@ def test_a_whole_step_from_the_arrival_of_the_batch_never_waits_for_the_device(c
 def test_less_memory_modes_hold_less_and_learn_the_same(compile):
     peaks, losses = {}, {}
     for memory in ("fast", "low", "lowest"):
-        config, state = small_state("fp16", optimizer="sgd", memory=memory, compile=compile, learning_rate=0.01)
+        # enough images that the activations outweigh cuDNN's workspaces: 0.8, 0.4 and 0.3 GiB of them (calculated)
+        changes = {"optimizer": "sgd", "memory": memory, "compile": compile, "learning_rate": 0.01, "batch_size": 64}
+        config, state = small_state("fp16", **changes)
         images, labels = random_batch(config, torch.float16, resolution=128)
         state.model.train()
         train_step(state, images, labels, config)
@@ -152,9 +154,9 @@ def test_less_memory_modes_hold_less_and_learn_the_same(compile):
     assert losses["lowest"] == pytest.approx(losses["fast"], rel=0.05)
 
 
-@pytest.mark.parametrize(("memory", "card_gib"), [("fast", 14.5), ("low", 7.6)])
+@pytest.mark.parametrize(("memory", "card_gib"), [("fast", 14.5), ("low", 7.8)])
 def test_batch_256_at_224_px_fits_a_t4_by_default_and_a_card_of_8_gb_in_the_low_mode(memory, card_gib):
-    """What a card of 16 or 8 GB shows as its total, less 0.6 GiB for the CUDA context: the allocator may hold no more.
+    """What a T4 or a card of 8 GB shows as its total, less 0.5 GiB for the CUDA context: the allocator may hold no more.
 
     No bound on the peak itself: cuDNN takes as workspace what it finds free, and does with less where there is less. The bytes
     alive without it are asserted by cuda_without_gpu/proof_memory.py.
@@ -163,7 +165,7 @@ def test_batch_256_at_224_px_fits_a_t4_by_default_and_a_card_of_8_gb_in_the_low_
     if total_gib < card_gib:
         pytest.skip(f"this GPU has {total_gib:.1f} GiB")
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction((card_gib - 0.6) / total_gib)
+    torch.cuda.set_per_process_memory_fraction((card_gib - 0.5) / total_gib)
     try:
         config, state = small_state("fp16", optimizer="sgd", memory=memory, batch_size=256, swa_start_epoch=3)
         images, labels = random_batch(config, torch.float16, resolution=224)

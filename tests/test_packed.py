@@ -168,3 +168,10 @@ def test_a_split_of_imagenets_size_is_opened_in_under_a_second(tmp_path):
     assert [int(split.read(n)) for n in (0, 511, 512, 1_281_166)] == [0, 511, 512, 1_281_166]
     assert seconds < 1
     os.unlink(tmp_path / "train.arrow")
+
+
+def test_without_pyarrow_it_is_said_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr("engine.packed.pa", None)
+    for attempt in (lambda: write_split(tmp_path / "train.arrow", [], ["a"]), lambda: PackedSplit(tmp_path / "train.arrow")):
+        with pytest.raises(DataError, match="pip install pyarrow"):
+            attempt()
