@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from config import CONFIG
 from engine import averaging, checkpoint, classify, data, metrics
+from engine.class_matching import match_classes, read_class_file
 from engine.confusion import count_confusions, write_details
 from engine.device import AUTOCAST_DTYPES, autocast, choose_device, choose_precision
 from engine.distributed import refuse_several, summed
@@ -128,7 +129,8 @@ def averaged_network(networks, batches, context):
 def score(networks, arguments, device):
     """Print each network's figures on the validation images, and those of their ensemble."""
     config = networks[0].config
-    splits, precision = open_matching_splits(networks, config), choose_precision(config, device)
+    needed = ("train", "val") if arguments.average else ("val",)  # the statistics of a mean come from training images
+    splits, precision = open_matching_splits(networks, config, needed), choose_precision(config, device)
     context = autocast(device, precision)
     resolutions = arguments.resolution or [config["val_resolution"]]
     settings = config | {"more_val_resolutions": resolutions}
@@ -168,16 +170,15 @@ def _in_words(figures, view):
     return f"top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f} on {figures['images']:,} images"
 
 
-def open_matching_splits(networks, config):
-    """Return the splits of data_dir; raise DataError if their classes are not the networks'."""
-    splits = data.open_splits(config["data_dir"])
-    for network in networks:
-        known = network.classes
-        if known is not None and splits["val"].classes != known:
-            raise data.DataError(f"the classes in {config['data_dir']} are not the {len(known)} of {network.path}")
-        if network.model.fc.out_features != len(splits["val"].classes):
-            there, here = network.model.fc.out_features, len(splits["val"].classes)
-            raise data.DataError(f"{network.path} tells {there} classes apart; {config['data_dir']} has {here}")
+def open_matching_splits(networks, config, needed):
+    """Return the splits of data_dir with labels in the order of the networks' outputs; DataError where that is not certain."""
+    where, first = config["data_dir"], networks[0]
+    for network in networks[1:]:
+        if (network.classes, network.model.fc.out_features) != (first.classes, first.model.fc.out_features):
+            raise data.DataError(f"{first.path} and {network.path} know different classes, or in another order: one at a time")
+    splits = data.open_splits(where, needed)
+    for images in splits.values():
+        match_classes(images, first.classes, first.model.fc.out_features, first.path, where, print)
     return splits
 
 
@@ -198,17 +199,18 @@ def classify_files(networks, arguments, device):
         skipped.append(path)
         print(f"evaluate.py: skipped {path} ({reason})", file=sys.stderr)
 
-    files = classify.image_files(arguments.classify)
+    files = classify.image_files(arguments.classify, skip, lambda line: print(line, file=sys.stderr))
     config = first.config | ({"val_resolution": arguments.resolution[0]} if arguments.resolution else {})
     dtype = AUTOCAST_DTYPES[precision]
     for prediction in classify.classify(files, probabilities, classes, config, device, dtype, skip):
         names = [f"{100 * share:.1f} % {first.class_names.get(name, name)}" for name, share in prediction.best]
-        print(f"{prediction.path}: {'; '.join(names)}")
-        if arguments.contact_sheet:
-            seen.append(prediction)
+        print(f"{prediction.name}: {'; '.join(names)}")
+        seen.append(prediction)
     if arguments.contact_sheet and seen:
         classify.write_contact_sheet(arguments.contact_sheet, seen, first.class_names)
         print(f"wrote {arguments.contact_sheet}")
+    if not seen:
+        raise UserError(f"no image was classified in {', '.join(arguments.classify)}")
     return 1 if skipped else 0
 
 
@@ -249,7 +251,8 @@ def parse_arguments(arguments=None):
         "evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT", help="default checkpoints/best.pt")
-    parser.add_argument("--data-dir", help="folder with val.arrow or val/<class>/*; default: the run's")
+    parser.add_argument("--data-dir", help="folder with val.arrow, val/<class>/* or <class>/*; default: the run's")
+    parser.add_argument("--classes", metavar="FILE", help="a class per line, in the order of the network's outputs")
     parser.add_argument("--flip", action="store_true", help="also score the mean over image and mirror image")
     parser.add_argument("--resolution", type=int, nargs="+", metavar="PX", help="score at these sizes; default: the run's")
     parser.add_argument("--weights", choices=("auto", "all", *KINDS), help="default: all of one checkpoint, auto of several")
@@ -286,6 +289,10 @@ def main(arguments):
     networks = []
     for path in arguments.checkpoints:
         networks += load_networks(path, kinds, defaults, lambda *of: build_model(*of).to(device))
+    if arguments.classes:
+        networks = [
+            network._replace(classes=read_class_file(arguments.classes, network.model.fc.out_features)) for network in networks
+        ]
     changes = {"device": device.type}
     if arguments.flip:
         changes["val_flip"] = True
@@ -308,7 +315,7 @@ def averaged_for_export(networks, device):
     """Return the averaged_network of several; its statistics come from the training images."""
     config = networks[0].config
     precision = choose_precision(config, device)
-    splits = open_matching_splits(networks, config)
+    splits = open_matching_splits(networks, config, ("train", "val"))
     server = data.BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], StopRequest(), say=print)
     try:
         return averaged_network(networks, server, autocast(device, precision))

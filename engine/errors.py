@@ -34,6 +34,8 @@ def first_line(error):
 
 def run_program(name, main, *arguments):
     """Return the exit status of main(*arguments): its own, or that of the UserError that ended it."""
+    for stream in (sys.stdout, sys.stderr):  # a name on disk may hold what the terminal has no character for
+        stream.reconfigure(errors="backslashreplace")
     try:
         return main(*arguments) or 0
     except UserError as error:

@@ -44,7 +44,7 @@ class Monitor:
         if self._speaks and config["log_file"] is not None:
             try:
                 Path(config["log_file"]).parent.mkdir(parents=True, exist_ok=True)
-                handler = logging.FileHandler(config["log_file"], encoding="utf-8")
+                handler = logging.FileHandler(config["log_file"], encoding="utf-8", errors="backslashreplace")
             except OSError as error:
                 raise UserError(f"log_file = {config['log_file']!r} cannot be written to: {error}") from error
             handler.handleError = _complain_of_the_log
