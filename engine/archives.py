@@ -227,6 +227,8 @@ def uncompressed(path, scratch, say):
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, ValueError) as error:
         raise DataError(f"{path} is damaged or cut off ({error}); download it again") from error
     except OSError as error:
+        if error.errno is None:  # bz2 has no error of its own
+            raise DataError(f"{path} is damaged or cut off ({error}); download it again") from error
         raise DataError(f"{path} could not be uncompressed to {scratch}: {error}") from error
     return target
 

@@ -5,6 +5,7 @@ reads those on disk as they lie; preparation reads the same ones, and those in a
 """
 
 import csv
+import gzip
 import io
 import tarfile
 from pathlib import PurePosixPath
@@ -107,7 +108,7 @@ def open_tree(tree, where, beside, splits=SPLITS, classes=None):
         if PurePosixPath(candidates[0]).name != "val":
             remarks.append(f"note: the validation images are those in {text_of(candidates[0])}/")
         labelled = _labelled_validation(tree, candidates[0], files, where, left_out["val"])
-        found["val"] = _with_classes(labelled, classes, left_out["val"]) if classes else labelled
+        found["val"] = _with_classes(labelled, classes, candidates[0], left_out["val"]) if classes else labelled
         if not found["val"].labels:
             reasons = "; ".join(left_out["val"].lines("val"))
             raise DataError(f"{where} holds no validation images with a label of the training images' classes. {reasons}")
@@ -174,7 +175,7 @@ def _refuse_empty_classes(labelled, where):
 # Labels --------------------------------------------------------------------------------------------------------------
 
 
-def _with_classes(labelled, classes, left_out):
+def _with_classes(labelled, classes, folder, left_out):
     """Return the Labelled with the labels counting in `classes`, grouped by class; images of others are left out, counted."""
     label_of = {name: label for label, name in enumerate(classes)}
     kept = []
@@ -183,7 +184,7 @@ def _with_classes(labelled, classes, left_out):
         if name in label_of:
             kept.append((label_of[name], path))
         else:
-            left_out.add(finding.UNKNOWN_CLASS, path)
+            left_out.add(finding.UNKNOWN_CLASS, joined(folder, path))
     kept.sort(key=lambda image: image[0])
     return Labelled(list(classes), [path for _, path in kept], [label for label, _ in kept])
 
@@ -325,7 +326,8 @@ def read_devkit(place):
             f"the class numbers of {DEVKIT} are a MATLAB file, and scipy is not installed: pip install scipy"
         ) from None
     try:
-        with tarfile.open(fileobj=io.BytesIO(place.read())) as kit:
+        content = gzip.decompress(place.read())  # all of it, and so its checksum, which tarfile would not come to
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as kit:
             members = {PurePosixPath(member.name).name: member for member in kit if member.isreg()}
             synsets = scipy.io.loadmat(io.BytesIO(kit.extractfile(members["meta.mat"]).read()), squeeze_me=True)["synsets"]
             numbers = kit.extractfile(members["ILSVRC2012_validation_ground_truth.txt"]).read().split()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import encoded, photo
+from conftest import encoded
 from torchvision.transforms import v2
 
 from config import CONFIG
