@@ -98,6 +98,7 @@ class Listing(NamedTuple):
     files: dict  # {path with slashes, relative: FileSlice or Zipped}
     folders: set  # paths, as far as the archive names them by themselves
     refused: list  # (path, reason)
+    hostile: list  # names that lead out of the archive
 
 
 def _path_inside(name):
@@ -111,7 +112,7 @@ def _path_inside(name):
 
 def zip_listing(path):
     """Return the Listing of a zip file; only what is stored or deflated, unencrypted, and no link is taken."""
-    listing = Listing({}, set(), [])
+    listing = Listing({}, set(), [], [])
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             name = member.orig_filename
@@ -119,7 +120,7 @@ def zip_listing(path):
                 name = name.encode("cp437").decode("utf-8", "surrogateescape")
             inside = _path_inside(name)
             if inside is None:
-                listing.refused.append((name, "a path out of the archive"))
+                listing.hostile.append(name)
             elif member.is_dir():
                 listing.folders.add(inside)
             elif member.external_attr >> 28 == 0o12:
@@ -139,7 +140,7 @@ def tar_listing(path, start=0, length=None, what=None):
     Raises:
         DataError: it is damaged, cut off, or no tar; says at which byte.
     """
-    listing = Listing({}, set(), [])
+    listing = Listing({}, set(), [], [])
     length = os.path.getsize(path) - start if length is None else length
     what = what or str(path)
     with _Window(path, start, length) as window:
@@ -149,7 +150,7 @@ def tar_listing(path, start=0, length=None, what=None):
             for member in archive:
                 inside = _path_inside(member.name)
                 if inside is None:
-                    listing.refused.append((member.name, "a path out of the archive"))
+                    listing.hostile.append(member.name)
                 elif member.isdir():
                     listing.folders.add(inside)
                 elif not member.isreg() or member.issparse():

@@ -32,6 +32,7 @@ LOOP = "a symbolic link to a folder around it"
 FOLDER = "a folder that is named as an image"
 UNKNOWN_CLASS = "of a class without training images"
 NO_LABEL = "no label for it"
+HOSTILE = "a path out of the archive"
 EXAMPLES = 3  # names shown for each reason
 
 
@@ -102,6 +103,13 @@ class LeftOut:
         self.counts[reason] = self.counts.get(reason, 0) + 1
         if len(self.examples.setdefault(reason, [])) < EXAMPLES:
             self.examples[reason].append(text_of(name))
+
+    def add_refused(self, listing, where=""):
+        """Count what a Listing of an archive does not take; `where` comes before each name."""
+        for path, reason in listing.refused:
+            self.add(reason, where + path)
+        for path in listing.hostile:
+            self.add(HOSTILE, where + path)
 
     def lines(self, split):
         """Return a line for each reason; what may have been meant as an image is a warning."""
@@ -184,7 +192,7 @@ class ArchiveTree:
                 files.add(name)
         for path, reason in listing.refused:
             folder, _, name = path.rpartition("/")
-            self._folder(folder if folder in self._inside else "")[2].append((reason, name if folder in self._inside else path))
+            self._folder(folder)[2].append((reason, name))
 
     def _folder(self, path):
         if path not in self._inside:

@@ -158,7 +158,11 @@ def _open_archive(path, options):
     found = trees.open_tree(ArchiveTree(listing), str(path), path.parent)
     if found is None:
         raise DataError(f"no images in train/<class>/ in the {kind} {path}.\n{known_forms()}")
-    return _of_tree(found, f"{kind} {text_of(path.name)}")
+    source = _of_tree(found, f"{kind} {text_of(path.name)}")
+    left_out = LeftOut()
+    left_out.add_refused(listing._replace(refused=[]))  # those that are inside of it belong to a split
+    source.remarks += left_out.lines("the archive")
+    return source
 
 
 def _of_tree(found, kind):
@@ -187,8 +191,7 @@ def _open_official(folder, options):
     kit = trees.read_devkit(FileSlice(str(folder / DEVKIT), 0, (folder / DEVKIT).stat().st_size))
     left_out = {split: LeftOut() for split in SPLITS}
     outer = tar_listing(folder / TRAIN_TAR)
-    for name, reason in outer.refused:
-        left_out["train"].add(reason, name)
+    left_out["train"].add_refused(outer)
     train, remarks = [], []
     for name, place in sorted(outer.files.items()):
         wnid = PurePosixPath(name).stem
@@ -197,8 +200,7 @@ def _open_official(folder, options):
             continue
         inner = tar_listing(folder / TRAIN_TAR, place.start, place.length, f"{name} in {folder / TRAIN_TAR}")
         images = [(wnid, member, at) for member, at in inner.files.items() if is_image_name(member)]
-        for member, reason in inner.refused:
-            left_out["train"].add(reason, f"{name}: {member}")
+        left_out["train"].add_refused(inner, f"{name}: ")
         for member in sorted(set(inner.files) - {member for _, member, _ in images}):
             left_out["train"].add(OTHER_KIND, f"{name}: {member}")
         if len(images) != (promised := kit.train_images.get(wnid, len(images))):
@@ -210,8 +212,7 @@ def _open_official(folder, options):
             f"({some(missing, 3)}): download it again"
         )
     val_listing = tar_listing(folder / VAL_TAR)
-    for name, reason in val_listing.refused:
-        left_out["val"].add(reason, name)
+    left_out["val"].add_refused(val_listing)
     val = []
     for name, place in val_listing.files.items():
         wnid = kit.wnids_of_val.get(trees.stem(name))
@@ -257,8 +258,7 @@ def _open_old_hub(path, options):
     for split, paths in archives.items():
         for archive in paths:
             listing = tar_listing(uncompressed(archive, options.scratch, options.say), what=str(archive))
-            for name, reason in listing.refused:
-                left_out[split].add(reason, name)
+            left_out[split].add_refused(listing)
             for name, place in listing.files.items():
                 wnid = trees.stem(name).rpartition("_")[2]  # n01440764_10026_n01440764.JPEG
                 if is_image_name(name) and WNID.fullmatch(wnid):

@@ -263,8 +263,7 @@ def read_shards(files):
         rows[split], left_out = [], finding.LeftOut()
         for path in paths:
             listing, samples = tar_listing(path), {}
-            for member, reason in listing.refused:
-                left_out.add(reason, member)
+            left_out.add_refused(listing, f"{path.name}: ")
             for member, place in listing.files.items():
                 folder, _, file = member.rpartition("/")
                 key, _, extension = file.partition(".")
