@@ -30,7 +30,7 @@ from engine.trees import DEVKIT, SPLITS
 
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
-OLD_TRAIN, OLD_VAL = "train_images_*.tar.gz", "val_images.tar.gz"
+OLD_TRAIN, OLD_VAL = tuple(f"train_images_{part}.tar.gz" for part in range(5)), "val_images.tar.gz"
 
 
 class Entry(NamedTuple):
@@ -245,15 +245,15 @@ def _of_classes(kind, images, class_names, remarks, left_out):
 
 
 def _old_hub_folder(path):
-    return next((folder for folder in (path, path / "data") if any(folder.glob(OLD_TRAIN))), None) if path.is_dir() else None
+    folders = (path, path / "data")
+    return next((folder for folder in folders if any((folder / name).exists() for name in OLD_TRAIN)), None)
 
 
 def _open_old_hub(path, options):
     folder = _old_hub_folder(path)
-    archives = {"train": sorted(folder.glob(OLD_TRAIN)), "val": sorted(folder.glob(OLD_VAL))}
-    if not archives["val"]:
-        raise DataError(f"{folder} holds {OLD_TRAIN} and no {OLD_VAL}: download it, too")
-    tables.require_all_parts([path.with_name(path.name.removesuffix(".tar.gz")) for path in archives["train"]])
+    archives = {"train": [folder / name for name in OLD_TRAIN], "val": [folder / OLD_VAL]}
+    if missing := [path.name for paths in archives.values() for path in paths if not path.exists()]:
+        raise DataError(f"{folder} holds a part of the Hub's archives; missing: {', '.join(missing)}")
     images, left_out = {split: [] for split in SPLITS}, {split: LeftOut() for split in SPLITS}
     for split, paths in archives.items():
         for archive in paths:

@@ -63,15 +63,15 @@ def require_all_parts(paths):
     counted = [re.search(r"(\d+)-of-(\d+)", path.name) for path in paths]
     plain = [re.search(r"(\d+)\D*$", path.stem) for path in paths]
     if all(counted):
-        expected, there = int(counted[0][2]), {int(found[1]) for found in counted}
-    elif all(plain) and len(paths) > 1:
+        first, expected, there = 0, int(counted[0][2]), {int(found[1]) for found in counted}
+    elif all(plain):
         there = {int(found[1]) for found in plain}
-        expected = max(there) + 1
-        if min(there) == 1:
-            there.add(0)
+        padded = len(plain[0][1]) > 1 and any(found[1].startswith("0") for found in plain)
+        first = 0 if padded else min(there)  # plain numbers, such as years, begin anywhere
+        expected = max(there) + 1 - first
     else:
         return
-    if missing := sorted(set(range(expected)) - there):
+    if missing := sorted(set(range(first, first + expected)) - there):
         raise DataError(
             f"{paths[0].parent} holds {len(paths)} of the {expected} files like {paths[0].name}; number "
             f"{some([str(number) for number in missing])} is missing: download the rest"
