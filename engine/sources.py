@@ -78,7 +78,7 @@ def open_source(path, options=None):
     Raises:
         DataError: nothing there, no known form, or a form that is not complete; says what is missing.
     """
-    path, options = Path(path).resolve(), options or Options()
+    path, options = Path(path).absolute(), options or Options()  # not resolved: a link's own name tells the form
     if not path.exists():
         raise DataError(f"no data set at {path}: there is no such file or folder")
     form = form_at(path)
@@ -181,11 +181,11 @@ def _of_tree(found, kind):
 
 
 def _is_official(path):
-    return path.is_dir() and any((path / name).exists() for name in (TRAIN_TAR, VAL_TAR))
+    return path.is_dir() and any((path / name).is_file() for name in (TRAIN_TAR, VAL_TAR))
 
 
 def _open_official(folder, options):
-    missing = [name for name in (TRAIN_TAR, VAL_TAR, DEVKIT) if not (folder / name).exists()]
+    missing = [name for name in (TRAIN_TAR, VAL_TAR, DEVKIT) if not (folder / name).is_file()]
     if missing:
         raise DataError(f"{folder} holds a part of the official ImageNet; missing: {', '.join(missing)}")
     kit = trees.read_devkit(FileSlice(str(folder / DEVKIT), 0, (folder / DEVKIT).stat().st_size))
@@ -252,7 +252,7 @@ def _old_hub_folder(path):
 def _open_old_hub(path, options):
     folder = _old_hub_folder(path)
     archives = {"train": [folder / name for name in OLD_TRAIN], "val": [folder / OLD_VAL]}
-    if missing := [path.name for paths in archives.values() for path in paths if not path.exists()]:
+    if missing := [path.name for paths in archives.values() for path in paths if not path.is_file()]:
         raise DataError(f"{folder} holds a part of the Hub's archives; missing: {', '.join(missing)}")
     images, left_out = {split: [] for split in SPLITS}, {split: LeftOut() for split in SPLITS}
     for split, paths in archives.items():

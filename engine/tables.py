@@ -4,7 +4,6 @@ Each function returns Rows: names, labels and places, with what the labels mean 
 """
 
 import json
-import os
 import re
 from pathlib import PurePosixPath
 from typing import NamedTuple
@@ -211,7 +210,7 @@ def arrow_files(folder):
             if state.exists():  # saved by datasets.DatasetDict.save_to_disk
                 listed = json.loads(state.read_text("utf-8"))["_data_files"]
                 found[split] = [folder / name / PurePosixPath(entry["filename"]).name for entry in listed]
-            elif f"{name}.arrow" in os.listdir(folder):
+            elif (folder / f"{name}.arrow").is_file():
                 found[split] = [folder / f"{name}.arrow"]
             elif files := sorted(folder.glob(f"*-{name}-*-of-*.arrow")) + sorted(folder.glob(f"*-{name}.arrow")):
                 found[split] = files  # the cache of datasets.load_dataset

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -50,6 +51,15 @@ def write_tree(path, folder, numbers):
         write_tree(os.path.join(path, os.fsencode(name)), inside, numbers)
 
 
+def tar_of(root):
+    """A tar of a tree's train and val."""
+    path = os.path.join(root, "tree.tar")
+    with tarfile.open(path, "w", encoding="utf-8", errors="surrogateescape") as archive:
+        for split in ("train", "val"):
+            archive.add(os.path.join(root, split), split)
+    return path
+
+
 @settings(deadline=None, max_examples=60)
 @given(SPLITS)
 def test_all_programs_and_torchvision_see_the_same_images_labels_and_order(tree):
@@ -79,6 +89,10 @@ def test_all_programs_and_torchvision_see_the_same_images_labels_and_order(tree)
                 ours.name(i) for i in range(len(ours))
             ]
             assert [entry.place.read() for entry in entries] == [ours.read(i) for i in range(len(ours))]
+            archived = sources.open_source(tar_of(root)).splits[split]
+            assert [(entry.name, entry.label, entry.place.read()) for entry in archived] == [
+                (entry.name, entry.label, entry.place.read()) for entry in entries
+            ]
             rows = [(entry.place.read(), entry.name, entry.label) for entry in entries]
             write_split(Path(root) / "packed.arrow", rows, prepared.classes)
             packed = PackedSplit(Path(root) / "packed.arrow")
