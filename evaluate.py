@@ -172,13 +172,21 @@ def _in_words(figures, view):
 
 def open_matching_splits(networks, config, needed):
     """Return the splits of data_dir with labels in the order of the networks' outputs; DataError where that is not certain."""
-    where, first = config["data_dir"], networks[0]
-    for network in networks[1:]:
-        if (network.classes, network.model.fc.out_features) != (first.classes, first.model.fc.out_features):
-            raise data.DataError(f"{first.path} and {network.path} know different classes, or in another order: one at a time")
+    where, orders, remarks = config["data_dir"], {}, {}
     splits = data.open_splits(where, needed)
-    for images in splits.values():
-        match_classes(images, first.classes, first.model.fc.out_features, first.path, where, print)
+    for network in networks:
+        outputs = network.model.fc.out_features
+        match_classes(splits["val"], network.classes, outputs, network.path, where, remarks.setdefault)
+        orders[network.path] = splits["val"].classes
+    for path, order in orders.items():
+        if order != (first := next(iter(orders.values()))):
+            raise data.DataError(
+                f"{next(iter(orders))} and {path} know other classes, or in another order: score one at a time"
+            )
+    if "train" in splits:
+        splits["train"].relabel(first)
+    for remark in remarks:
+        print(remark)
     return splits
 
 

@@ -148,6 +148,22 @@ def test_a_run_that_began_with_numbers_in_the_order_of_text_goes_on_with_the_sam
     assert figures(capsys.readouterr().out.splitlines()[-1])[0] == pytest.approx(top1, abs=0.01)
 
 
+def test_networks_that_order_their_classes_differently_have_no_ensemble(always_10, tmp_path, capsys):
+    weights, folder = always_10
+    names = [str(n) for n in range(12)]
+    (tmp_path / "first.txt").write_text("\n".join(names))
+    flags = ["--architecture=resnet18", "--resolution=32", f"--data-dir={folder}"]
+    assert evaluated(weights, *flags, f"--classes={tmp_path / 'first.txt'}", "--export", tmp_path / "named.safetensors") == 0
+    assert (
+        evaluated(weights, tmp_path / "named.safetensors", *flags) == 0
+    )  # the one is certain, the other named: the same order
+    assert "ensemble of 2: top-1 31.25 %" in capsys.readouterr().out
+    (tmp_path / "other.txt").write_text("\n".join(names[::-1]))
+    assert evaluated(weights, *flags, f"--classes={tmp_path / 'other.txt'}", "--export", tmp_path / "other.safetensors") == 0
+    with pytest.raises(DataError, match="know other classes, or in another order"):
+        evaluated(weights, tmp_path / "other.safetensors", *flags)
+
+
 def test_evaluation_without_images_names_what_is_missing(always_10, tmp_path):
     weights, _ = always_10
     (tmp_path / "train/cat").mkdir(parents=True)
