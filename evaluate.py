@@ -178,13 +178,12 @@ def open_matching_splits(networks, config, needed):
         outputs = network.model.fc.out_features
         match_classes(splits["val"], network.classes, outputs, network.path, where, remarks.setdefault)
         orders[network.path] = splits["val"].classes
+    first_path, first = next(iter(orders.items()))
     for path, order in orders.items():
-        if order != (first := next(iter(orders.values()))):
-            raise data.DataError(
-                f"{next(iter(orders))} and {path} know other classes, or in another order: score one at a time"
-            )
+        if order != first:
+            raise data.DataError(f"{first_path} and {path} know other classes, or in another order: score one at a time")
     if "train" in splits:
-        splits["train"].relabel(first)
+        match_classes(splits["train"], first, len(first), first_path, where, remarks.setdefault)
     for remark in remarks:
         print(remark)
     return splits
