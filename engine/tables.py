@@ -27,12 +27,15 @@ class Rows(NamedTuple):
     remarks: list
 
 
-def files_of_splits(folders, patterns):
+def files_of_splits(folders, patterns, is_meant=lambda path: True):
     """Return {split: [paths]} from the first of the folders in which there are files of every split, or None.
 
     Args:
         folders: Paths.
         patterns: of the files, with NAME in place of the split's name.
+        is_meant: function of the first file of training images: whether it is of this kind.
+    Raises:
+        DataError: there are training images of this kind and none for validation, or two sets of files.
     """
     for folder in folders:
         found = {}
@@ -45,7 +48,7 @@ def files_of_splits(folders, patterns):
                 if sets:
                     found[split] = sets[0]
                     break
-        if "train" in found:
+        if "train" in found and is_meant(found["train"][0]):
             if "val" not in found:
                 raise DataError(f"{folder} holds files of training images ({found['train'][0].name}) and none for validation")
             return found
@@ -247,11 +250,12 @@ def read_arrow(files):
 
 def shard_files(folder):
     """Return {'train': [paths], 'val': [paths]} of a folder with WebDataset's shards, or None."""
-    files = files_of_splits((folder,), ("NAME-*.tar", "*-NAME-*.tar", "NAME/*.tar", "NAME_*.tar", "*_NAME_*.tar"))
-    if files is None:
-        return None
-    first = tar_listing(files["train"][0]).files
-    return files if any(path.endswith((".cls", ".json")) for path in first) else None
+    patterns = ("NAME-*.tar", "*-NAME-*.tar", "NAME/*.tar", "NAME_*.tar", "*_NAME_*.tar")
+    return files_of_splits((folder,), patterns, _is_shard)
+
+
+def _is_shard(path):
+    return any(member.endswith((".cls", ".json")) for member in tar_listing(path).files)
 
 
 def read_shards(files):
