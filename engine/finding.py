@@ -40,7 +40,7 @@ EXAMPLES = 3  # names shown for each reason
 
 
 def text_of(name):
-    """Return a name that can be printed and stored as UTF-8 anywhere; the name itself unless bytes of it are not UTF-8.
+    """Return a name or path that can be printed and stored as UTF-8 anywhere; itself unless bytes of it are not UTF-8.
 
     Those become `\\xe9`. So that name_of can go back, a name that looks so by itself has its backslashes written as `\\x5c`.
     """
@@ -51,6 +51,8 @@ def text_of(name):
     else:
         if not re.search(r"\\x[0-9a-f]{2}", name):
             return name
+    if "/" in name:  # each name for itself: a path's text is its names' texts
+        return "/".join(map(text_of, name.split("/")))
     return name.replace("\\", "\\x5c").encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 

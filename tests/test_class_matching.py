@@ -133,7 +133,7 @@ def test_a_run_that_began_with_numbers_in_the_order_of_text_goes_on_with_the_sam
                 (tmp_path / f"images/{split}/{name}/{n}.jpg").write_bytes(encoded(photo(40, 48, seed=100 * name + n)))
     with monkeypatch.context() as before:
         before.setattr(finding, "class_order", sorted)
-        changes = {"epochs": 2, "swa_start_epoch": 1, "checkpoint_every_epochs": 1}
+        changes = {"epochs": 2, "swa_start_epoch": 0, "checkpoint_every_epochs": 1}
         assert run_here(tiny_run(tmp_path / "images", tmp_path / "old", **changes)) == 0
     (tmp_path / "new").mkdir()
     shutil.copy(tmp_path / "old/epoch_001.pt", tmp_path / "new")

@@ -117,6 +117,7 @@ def test_ordinary_names_are_their_own_text():
     for name in ("n01440764_1.JPEG", "Käfer/日本.jpg", "a\\b.jpg"):
         assert text_of(name) == name
     assert text_of("caf\udce9.jpg") == "caf\\xe9.jpg"
+    assert text_of("a\\/\\xe9.jpg") == "a\\/\\x5cxe9.jpg"  # a path's text is its names' texts
 
 
 # What is no image ----------------------------------------------------------------------------------------------------
