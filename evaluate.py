@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from config import CONFIG
 from engine import averaging, checkpoint, classify, data, metrics
+from engine.class_matching import match_classes, read_class_file
 from engine.confusion import count_confusions, write_details
 from engine.console import protect_output
 from engine.device import AUTOCAST_DTYPES, autocast, choose_device, choose_precision
@@ -196,7 +197,8 @@ def differing_views(networks, arguments):
 def score(networks, arguments, device):
     """Print each network's figures on the validation images, seen as its run did, and those of their ensemble."""
     first = networks[0]
-    splits, context = open_matching_splits(networks, first.config), autocast(device, first.config["precision"])
+    needed = ("train", "val") if arguments.average else ("val",)  # the statistics of a mean come from training images
+    splits, context = open_matching_splits(networks, first.config, needed), autocast(device, first.config["precision"])
     for network in networks:
         if network.config["data_dir"] != first.config["data_dir"]:
             print(f"note: {network.path} is scored on the images of {first.path}, {first.config['data_dir']}")
@@ -258,16 +260,22 @@ def _in_words(figures, view):
     return f"top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f} on {figures['images']:,} images"
 
 
-def open_matching_splits(networks, config):
-    """Return the splits of data_dir; raise DataError if their classes are not the networks'."""
-    splits = data.open_splits(config["data_dir"])
+def open_matching_splits(networks, config, needed):
+    """Return the splits of data_dir with labels in the order of the networks' outputs; DataError where that is not certain."""
+    where, orders, remarks = config["data_dir"], {}, {}
+    splits = data.open_splits(where, needed)
     for network in networks:
-        known = network.classes
-        if known is not None and splits["val"].classes != known:
-            raise data.DataError(f"the classes in {config['data_dir']} are not the {len(known)} of {network.path}")
-        if network.model.fc.out_features != len(splits["val"].classes):
-            there, here = network.model.fc.out_features, len(splits["val"].classes)
-            raise data.DataError(f"{network.path} tells {there} classes apart; {config['data_dir']} has {here}")
+        outputs = network.model.fc.out_features
+        match_classes(splits["val"], network.classes, outputs, network.path, where, remarks.setdefault)
+        orders[network.path] = splits["val"].classes
+    first_path, first = next(iter(orders.items()))
+    for path, order in orders.items():
+        if order != first:
+            raise data.DataError(f"{first_path} and {path} know other classes, or in another order: score one at a time")
+    if "train" in splits:
+        match_classes(splits["train"], first, len(first), first_path, where, remarks.setdefault)
+    for remark in remarks:
+        print(remark)
     return splits
 
 
@@ -288,17 +296,18 @@ def classify_files(networks, arguments, device):
         skipped.append(path)
         print(f"evaluate.py: skipped {path} ({reason})", file=sys.stderr)
 
-    files = classify.image_files(arguments.classify)
+    files = classify.image_files(arguments.classify, skip, lambda line: print(line, file=sys.stderr))
     config = first.config | ({"val_resolution": arguments.resolution[0]} if arguments.resolution else {})
     dtype = AUTOCAST_DTYPES[precision]
     for prediction in classify.classify(files, probabilities, classes, config, device, dtype, skip):
         names = [f"{100 * share:.1f} % {first.class_names.get(name, name)}" for name, share in prediction.best]
-        print(f"{prediction.path}: {'; '.join(names)}")
-        if arguments.contact_sheet:
-            seen.append(prediction)
+        print(f"{prediction.name}: {'; '.join(names)}")
+        seen.append(prediction)
     if arguments.contact_sheet and seen:
         classify.write_contact_sheet(arguments.contact_sheet, seen, first.class_names)
         print(f"wrote {arguments.contact_sheet}")
+    if not seen:
+        raise UserError(f"no image was classified in {', '.join(arguments.classify)}")
     return 1 if skipped else 0
 
 
@@ -375,7 +384,8 @@ def parse_arguments(arguments=None):
         "evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT", help="default checkpoints/best.pt")
-    parser.add_argument("--data-dir", help="folder with val.arrow or val/<class>/*; default: the run's")
+    parser.add_argument("--data-dir", help="folder with val.arrow, val/<class>/* or <class>/*; default: the run's")
+    parser.add_argument("--classes", metavar="FILE", help="a class per line, in the order of the network's outputs")
     parser.add_argument("--flip", action="store_true", help="also score the mean over image and mirror image")
     parser.add_argument("--resolution", type=int, nargs="+", metavar="PX", help="score at these sizes; default: the run's")
     parser.add_argument("--crop-ratio", type=float, metavar="R", help="crop over the resized shorter side; default: the run's")
@@ -432,6 +442,10 @@ def main(arguments):
             raise UserError(f"{flag}: {differing}")
     if arguments.average:
         refuse_to_average(networks)
+    if arguments.classes:
+        networks = [
+            network._replace(classes=read_class_file(arguments.classes, network.model.fc.out_features)) for network in networks
+        ]
     if arguments.classify:
         return classify_files(networks, arguments, device)
     if arguments.export:
@@ -475,7 +489,7 @@ def shared_precision(configs, device):
 def averaged_for_export(networks, device):
     """Return the averaged_network of several; its statistics come from the training images."""
     config = networks[0].config
-    with served(open_matching_splits(networks, config), config, device) as server:
+    with served(open_matching_splits(networks, config, ("train", "val")), config, device) as server:
         return averaged_network(networks, server, autocast(device, config["precision"]))
 
 

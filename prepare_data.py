@@ -2,10 +2,10 @@
 
 python prepare_data.py SOURCE data/imagenet
 
-SOURCE may be a folder with the official ILSVRC2012_*.tar files, Kaggle's zip file or the tree unpacked from it, Hugging
-Face's parquet files, a folder that the datasets library saved, or a folder of train/<class>/* and val/<class>/*. Training
-images are re-encoded to a shorter side of 352 px, which makes them faster to read; validation images are kept byte for byte.
-Killed at any instant, the same command goes on where it was.
+SOURCE may be a folder with the official ILSVRC2012_*.tar files, Kaggle's archives or the tree unpacked from them, Hugging
+Face's parquet files, a folder that the datasets library saved, WebDataset shards, or a folder or an archive of train/<class>/*
+and val/<class>/*; docs/data_forms.md has the list. Training images are re-encoded to a shorter side of 352 px, which makes
+them faster to read; validation images are kept byte for byte. Killed at any instant, the same command goes on where it was.
 """
 
 import argparse
@@ -25,15 +25,16 @@ import torch
 from torchvision.models import ResNet50_Weights
 from tqdm import tqdm
 
+from engine.archives import ParquetRow, delete_uncompressed
 from engine.console import protect_output
 from engine.data import IMAGENET_COUNTS
 from engine.errors import DataError, run_program
 from engine.files import replacing
-from engine.images import packed_jpeg
+from engine.finding import WNID
+from engine.images import PACKED_SHORTER_SIDE, packed_jpeg
 from engine.interruption import Interrupted, StopRequest
 from engine.packed import PackedSplit, PackedWriter, packed_schema, unfinished_files
-from engine.places import ParquetRow
-from engine.sources import open_source
+from engine.sources import Options, open_source
 from engine.workers import WorkerDied, available_cores, worker_pool
 
 IMAGENET_IMAGES = dict(zip(("train", "val"), IMAGENET_COUNTS, strict=True))
@@ -55,12 +56,14 @@ def parse_arguments(arguments=None):
     parser.add_argument(
         "--shorter-side",
         type=int,
-        default=352,
+        default=PACKED_SHORTER_SIDE,
         metavar="PX",
-        help="of larger training images; default 352, 0 keeps all as they are",
+        help=f"of larger training images; default {PACKED_SHORTER_SIDE}, 0 keeps all as they are",
     )
     parser.add_argument("--quality", type=int, default=90, help="of the re-encoded JPEGs, 1 to 100; default 90")
     parser.add_argument("--num-workers", type=int, default=available_cores(), help="processes; default one per CPU core")
+    parser.add_argument("--image-column", metavar="NAME", help="of parquet files whose columns do not tell")
+    parser.add_argument("--label-column", metavar="NAME", help="of parquet files whose columns do not tell")
     parser.add_argument("--overwrite", action="store_true", help="delete what was prepared in DESTINATION before")
     arguments = parser.parse_args(arguments)
     for name, lowest, highest in (("shorter_side", 0, 10_000), ("quality", 1, 100), ("num_workers", 1, 256)):
@@ -74,13 +77,18 @@ def main(arguments):
     destination = arguments.destination
     shorter_sides = {"train": arguments.shorter_side or math.inf, "val": math.inf}
     print(f"looking at {arguments.source} ...", flush=True)
-    source = open_source(arguments.source)
+    try:
+        source = open_source(arguments.source, Options(destination, arguments.image_column, arguments.label_column))
+    except DataError:
+        delete_uncompressed(destination)
+        raise
     add_known_class_names(source)
     job = job_of(source, shorter_sides, arguments.quality)
     if arguments.overwrite:
         delete_prepared(destination)
     if is_prepared(destination, job):
         print(f"{destination} is prepared already, from the same images in the same way")
+        delete_uncompressed(destination)
         return 0
     destination.mkdir(parents=True, exist_ok=True)
     announce(source, destination, shorter_sides, arguments.quality)
@@ -95,6 +103,7 @@ def main(arguments):
             print(f"{what}. The same command goes on from here", file=sys.stdout if stop_asked else sys.stderr)
             return stop.exit_code or 1
     write_manifest(source, splits, destination, job, arguments)
+    delete_uncompressed(destination)
     return 0
 
 
@@ -112,6 +121,11 @@ def is_imagenet(source):
     """Return whether the classes are ImageNet-1K's, by their number, the first and the last."""
     ends = (source.classes[0], source.classes[-1])
     return len(source.classes) == IMAGENET_CLASSES and ends == ("n01440764", "n15075141")
+
+
+def is_meant_as_imagenet(source):
+    """Return whether the counts should be ImageNet-1K's: most of its subsets have 10 or 100 classes."""
+    return len(source.classes) > IMAGENET_CLASSES / 2 and all(map(WNID.fullmatch, source.classes))
 
 
 def job_of(source, shorter_sides, quality):
@@ -161,6 +175,8 @@ def announce(source, destination, shorter_sides, quality):
         f"{len(source.splits[split]):,} {word} images" for split, word in (("train", "training"), ("val", "validation"))
     )
     print(f"{source.kind}: {counts} of {len(source.classes):,} classes, {gigabytes(source_size(source))}")
+    for remark in source.remarks:
+        print(remark)
     sizes = {split: estimated_size(entries, shorter_sides[split], quality) for split, entries in source.splits.items()}
     done = 0
     for path in prepared_files(destination).values():
@@ -282,9 +298,10 @@ def write_manifest(source, writers, destination, job, arguments):
         "shorter_side": arguments.shorter_side,
         "quality": arguments.quality,
         "prepared": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "is_imagenet_1k": is_imagenet(source),
+        "is_imagenet_1k": is_meant_as_imagenet(source),
+        "classes": len(source.classes),
         "splits": {},
-        "passed_over": source.refused,
+        "remarks": source.remarks,
     }
     for split, writer in writers.items():
         packed = PackedSplit(writer.path)  # as train.py will open it
@@ -320,13 +337,19 @@ def summary(manifest, destination):
         empty = [name for name, count in facts["images_per_class"].items() if count == 0]
         if empty:
             lines.append(f"WARNING: {split} has no image of {len(empty)} classes: {', '.join(empty[:5])}")
-    lines += [f"WARNING: passed over: {problem}" for problem in manifest["passed_over"][:20]]
-    complete = all(facts["images"] == facts["images_of_imagenet_1k"] for facts in manifest["splits"].values())
+    lines += [remark for remark in manifest["remarks"] if remark.startswith("WARNING")]
     if not manifest["is_imagenet_1k"]:
         lines.append("this is another data set than ImageNet-1K")
-    elif not complete:
-        lines.append("WARNING: this is NOT the whole ImageNet-1K")
     lines.append(f"check a copy with: sha256sum -c {CHECKSUMS}; train with: python train.py --data-dir {destination}")
+    missed = [
+        f"{facts['images']:,} of {facts['images_of_imagenet_1k']:,} {split} images"
+        for split, facts in manifest["splits"].items()
+        if facts["images"] != facts["images_of_imagenet_1k"]
+    ]
+    if manifest["classes"] != IMAGENET_CLASSES:
+        missed.append(f"{manifest['classes']:,} of {IMAGENET_CLASSES:,} classes")
+    if manifest["is_imagenet_1k"] and missed:
+        lines.append(f"WARNING: this is NOT the whole ImageNet-1K: {' and '.join(missed)}")
     return lines
 
 

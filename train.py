@@ -564,8 +564,12 @@ def open_images(config, contents, say):
         made = distributed.by_each(lambda: distributed.local_rank() == 0 and make_demo_data(config["data_dir"]))
         if made:
             say(f"made the demo's pictures in {config['data_dir']}")
-    splits = distributed.by_each(data.open_splits, config["data_dir"])
+    splits = distributed.by_each(lambda: data.open_splits(config["data_dir"], say=say))
     images = splits["train"]
+    if contents is not None and sorted(images.classes) == sorted(contents["classes"]) and images.classes != contents["classes"]:
+        say("note: the classes stay in the order that the run recorded when it began")
+        for split in splits.values():
+            split.relabel(contents["classes"])
     seen = distributed.gathered((images.classes, len(images), len(splits["val"])))
     if seen.count(seen[0]) < len(seen):
         raise data.DataError(f"{config['data_dir']} holds other images on one machine than on another")
@@ -585,6 +589,8 @@ def open_images(config, contents, say):
         )
     if config["batch_size"] < distributed.size():
         raise ConfigError([f"batch_size = {config['batch_size']}: too few for {distributed.size()} processes"])
+    if contents is None and distributed.rank() == 0:
+        data.say_packing_gain(images, config, say)
     return splits
 
 

@@ -20,7 +20,7 @@ from torchvision.datasets import ImageFolder
 
 from benchmarks.measuring import cpus_granted, in_processes, installed_timm, measured_in_rounds, rate_cell, ratio
 from config import CONFIG
-from engine import data, images
+from engine import data, finding, images
 from engine.interruption import StopRequest
 from engine.packed import write_split
 
@@ -195,7 +195,7 @@ def loader_contenders(folder, resolution, workers):
             device=CPU,
         )
         contenders["timm"] = theirs(loader)
-    splits = {"originals": data.ImageFolder(tree), "packed": data.PackedSplit(folder / "train.arrow")}
+    splits = {"originals": finding.ImageFolder(tree), "packed": data.PackedSplit(folder / "train.arrow")}
     contenders |= {f"ours, {name}": ours(split) for name, split in splits.items()}
     return contenders | {f"no loader, {name}": without_loader(split) for name, split in splits.items()}
 

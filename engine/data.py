@@ -5,9 +5,10 @@ A worker process makes a whole batch at a time, each image by engine/images.py. 
 """
 
 import collections
+import contextlib
 import itertools
-import os
 import signal
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,12 +20,14 @@ from engine.augmentation import augmented, build_augmentation
 from engine.buffers import BATCHES_HELD, BatchBuffers
 from engine.distributed import largest_share, local_size, news_of_all, share, size
 from engine.errors import DataError, UserError
-from engine.images import training_view, validation_view
+from engine.finding import some
+from engine.images import PACKED_SHORTER_SIDE, image_size, packed_jpeg, training_view, validation_view
 from engine.interruption import Interrupted, ignore_signals
 from engine.packed import PackedSplit, unfinished_files
+from engine.sources import form_at, no_form
+from engine.trees import SPLITS, all_names, open_folders
 from engine.workers import WorkerDied, available_cores
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's list
 IMAGENET_COUNTS = (1_281_167, 50_000)  # images for training and for validation
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -35,81 +38,104 @@ TRIES_TO_REPLACE = 100  # images drawn for an unreadable one before the data set
 # The images on disk --------------------------------------------------------------------------------------------------
 
 
-class ImageFolder:
-    """One split of an ImageFolder tree, `folder/<class>/<image>`, classes and files in sorted order.
+def open_splits(data_dir, needed=SPLITS, say=print):
+    """Return {'train': ..., 'val': ...} of the images in data_dir: each a packed file, or else images in folders.
 
-    The paths lie in one byte array: a list of 1.28 million str would grow every worker's memory, page by page, as its
-    reference counts are touched (pytorch issue 13246).
-
-    Attributes:
-        classes: sorted list of str.
-        labels: int64 [N].
-    """
-
-    def __init__(self, folder):
-        self.folder = Path(folder)
-        self.classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-        names, labels = [], []
-        for label, name in enumerate(self.classes):
-            files = sorted(e.name for e in os.scandir(self.folder / name) if e.name.lower().endswith(IMAGE_SUFFIXES))
-            names += [f"{name}/{file}".encode() for file in files]
-            labels.append(np.full(len(files), label, dtype=np.int64))
-        self.labels = np.concatenate(labels) if labels else np.empty(0, dtype=np.int64)
-        self._names = np.frombuffer(b"".join(names), dtype=np.uint8)
-        self._ends = np.cumsum([len(name) for name in names], dtype=np.int64)
-
-    def __len__(self):
-        return len(self.labels)
-
-    def name(self, index):
-        """Return the image's path below the split's folder, `class/file`."""
-        start = self._ends[index - 1] if index else 0
-        return os.fsdecode(self._names[start : self._ends[index]].tobytes())
-
-    def read(self, index):
-        """Return the bytes of the image's file."""
-        return (self.folder / self.name(index)).read_bytes()
-
-
-def open_splits(data_dir):
-    """Return {'train': ..., 'val': ...} of the images in data_dir: each a packed file, or else a folder of class folders.
-
+    Args:
+        needed: those to open. 'val' alone may also be a folder that holds the class folders themselves.
+        say: called with each line on what was chosen or left out.
     Raises:
-        DataError: with all that is wrong with the folder, and what to run instead.
+        DataError: with what is wrong with the folder, and what to run instead.
     """
     data_dir = Path(data_dir)
+    packed = {split: data_dir / f"{split}.arrow" for split in needed}
+    splits = {split: PackedSplit(path) for split, path in packed.items() if path.is_file()}
+    if rest := tuple(split for split in needed if split not in splits):
+        classes = splits["train"].classes if "train" in splits else None
+        opened = open_folders(data_dir, rest, classes) if data_dir.is_dir() else None
+        if opened is None:
+            raise DataError(_nothing_there(data_dir, rest))
+        folders, remarks = opened
+        splits = {split: splits.get(split) or folders[split] for split in needed}
+        for remark in remarks:
+            say(remark)
+    if "train" in splits and "val" in splits:
+        _let_classes_agree(splits, data_dir)
+    for split, images in splits.items():
+        counts = np.bincount(images.labels, minlength=len(images.classes))
+        if not counts.any():
+            raise DataError(f"{data_dir} holds no {split} images")
+        if empty := [images.classes[label] for label in np.flatnonzero(counts == 0)]:
+            say(f"WARNING: {split} has no images of {len(empty):,} of the {len(counts):,} classes: {some(empty)}")
+    return splits
+
+
+def _let_classes_agree(splits, data_dir):
+    """Let the validation labels count in the training classes; raise DataError where they know others."""
+    train, val = splits["train"], splits["val"]
+    if val.classes == train.classes:
+        return
+    seen = {val.classes[label] for label in np.unique(val.labels)}
+    if unknown := sorted(seen - set(train.classes)):
+        raise DataError(
+            f"train and val of {data_dir} hold different classes (only in val: {some(unknown)}): name one data set's folder"
+        )
+    val.relabel(train.classes)
+
+
+def _nothing_there(data_dir, splits):
+    """Return in words what is missing in data_dir, and what to do."""
     advice = (
         "Prepare ImageNet there: python prepare_data.py SOURCE DATA_DIR. Or put images there as train/<class>/*.jpg and "
         "val/<class>/*.jpg, name another folder with --data-dir, or see a network learn without any download: "
         "python train.py --recipe demo"
     )
-    packed = {name: data_dir / f"{name}.arrow" for name in ("train", "val")}
-    missing = [name for name, path in packed.items() if not path.is_file() and not (data_dir / name).is_dir()]
+    if not data_dir.exists():
+        return f"data_dir = {str(data_dir)!r} does not exist. {advice}"
+    for split in splits:
+        if unfinished_files(data_dir / f"{split}.arrow")[0].exists():
+            return f"{data_dir} is being prepared ({split}.arrow is not finished): let prepare_data.py end first"
+    if (form := form_at(data_dir)) is not None and not form.trains:
+        return (
+            f"{data_dir} holds {form.name}, to be packed first: python prepare_data.py {data_dir} PACKED, "
+            "then name the folder PACKED with --data-dir"
+        )
+    missing = [split for split in splits if not any((data_dir / name).is_dir() for name in all_names(split))]
     if missing:
-        if unfinished := [path.name for path in packed.values() if unfinished_files(path)[0].exists()]:
-            raise DataError(f"{data_dir} is being prepared ({unfinished[0]} is not finished): let prepare_data.py end first")
-        what = "does not exist"
-        if data_dir.is_dir():
-            what = "has " + " and ".join(f"neither {name}.arrow nor a folder {name}" for name in missing)
-        raise DataError(f"data_dir = {str(data_dir)!r} {what}. {advice}")
-    splits = {name: PackedSplit(path) if path.is_file() else ImageFolder(data_dir / name) for name, path in packed.items()}
-    for name, split in splits.items():
-        if not split.classes:
-            raise DataError(f"{data_dir / name} holds no class folders. {advice}")
-        counts = np.bincount(split.labels, minlength=len(split.classes))
-        empty = [split.classes[label] for label in np.flatnonzero(counts == 0)]
-        if empty:
-            raise DataError(f"{data_dir / name} has classes without images: {_some(empty)}. {advice}")
-    train, val = (splits[name].classes for name in ("train", "val"))
-    if train != val:
-        only = [f"only in {a}: {_some(sorted(b))}" for a, b in (("train", {*train} - {*val}), ("val", {*val} - {*train})) if b]
-        difference = "; ".join(only) or "in another order"
-        raise DataError(f"train and val of {data_dir} hold different classes ({difference}). {advice}")
-    return splits
+        what = " and ".join(f"neither {split}.arrow nor a folder {split}" for split in missing)
+        what = f"data_dir = {str(data_dir)!r} has {what}"
+    else:
+        what = f"{' and '.join(splits)} in {data_dir} hold no class folders with images"
+    return f"{what}. {no_form(data_dir)} {advice}"
 
 
-def _some(names):
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def say_packing_gain(split, config, say):
+    """Say how much faster training views come from packed images on this machine, measured on a few of the originals.
+
+    Nothing is said where there is nothing to gain: the images are packed already, or small.
+    """
+    if isinstance(split, PackedSplit):
+        return
+    originals, packed = [], []
+    for index in np.linspace(0, len(split) - 1, min(12, len(split))).astype(int):
+        with contextlib.suppress(Exception):  # an unreadable one is named where it is trained on
+            content = split.read(index)
+            if min(image_size(content)) > PACKED_SHORTER_SIDE:
+                packed.append(packed_jpeg(content, PACKED_SHORTER_SIDE))
+                originals.append(content)
+    if not originals:
+        return
+    times = []
+    for contents in (originals, packed, originals, packed):  # the first round warms up
+        started = time.process_time()
+        for number, content in enumerate(contents):
+            training_view(content, config["train_resolution"], config["min_crop_area"], np.random.default_rng(number))
+        times.append(1000 * (time.process_time() - started) / len(contents))
+    original, small = times[2:]
+    say(
+        f"note: these images are read as they lie, in {original:.1f} ms each on one core; packed by python prepare_data.py it "
+        f"would be {small:.1f} ms, {original / small:.1f} times as fast (measured here on {len(originals)} of them)"
+    )
 
 
 # Batches -------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ crop touches are decoded.
 
 import io
 import math
+import mmap
+import sys
 
 import numpy as np
 import torch
@@ -22,13 +24,24 @@ except ImportError:  # Pillow decodes everything then, more slowly
 
 SIMPLEJPEG_ERRORS = (ValueError, KeyError)  # KeyError: a colour space that it has no name for
 LARGEST_IMAGE_PIXELS = 20_000 * 20_000  # 1.2 GB decoded; above it an image counts as unreadable
+PACKED_SHORTER_SIDE = 352  # px, to which prepare_data.py makes larger training images smaller by default
+LARGEST_JPEG_SIDE = 65_500  # px
+LONG_IMAGE = 8  # times as long as wide; resized as a whole, one of 1 x 20,000 px would take gigabytes
+DEPTHS_IN_BITS = (8, 10, 12, 14, 16, 24, 31)  # of values in containers that are larger
+_GUESS_SAID = mmap.mmap(-1, 1)  # shared with the processes that are forked from this one
+
+
+class ImageTooLarge(ValueError):
+    """The header of an image file states more pixels than this program decodes."""
 
 
 def image_size(data):
     """Return (height, width) in pixels from an image file's header; EXIF rotation is ignored, as everywhere here."""
     if simplejpeg is not None and data[:2] == b"\xff\xd8":
         try:
-            return simplejpeg.decode_jpeg_header(data, strict=False)[:2]
+            return _within_limit(*simplejpeg.decode_jpeg_header(data, strict=False)[:2])
+        except ImageTooLarge:
+            raise
         except SIMPLEJPEG_ERRORS:
             pass  # an exotic JPEG: Pillow knows more kinds
     with _open_with_pillow(data) as image:
@@ -47,19 +60,20 @@ def decode_rgb(data, scale=1, fast_chroma=False):
     """
     if simplejpeg is not None and data[:2] == b"\xff\xd8":
         try:
+            height, width = _within_limit(*simplejpeg.decode_jpeg_header(data)[:2])
             if scale == 1:
                 return simplejpeg.decode_jpeg(data, "RGB", fastupsample=fast_chroma)
-            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
             sides = {"min_height": -(-height // scale), "min_width": -(-width // scale)}
             return simplejpeg.decode_jpeg(data, "RGB", fastupsample=fast_chroma, min_factor=2, **sides)
+        except ImageTooLarge:
+            raise
         except SIMPLEJPEG_ERRORS:
             pass  # CMYK, or damaged: Pillow converts the one and refuses the other
     with _open_with_pillow(data) as image:
         width, height = -(-image.width // scale), -(-image.height // scale)
         image.draft("RGB", (width, height))
-        if image.mode.startswith(("I", "F")):  # 16 bits a pixel: Pillow's own conversion would clip instead of scaling
-            pixels = np.asarray(image, dtype=np.float64) / 257
-            image = Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
+        if image.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel: Pillow's own conversion would clip, not scale
+            image = Image.fromarray(_eight_bits(image))
         image = image.convert("RGB")
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BOX)
@@ -72,9 +86,48 @@ def _open_with_pillow(data):
         image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
         raise ValueError(f"no image of a known kind in these {len(data):,} bytes") from None
-    if image.width * image.height > LARGEST_IMAGE_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels are more than this program decodes")
+    _within_limit(image.height, image.width)
     return image
+
+
+def _within_limit(height, width):
+    """Return (height, width) as the header states them, before anything is decoded."""
+    if height * width > LARGEST_IMAGE_PIXELS:
+        raise ImageTooLarge(f"{width} x {height} pixels are more than this program decodes")
+    return height, width
+
+
+def _eight_bits(image):
+    """Return the gray values of a Pillow image of 16 or 32 bits a pixel, uint8 [h, w].
+
+    White is what a TIFF states as its largest value, else the full range of the smallest usual depth that holds all values:
+    containers of 16 or 32 bits often hold 8 or 12. Floats of up to 1 have their white at 1. What is guessed is said once.
+    """
+    stated = getattr(image, "tag_v2", {})
+    white = next((stated[tag] for tag in (341, 281) if tag in stated), None)  # SMaxSampleValue, MaxSampleValue
+    white = white[0] if isinstance(white, tuple) else white
+    pixels = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
+    darkest, brightest = float(pixels.min()), float(pixels.max())
+    if white is None or not 0 < white <= 256 * brightest:  # stated wrongly, the image would be black
+        white = _usual_white(brightest, image.mode == "F")
+        if darkest < 0:  # no usual range: from the darkest to the brightest
+            pixels, white = pixels - darkest, brightest - darkest or 1.0
+        if (image.mode == "F" or white != 65535 or darkest < 0) and not _GUESS_SAID[0]:
+            _GUESS_SAID[0] = 1
+            print(
+                f"WARNING: an image of {'floating-point' if image.mode == 'F' else '16- or 32-bit'} values from {darkest:g} to "
+                f"{brightest:g} does not say what is white: taken to be {white + min(darkest, 0):g}; so are others like it",
+                file=sys.stderr,
+            )
+    return np.clip(np.rint(pixels * (255 / white)), 0, 255).astype(np.uint8)
+
+
+def _usual_white(brightest, is_float):
+    """Return the value of white in an image of which only the brightest value is known."""
+    if is_float and brightest <= 16:  # of 1, with highlights above it: of 255 it would be black
+        return max(1.0, brightest)
+    brightest /= 1.05 if is_float else 1  # resampling goes a little beyond white
+    return next((float(2**bits - 1) for bits in DEPTHS_IN_BITS if brightest <= 2**bits - 1), brightest)
 
 
 def _resize(pixels, height, width, flip=False, filter="bilinear"):
@@ -85,6 +138,14 @@ def _resize(pixels, height, width, flip=False, filter="bilinear"):
     if flip:
         image = image.flip(3)  # vectorised for channels-last; numpy's reversed copy takes several times as long
     return image[0].permute(1, 2, 0).numpy()
+
+
+def _resized_part(pixels, sides, top, left, resolution):
+    """Return the square at (top, left) of uint8 [h, w, 3] resized to `sides`, without making the rest of it."""
+    by_row, by_column = pixels.shape[0] / sides[0], pixels.shape[1] / sides[1]
+    box = left * by_column, top * by_row, (left + resolution) * by_column, (top + resolution) * by_row
+    part = Image.fromarray(pixels).resize((resolution, resolution), Image.Resampling.BILINEAR, box=box)
+    return np.array(part)
 
 
 def _largest_scale(side, needed):
@@ -135,9 +196,11 @@ def validation_view(data, resolution, crop_ratio):
     pixels = decode_rgb(data, _largest_scale(min(image_size(data)), 2 * short))
     height, width = pixels.shape[:2]
     factor = short / min(height, width)  # the longer side is cut off, not rounded up: torchvision's Resize
-    pixels = _resize(pixels, max(short, int(height * factor)), max(short, int(width * factor)))
-    top, left = ((side - resolution) / 2 for side in pixels.shape[:2])
-    top, left = round(top), round(left)
+    sides = max(short, int(height * factor)), max(short, int(width * factor))
+    top, left = (round((side - resolution) / 2) for side in sides)
+    if max(sides) > LONG_IMAGE * short:
+        return _resized_part(pixels, sides, top, left, resolution)
+    pixels = _resize(pixels, *sides)
     return pixels[top : top + resolution, left : left + resolution]
 
 
@@ -157,6 +220,8 @@ def packed_jpeg(data, shorter_side, quality=90):
         return data
     factor = shorter_side / min(height, width)
     pixels = decode_rgb(data, _largest_scale(min(height, width), 2 * shorter_side))
+    if round(max(height, width) * factor) > LARGEST_JPEG_SIDE:
+        return data
     pixels = _resize(pixels, round(height * factor), round(width * factor), filter="bicubic")
     blocks = -(-pixels.shape[1] // 16)  # in a row, with the chroma at half the size
     buffer = io.BytesIO()

@@ -5,6 +5,7 @@ IPC stream with the columns `image` (struct of `bytes` and `path`) and `label` (
 """
 
 import hashlib
+import itertools
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 
 from engine.errors import DataError
 from engine.files import replacing, sync_folder
+from engine.finding import relabelled
 
 try:
     import pyarrow as pa
@@ -72,24 +74,34 @@ class PackedSplit:
         self._starts = np.concatenate(starts) if starts else np.empty(0, np.int64)
         self._lengths = np.concatenate(lengths) if lengths else np.empty(0, np.int32)
         self.labels = np.concatenate(labels).astype(np.int64) if labels else np.empty(0, np.int64)
+        self._rows = None  # of the file, by index, where the images are in another order than there
         if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
             raise DataError(f"{self.path} holds labels outside of its {len(self.classes)} classes")
         if len(self._starts) and (self._starts + self._lengths).max() > whole.size:
             raise DataError(f"{self.path} is compressed; write it without compression")
 
     def __reduce__(self):
-        return PackedSplit, (self.path,)  # a process that is not forked opens it anew
+        state = {name: value for name, value in vars(self).items() if name not in ("path", "_file")}
+        return PackedSplit, (self.path,), state  # a process that is not forked opens it anew
+
+    def relabel(self, classes):
+        """Let the labels count in another list of classes, which has all of them; the images are grouped in its order."""
+        self.labels, order = relabelled(self, classes)
+        self.classes = classes
+        if order is not None:
+            self._starts, self._lengths, self._rows = self._starts[order], self._lengths[order], order
 
     def __len__(self):
         return len(self.labels)
 
     def name(self, index):
         """Return the image's name as `class/file`; reads through the whole file's names, for messages."""
-        name = next(name for row, name in enumerate(self.names()) if row == index)
+        row = index if self._rows is None else self._rows[index]
+        name = next(itertools.islice(self.names(), int(row), None))
         return f"{self.classes[self.labels[index]]}/{name}"
 
     def names(self):
-        """Yield every image's file name in order, '' where none is known."""
+        """Yield every image's file name in the file's order, '' where none is known."""
         reader = pa.ipc.open_stream(pa.memory_map(str(self.path)))
         image_column, _, _ = _columns(reader.schema, self.path)
         for batch in reader:

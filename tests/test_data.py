@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import encoded, photo
+from conftest import encoded
 from torchvision.transforms import v2
 
 from config import CONFIG
-from engine import data
+from engine import data, finding
 from engine.demo import picture
 from engine.errors import DataError
 from engine.interruption import StopRequest
@@ -64,19 +64,16 @@ def test_a_missing_split_is_named(tmp_path, missing):
         data.open_splits(tmp_path)
 
 
-def test_an_empty_split_an_empty_class_and_a_class_of_one_split_only_are_named(tmp_path):
+def test_an_empty_split_and_an_empty_class_are_named(tmp_path):
     for split in ("train", "val"):
         (tmp_path / split).mkdir()
-    with pytest.raises(DataError, match="holds no class folders"):
+    with pytest.raises(DataError, match="hold no class folders with images"):
         data.open_splits(tmp_path)
-    jpeg = encoded(photo(40, 40))
-    for folder in ("train/cat", "train/dog", "val/cat", "val/emu"):
+    for folder in ("train/cat", "train/dog", "val/cat"):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "1.jpg").write_bytes(jpeg)
-    with pytest.raises(DataError, match=r"different classes.*only in train: dog; only in val: emu"):
-        data.open_splits(tmp_path)
-    (tmp_path / "val/dog").mkdir()
-    with pytest.raises(DataError, match="without images: dog"):
+        (tmp_path / folder / "1.jpg").write_bytes(b"")
+    (tmp_path / "train/emu").mkdir()
+    with pytest.raises(DataError, match="without images: emu"):
         data.open_splits(tmp_path)
 
 
@@ -125,8 +122,8 @@ def test_an_epoch_shows_no_image_twice_and_each_epoch_has_its_order(image_tree):
 def test_a_resumed_epoch_reads_none_of_the_images_before_its_position(image_tree, monkeypatch):
     splits = data.open_splits(image_tree)
     read = []
-    original = data.ImageFolder.read
-    monkeypatch.setattr(data.ImageFolder, "read", lambda split, index: read.append(index) or original(split, index))
+    original = finding.ImageFolder.read
+    monkeypatch.setattr(finding.ImageFolder, "read", lambda split, index: read.append(index) or original(split, index))
     whole = served(splits, data.training_requests(splits["train"], SMALL, epoch=0))
     order, read[:] = list(read), []
     rest = served(splits, data.training_requests(splits["train"], SMALL, epoch=0, start_batch=4))

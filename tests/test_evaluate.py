@@ -129,8 +129,10 @@ def test_torchvisions_own_weights_are_scored_from_pt_and_safetensors(image_tree,
     images, labels = images_and_labels(image_tree, 64)
     with torch.inference_mode():
         expected = torch.nn.functional.cross_entropy(network(images), labels).item()
+    (tmp_path / "classes.txt").write_text("\n".join(data.open_splits(image_tree)["val"].classes))
+    flags = [f"--data-dir={image_tree}", f"--classes={tmp_path / 'classes.txt'}", "--resolution=64", "--flip"]
     for name in ("weights.pt", "weights.safetensors"):
-        assert evaluated(tmp_path / name, f"--data-dir={image_tree}", "--resolution=64", "--flip") == 0
+        assert evaluated(tmp_path / name, *flags) == 0
         assert figures(capsys.readouterr().out.splitlines()[0])[2] == pytest.approx(expected, abs=0.05)  # bf16 where there is
 
 

@@ -1,5 +1,8 @@
 """Every kind of file, and the two views of it, beside torchvision's."""
 
+import io
+import resource
+
 import numpy as np
 import pytest
 import torch
@@ -147,3 +150,110 @@ def test_half_of_the_training_views_are_flipped():
     content = encoded(half)
     views = [images.training_view(content, 32, 0.999, np.random.default_rng(seed)) for seed in range(200)]
     assert 70 < sum(view[:, 0].mean() > view[:, -1].mean() for view in views) < 130
+
+
+# Limits --------------------------------------------------------------------------------------------------------------
+
+
+def with_stated_size(jpeg, height, width):
+    """A JPEG whose header states another size."""
+    at = jpeg.index(b"\xff\xc0") + 5
+    return jpeg[:at] + height.to_bytes(2, "big") + width.to_bytes(2, "big") + jpeg[at + 4 :]
+
+
+@pytest.mark.parametrize("decoder", ["simplejpeg", "Pillow"])
+def test_the_limit_of_pixels_holds_for_every_decoder_before_anything_is_decoded(decoder, monkeypatch):
+    if decoder == "Pillow":
+        monkeypatch.setattr(images, "simplejpeg", None)
+    bomb = with_stated_size(encoded(photo(40, 60)), 65_500, 65_500)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for use in (
+        images.image_size,
+        images.decode_rgb,
+        lambda data: images.decode_rgb(data, 8),
+        lambda data: images.training_view(data, 32, 0.08, np.random.default_rng(0)),
+        lambda data: images.validation_view(data, 32, 0.875),
+        lambda data: images.packed_jpeg(data, 352),
+    ):
+        with pytest.raises(ValueError, match="65500 x 65500 pixels are more than this program decodes"):
+            use(bomb)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (3, 5000), (40, 700)])
+def test_a_very_long_validation_image_is_not_resized_as_a_whole(size):
+    pixels = np.repeat(np.linspace(0, 255, max(size)).astype(np.uint8)[:, None], min(size), axis=1)
+    pixels = np.repeat((pixels if size[0] > size[1] else pixels.T)[..., None], 3, axis=2)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    view = images.validation_view(encoded(pixels, "PNG"), 224, 0.875)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB; 4 GB as a whole
+    assert view.shape == (224, 224, 3)
+    if min(size) >= 3:  # as the whole one's part
+        short = round(224 / 0.875)
+        sides = [max(short, int(side * short / min(size))) for side in size]
+        whole = images._resize(pixels, *sides)
+        top, left = (round((side - 224) / 2) for side in sides)
+        expected = whole[top : top + 224, left : left + 224]
+        assert np.abs(view.astype(int) - expected).max() <= 1
+
+
+def test_a_long_image_that_no_jpeg_can_hold_is_packed_as_it_is():
+    content = encoded(np.full((2, 800, 3), 90, dtype=np.uint8), "PNG")
+    assert images.packed_jpeg(content, 1) != content
+    wide = encoded(np.full((2, 140_000, 3), 90, dtype=np.uint8), "PNG")
+    assert images.packed_jpeg(wide, 1) == wide
+
+
+# Brightness ----------------------------------------------------------------------------------------------------------
+
+
+def gray_files():
+    """{name: (file, the brightest gray that it should have, in 8 bits)}; each goes from 0 to its brightest."""
+    ramp = np.linspace(0, 1, 64 * 48).reshape(48, 64)
+
+    def tiff(values, **options):
+        return encoded(Image.fromarray(values), "TIFF", **options)
+
+    return {
+        "float to 255": (tiff((ramp * 255).astype(np.float32)), 255),
+        "float to 1": (tiff(ramp.astype(np.float32)), 255),
+        "float to 1.2": (tiff((ramp * 1.2).astype(np.float32)), 255),
+        "float to 200": (tiff((ramp * 200).astype(np.float32)), 200),
+        "float to 256.3": (tiff((ramp * 256.3).astype(np.float32)), 255),
+        "float to 65535": (tiff((ramp * 65535).astype(np.float32)), 255),
+        "float around 0": (tiff((ramp * 2 - 1).astype(np.float32)), 255),
+        "int32 to 255": (tiff((ramp * 255).astype(np.int32)), 255),
+        "int32 to 65535": (tiff((ramp * 65535).astype(np.int32)), 255),
+        "int32 to 2^31": (tiff((ramp * (2**31 - 129)).astype(np.int32)), 255),
+        "8 bits in 16, TIFF": (tiff((ramp * 255).astype(np.uint16)), 255),
+        "8 bits in 16, PNG": (encoded(Image.fromarray((ramp * 255).astype(np.uint16)), "PNG"), 255),
+        "12 bits in 16": (tiff((ramp * 4095).astype(np.uint16)), 255),
+        "16 bits": (encoded(Image.fromarray((ramp * 65535).astype(np.uint16)), "PNG"), 255),
+        "16 bits, stated": (tiff((ramp * 1000).astype(np.uint16), tiffinfo={281: 2000}), 128),
+        "16 bits, stated wrongly": (tiff((ramp * 250).astype(np.uint16), tiffinfo={281: 65535}), 250),
+    }
+
+
+@pytest.mark.parametrize("name", gray_files())
+def test_gray_values_of_any_depth_keep_their_brightness(name):
+    content, brightest = gray_files()[name]
+    ramp = np.linspace(0, brightest, 64 * 48).reshape(48, 64)
+    decoded = images.decode_rgb(content)
+    assert np.abs(decoded[..., 0] - ramp).max() <= 3
+    large = Image.open(io.BytesIO(content)).resize((640, 480), Image.Resampling.NEAREST)
+    if "stated" not in name:  # resizing loses what the file states
+        packed = images.packed_jpeg(encoded(large, "PNG" if "PNG" in name or name == "16 bits" else "TIFF"), 100)
+        assert images.decode_rgb(packed).max() > 0.9 * brightest
+
+
+def test_a_guess_at_what_is_white_is_said_once(capfd):
+    images._GUESS_SAID[0] = 0
+    for name in ("float to 255", "8 bits in 16, PNG", "int32 to 255"):
+        images.decode_rgb(gray_files()[name][0])
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "floating-point values from 0 to 255 does not say what is white: taken to be 255" in said[0]
+    images._GUESS_SAID[0] = 0
+    images.decode_rgb(gray_files()["16 bits"][0])
+    images.decode_rgb(gray_files()["16 bits, stated"][0])
+    assert capfd.readouterr().err == ""

@@ -1,6 +1,7 @@
 """train.arrow in place of train/: the same images, the same run."""
 
 import os
+import pickle
 import time
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from conftest import encoded, photo, run_here, tiny_run
 
 from config import CONFIG
-from engine import data, metrics
+from engine import data, finding, metrics
 from engine.errors import DataError
 from engine.interruption import StopRequest
 from engine.packed import END_OF_STREAM, PackedSplit, packed_rows, packed_schema, write_split
@@ -26,7 +27,7 @@ def pack_folder(tree, destination):
     """Pack an ImageFolder tree with every file as it is."""
     destination.mkdir()
     for name, split in data.open_splits(tree).items():
-        rows = [(split.read(i), split.name(i).split("/")[1], int(split.labels[i])) for i in range(len(split))]
+        rows = [(split.read(i), split.name(i).split("/", 1)[1], int(split.labels[i])) for i in range(len(split))]
         pack(destination / f"{name}.arrow", rows, split.classes)
     return destination
 
@@ -64,7 +65,7 @@ def test_one_split_may_be_packed_and_the_other_a_folder(image_tree, tmp_path):
     (packed / "val").symlink_to(image_tree / "val")
     splits = data.open_splits(packed)
     assert isinstance(splits["train"], PackedSplit)
-    assert isinstance(splits["val"], data.ImageFolder)
+    assert isinstance(splits["val"], finding.ImageFolder)
 
 
 def test_its_index_is_arrays_not_python_objects(image_tree, tmp_path):
@@ -111,12 +112,31 @@ def test_rows_that_cannot_be_trained_on_are_refused(rows, reason, tmp_path):
         PackedSplit(pack(tmp_path / "train.arrow", rows, ["cat", "dog"]))
 
 
-def test_classes_in_another_order_are_refused(tmp_path):
-    jpeg = encoded(photo(40, 40))
-    pack(tmp_path / "train.arrow", [(jpeg, "a", 0), (jpeg, "b", 1)], ["cat", "dog"])
-    pack(tmp_path / "val.arrow", [(jpeg, "a", 0), (jpeg, "b", 1)], ["dog", "cat"])
-    with pytest.raises(DataError, match="different classes .in another order"):
+def test_validation_labels_count_in_the_order_of_the_training_classes(tmp_path):
+    pack(tmp_path / "train.arrow", [(b"a", "a", 0), (b"b", "b", 1)], ["cat", "dog"])
+    pack(tmp_path / "val.arrow", [(b"d", "d", 0), (b"c", "c", 1)], ["dog", "cat"])
+    val = data.open_splits(tmp_path)["val"]
+    assert val.classes == ["cat", "dog"]
+    assert {val.read(i): (val.classes[val.labels[i]], val.name(i)) for i in range(2)} == {
+        b"c": ("cat", "cat/c"),
+        b"d": ("dog", "dog/d"),
+    }
+    assert pickle.loads(pickle.dumps(val)).labels.tolist() == val.labels.tolist()
+    pack(tmp_path / "val.arrow", [(b"c", "c", 0), (b"e", "e", 1)], ["cat", "emu"])
+    with pytest.raises(DataError, match="different classes .only in val: emu"):
         data.open_splits(tmp_path)
+
+
+def test_a_packed_split_may_lack_a_class_which_is_said(tmp_path):
+    pack(tmp_path / "train.arrow", [(b"a", "a", 0), (b"b", "b", 2)], ["cat", "dog", "emu"])
+    pack(tmp_path / "val.arrow", [(b"a", "a", 0)], ["cat", "dog", "emu"])
+    said = []
+    splits = data.open_splits(tmp_path, say=said.append)
+    assert splits["train"].labels.tolist() == [0, 2]
+    assert said == [
+        "WARNING: train has no images of 1 of the 3 classes: dog",
+        "WARNING: val has no images of 2 of the 3 classes: dog, emu",
+    ]
 
 
 def test_a_damaged_packed_image_is_named(tmp_path, capsys):

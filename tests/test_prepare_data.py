@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -179,16 +180,139 @@ def saved_by_datasets(folder, originals):
     return folder
 
 
+def kaggles_patched_tar(folder, originals):
+    """The .tar.gz of 2019, with Kaggle's text files beside it."""
+    files = kaggle_files(originals)
+    beside = {name: content for name, content in files.items() if name.startswith("LOC_")}
+    write_files(folder, beside)
+    with tarfile.open(folder / "imagenet_object_localization_patched2019.tar.gz", "w:gz") as archive:
+        for name in files.keys() - beside.keys():
+            add_to_tar(archive, name, files[name])
+    return folder
+
+
+def links_to_class_folders(folder, originals):
+    """A subset of ImageNet as it is usually made: a folder of links out of it."""
+    image_folder(folder.parent / "whole", originals)
+    for split in originals:
+        (folder / split).mkdir()
+        for wnid in WNIDS:
+            (folder / split / wnid).symlink_to(folder.parent / "whole" / split / wnid)
+    return folder
+
+
+def imagenette_tgz(folder, originals):
+    image_folder(folder / "imagenette2", originals)
+    with tarfile.open(folder / "imagenette2.tgz", "w:gz") as archive:
+        archive.add(folder / "imagenette2", "imagenette2")
+    shutil.rmtree(folder / "imagenette2")
+    return folder / "imagenette2.tgz"
+
+
+def tiny_files(originals):
+    files = {"wnids.txt": "\n".join(reversed(WNIDS)).encode()}
+    files["words.txt"] = "".join(f"{wnid}\t{name}\n" for wnid, name in ENGLISH.items()).encode()
+    for wnid, name, content in images_of(originals["train"]):
+        files[f"train/{wnid}/images/{name}"] = content
+        files[f"train/{wnid}/{wnid}_boxes.txt"] = b"n.JPEG\t0\t0\t62\t62\n"
+    for _, name, content in images_of(originals["val"]):
+        files[f"val/images/{name}"] = content
+    lines = [f"{name}\t{wnid}\t0\t32\t44\t62\n" for wnid, name, _ in images_of(originals["val"])]
+    files["val/val_annotations.txt"] = "".join(lines).encode()
+    files["test/images/test_0.JPEG"] = original(0)
+    return files
+
+
+def tiny_imagenet_tree(folder, originals):
+    return write_files(folder / "tiny-imagenet-200", tiny_files(originals))
+
+
+def tiny_imagenet_zip(folder, originals):
+    with zipfile.ZipFile(folder / "tiny-imagenet-200.zip", "w") as archive:
+        for name, content in tiny_files(originals).items():
+            archive.writestr(f"tiny-imagenet-200/{name}", content)
+    return folder
+
+
+def old_archives_of_the_hub(folder, originals):
+    """Flat, in five parts; the wnid stands at the end of each name, in the others' place of the training images' number."""
+    train = images_of(originals["train"])
+    parts = {f"train_images_{part}.tar.gz": train[part::5] for part in range(5)} | {
+        "val_images.tar.gz": images_of(originals["val"])
+    }
+    for file, images in parts.items():
+        with tarfile.open(folder / file, "w:gz") as archive:
+            for wnid, name, content in images:
+                add_to_tar(archive, name.replace(".JPEG", f"_{wnid}.JPEG"), content)
+    return folder
+
+
+def webdataset(folder, originals, label=lambda wnid: ("cls", str(WNIDS.index(wnid)).encode())):
+    for split, name in (("train", "train"), ("val", "validation")):
+        images = images_of(originals[split])
+        for shard in range(2):
+            with tarfile.open(folder / f"imagenet1k-{name}-{shard:04d}.tar", "w") as archive:
+                for wnid, file, content in images[shard::2]:
+                    extension, text = label(wnid)
+                    add_to_tar(archive, file.replace(".JPEG", f".{extension}"), text)
+                    add_to_tar(archive, file, content)
+    return folder
+
+
+def webdataset_json(folder, originals):
+    return webdataset(folder, originals, lambda wnid: ("json", json.dumps({"label": WNIDS.index(wnid), "width": 5}).encode()))
+
+
+def parquet_without_metadata(folder, originals):
+    """One file a split, as CIFAR-100 names its columns; the second split is called `test`."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    for split, name in (("train", "train"), ("val", "test")):
+        images = images_of(originals[split])
+        table = pa.table(
+            {
+                "img": [{"bytes": content, "path": name} for _, name, content in images],
+                "fine_label": [WNIDS.index(wnid) for wnid, _, _ in images],
+                "coarse_label": [0 for _ in images],
+            }
+        )
+        pyarrow.parquet.write_table(table, folder / f"{name}.parquet", row_group_size=4)
+    return folder
+
+
+def converted_parquet(folder, originals):
+    """As the Hub converts every data set: default/train/0000.parquet."""
+    for name, whole in hugging_face(originals).items():
+        (folder / "default" / name).mkdir(parents=True)
+        for part in range(2):
+            whole.shard(2, part, contiguous=True).to_parquet(folder / "default" / name / f"{part:04d}.parquet")
+    return folder
+
+
 FORMS = [
     official,
     kaggle_tree,
     kaggle_zip,
     tar_of_kaggles_tree,
+    kaggles_patched_tar,
     image_folder,
+    links_to_class_folders,
     flat_val_with_devkit,
+    imagenette_tgz,
+    tiny_imagenet_tree,
+    tiny_imagenet_zip,
+    old_archives_of_the_hub,
+    webdataset,
+    webdataset_json,
     parquet,
+    parquet_without_metadata,
+    converted_parquet,
     saved_by_datasets,
 ]
+WITHOUT_ENGLISH = {image_folder, links_to_class_folders, imagenette_tgz, old_archives_of_the_hub, webdataset, webdataset_json}
+WITHOUT_ENGLISH |= {parquet_without_metadata}  # they have nowhere to say it
+FLAGS = {parquet_without_metadata: ["--image-column=img", "--label-column=fine_label"]}
 
 
 def prepare(source, destination, *flags):
@@ -198,21 +322,25 @@ def prepare(source, destination, *flags):
 def contents(destination, split):
     """{name: (class, bytes)} of a packed split."""
     packed = PackedSplit(destination / f"{split}.arrow")
-    return {packed.name(i).split("/")[1]: (packed.classes[packed.labels[i]], packed.read(i)) for i in range(len(packed))}
+    names = [
+        re.sub(r"_n\d{8}(?=\.)", "", Path(packed.name(i)).name) for i in range(len(packed))
+    ]  # as in the Hub's old archives
+    return {name: (packed.classes[packed.labels[i]], packed.read(i)) for i, name in enumerate(names)}
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 def test_every_form_is_prepared_into_the_same_labels_and_pixels(form, originals, tmp_path, capsys):
     (tmp_path / "source").mkdir()
-    assert prepare(form(tmp_path / "source", originals), tmp_path / "packed") == 0
+    assert prepare(form(tmp_path / "source", originals), tmp_path / "packed", *FLAGS.get(form, [])) == 0
     expected_train = {name: (wnid, packed_jpeg(content, 352)) for wnid, name, content in images_of(originals["train"])}
     assert contents(tmp_path / "packed", "train") == expected_train
     expected_val = {name: (wnid, content) for wnid, name, content in images_of(originals["val"])}
     assert contents(tmp_path / "packed", "val") == expected_val
     packed = PackedSplit(tmp_path / "packed/train.arrow")
     assert packed.classes == WNIDS
-    if form not in (image_folder,):  # which has nowhere to say it
+    if form not in WITHOUT_ENGLISH:
         assert packed.class_names == ENGLISH
+    assert sorted(os.listdir(tmp_path / "packed")) == ["SHA256SUMS", "manifest.json", "train.arrow", "val.arrow"]
     assert "15 training images and 6 validation images of 3 classes" in capsys.readouterr().out
 
 
@@ -308,16 +436,19 @@ def test_the_manifest_counts_every_class_and_the_checksums_are_those_of_sha256su
 
 
 def test_it_is_said_whether_this_is_the_whole_imagenet():
-    def summary(train, val, imagenet=True):
+    def summary(train, val, imagenet=True, classes=1000):
         splits = {
             name: {"images": n, "images_of_imagenet_1k": of, "file": "f", "bytes": 1, "bad_images": [], "images_per_class": {}}
             for name, n, of in (("train", train, 1_281_167), ("val", val, 50_000))
         }
-        return "\n".join(prepare_data.summary({"splits": splits, "passed_over": [], "is_imagenet_1k": imagenet}, Path("d")))
+        manifest = {"splits": splits, "remarks": [], "is_imagenet_1k": imagenet, "classes": classes}
+        return prepare_data.summary(manifest, Path("d"))
 
-    assert "NOT the whole" not in summary(1_281_167, 50_000)
-    assert "NOT the whole" in summary(1_281_166, 50_000)
-    assert "another data set" in summary(1_281_167, 50_000, imagenet=False)
+    assert "NOT the whole" not in "\n".join(summary(1_281_167, 50_000))
+    last = summary(1_281_166, 50_000)[-1]
+    assert last == "WARNING: this is NOT the whole ImageNet-1K: 1,281,166 of 1,281,167 train images"
+    assert summary(1_281_167, 50_000, classes=999)[-1].endswith("ImageNet-1K: 999 of 1,000 classes")
+    assert "another data set" in "\n".join(summary(1_281_167, 50_000, imagenet=False))
 
 
 def test_imagenets_english_names_are_known_where_the_source_has_none():
@@ -334,10 +465,6 @@ def test_imagenets_english_names_are_known_where_the_source_has_none():
 def test_members_with_hostile_paths_and_links_are_passed_over_and_nothing_is_written_outside(originals, tmp_path):
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret/photo.JPEG").write_bytes(original(0))
-    image_folder(tmp_path / "folder", originals)
-    (tmp_path / "folder/train/n01440764/link.JPEG").symlink_to(tmp_path / "secret/photo.JPEG")
-    (tmp_path / "folder/train/n09999999").symlink_to(tmp_path / "secret")
-    (tmp_path / "folder/train/n01440764/loop").symlink_to(tmp_path / "folder")
     hostile = ["../../train/n01440764/up.JPEG", "/train/n01440764/absolute.JPEG", "train/../../n01440764/out.JPEG"]
     hostile += ["C:/train/n01440764/drive.JPEG", "..\\train\\n01440764\\back.JPEG"]
     with zipfile.ZipFile(tmp_path / "hostile.zip", "w") as archive, tarfile.open(tmp_path / "hostile.tar", "w") as tar:
@@ -357,12 +484,16 @@ def test_members_with_hostile_paths_and_links_are_passed_over_and_nothing_is_wri
             tar.addfile(member)
     (tmp_path / "work").mkdir()
     before = set(tmp_path.rglob("*"))
-    for name, refused in (("folder", 3), ("hostile.zip", 6), ("hostile.tar", 8)):
+    for name, links in (
+        ("hostile.zip", "a symbolic link in an archive: 1"),
+        ("hostile.tar", "a special file in an archive: 3"),
+    ):
         destination = tmp_path / "work" / name
         prepare(tmp_path / name, destination)
         assert len(contents(destination, "train")) == 15, name
-        manifest = json.loads((destination / "manifest.json").read_text())
-        assert len(manifest["passed_over"]) == refused, manifest["passed_over"]
+        remarks = "\n".join(json.loads((destination / "manifest.json").read_text())["remarks"])
+        assert links in remarks
+        assert "left out of the archive: a path out of the archive: 5" in remarks
     assert {path for path in set(tmp_path.rglob("*")) - before if not path.is_relative_to(tmp_path / "work")} == set()
 
 
@@ -385,7 +516,7 @@ def test_what_is_missing_is_said(originals, tmp_path):
     (tmp_path / "shards").mkdir()
     parquet(tmp_path / "shards", originals)
     (tmp_path / "shards/train-00001-of-00002.parquet").unlink()
-    refused(tmp_path / "shards", "1 of the 2 files of train")
+    refused(tmp_path / "shards", "1 of the 2 files like train-00000.*; number 1 is missing")
     write_files(tmp_path / "half", {"train/cat/1.JPEG": original(1)})
     refused(tmp_path / "half", "validation images are needed")
     (tmp_path / "notes.txt").write_text("hello")
@@ -397,7 +528,7 @@ def test_a_damaged_archive_is_said_and_a_damaged_member_is_named(originals, tmp_
     official(tmp_path / "tars", originals)
     tar = tmp_path / "tars" / sources.TRAIN_TAR
     tar.write_bytes(tar.read_bytes()[:-60_000])
-    with pytest.raises(DataError, match="cut off|not a plain tar"):
+    with pytest.raises(DataError, match="cut off|damaged"):
         sources.open_source(tmp_path / "tars")
     path = kaggle_zip(tmp_path, originals)
     content = bytearray(path.read_bytes())
@@ -417,6 +548,95 @@ def test_a_disk_that_cannot_hold_it_is_refused_before_the_start(originals, tmp_p
     source.splits["train"] = source.splits["train"] * 2_000_000
     with pytest.raises(DataError, match="free, and about .* GB are needed.*lower --shorter-side"):
         prepare_data.announce(source, tmp_path, {"train": 352, "val": 352}, 90)
+
+
+def test_what_a_data_set_says_that_it_holds_must_be_there(originals, tmp_path):
+    def refused(source, reason):
+        with pytest.raises(DataError, match=reason):
+            sources.open_source(source, sources.Options(tmp_path / "scratch"))
+
+    def made(form, *unwanted, **changed):
+        folder = tmp_path / f"{form.__name__} {len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        form(folder, originals)
+        for pattern in unwanted:
+            for path in folder.rglob(pattern):
+                path.unlink() if path.is_file() else shutil.rmtree(path)
+        for name, content in changed.items():
+            path = folder / name.replace("__", ".")
+            path.write_text(content if isinstance(content, str) else content(path.read_text()))
+        return folder
+
+    refused(made(kaggle_tree, "ILSVRC2012_val_00000002.JPEG"), r"1 of the 6 that LOC_val_solution.csv lists are missing")
+    refused(made(kaggle_tree, "CLS-LOC/train/n01443537"), r"1 of the 3 classes that LOC_synset_mapping.txt lists")
+    boxes = "ImageId,PredictionString\nn01440764_0,n01440764 1 2 3 4\nn01440764_9,n01440764 1 2 3 4\n"
+    folder = made(kaggle_tree, LOC_train_solution__csv=boxes)
+    refused(folder, r"1 of the 2 that LOC_train_solution.csv lists are missing \(n01440764_9\)")
+    folder = made(kaggle_tree)
+    write_files(folder, {"ILSVRC/ImageSets/CLS-LOC/train_cls.txt": b"n01440764/n01440764_0 1\nn01440764/n01440764_7 2\n"})
+    refused(folder, r"1 of the 2 that ImageSets/CLS-LOC/train_cls.txt lists")
+    with pytest.raises(DataError, match="train_cls.txt"):
+        data.open_splits(folder)
+    refused(made(tiny_imagenet_tree, "ILSVRC2012_val_00000003.JPEG"), "1 of the 6 that val_annotations.txt lists")
+    refused(made(tiny_imagenet_tree, "n01484850"), "1 of the 3 classes that wnids.txt lists")
+    refused(
+        made(webdataset, "imagenet1k-train-0000.tar"), "1 of the 2 files like imagenet1k-train-0001.tar; number 0 is missing"
+    )
+    refused(made(converted_parquet, "train/0000.parquet"), "number 0 is missing")
+    refused(made(old_archives_of_the_hub, "train_images_3.tar.gz"), "missing: train_images_3.tar.gz")
+    refused(made(old_archives_of_the_hub, "val_images.tar.gz"), "missing: val_images.tar.gz")
+    refused(made(saved_by_datasets, "validation/data-*"), "no such file|cannot be|No such file")
+    folder = made(parquet)
+    card = "dataset_info:\n  splits:\n  - name: train\n    num_bytes: 5\n    num_examples: 16\n  - name: validation\n"
+    (folder / "README.md").write_text(card)
+    refused(folder, "holds 15 rows of train, .*README.md promises 16")
+
+
+def test_parquet_columns_are_asked_for_where_they_do_not_tell(originals, tmp_path):
+    (tmp_path / "source").mkdir()
+    parquet_without_metadata(tmp_path / "source", originals)
+    source = sources.open_source(tmp_path / "source")  # `img` and `fine_label` are usual names
+    assert source.classes == WNIDS
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    table = pa.table({"picture": [b"1", b"2"], "kind": ["dog", "cat"], "label": [0, 1], "labels": [0, 1]})
+    for name in ("train", "valid"):
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}-00000-of-00001.parquet")
+    with pytest.raises(
+        DataError, match=r"which column holds the labels \(several could be it: label, labels\).*--label-column"
+    ):
+        sources.open_source(tmp_path)
+    with pytest.raises(DataError, match="--label-column nonsense: .* no such column.*picture, kind"):
+        sources.open_source(tmp_path, sources.Options(label_column="nonsense"))
+    source = sources.open_source(tmp_path, sources.Options(label_column="kind"))
+    assert source.classes == ["cat", "dog"]
+    assert [(entry.label, entry.place.read()) for entry in source.splits["val"]] == [(1, b"1"), (0, b"2")]
+    write_files(tmp_path / "tree", {"train/cat/1.jpg": b"1", "val/cat/1.jpg": b"1"})
+    with pytest.raises(DataError, match="--image-column is for parquet files"):
+        sources.open_source(tmp_path / "tree", sources.Options(image_column="img"))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("train-00000-of-01024", "TFRecord"),
+        ("imagenet.tfrecord-00001-of-00008", "TFRecord"),
+        ("shard.00000.mds", "MDS"),
+        ("train.beton", "FFCV"),
+        ("train.rec", "RecordIO"),
+        ("data.mdb", "LMDB"),
+        ("train_data_batch_1", "64 x 64"),
+        ("train.h5", "HDF5"),
+    ],
+)
+def test_binary_forms_are_refused_by_name_with_a_way_to_get_the_images_out(name, kind, tmp_path):
+    write_files(tmp_path, {name: b"something"})
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(DataError, match=rf"(?s)holds .*{kind}.*Write the images out.*knows these forms"):
+            sources.open_source(path)
+    with pytest.raises(DataError, match=rf"{kind}.*Write the images out"):
+        data.open_splits(tmp_path)
 
 
 # Interruptions -------------------------------------------------------------------------------------------------------
