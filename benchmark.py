@@ -28,6 +28,7 @@ from engine.console import protect_output
 from engine.device import choose_device
 from engine.environment import environment
 from engine.errors import run_program
+from engine.files import path_argument
 from engine.workers import available_cores
 
 MEASURES = {
@@ -58,7 +59,7 @@ def parse_arguments(arguments=None):
         parser.add_argument(flag, type=at_least_one, default=default, help=f"{text}; default {default}")
 
     source = command("input")
-    source.add_argument("--data-dir", type=Path, help="prepared or plain images to measure with; default: made ones")
+    source.add_argument("--data-dir", type=path_argument, help="prepared or plain images to measure with; default: made ones")
     count(source, "--images", 200, "images of each round")
     count(source, "--rounds", 5, "rounds")
     source.add_argument("--resolutions", type=at_least_one, nargs="+", default=[128, 160, 192, 224], metavar="PX")
@@ -72,7 +73,7 @@ def parse_arguments(arguments=None):
 
     train = command("train", on_device)
     add_step_flags(train)
-    train.add_argument("--data-dir", type=Path, help="prepared or plain images to measure with; default: made ones")
+    train.add_argument("--data-dir", type=path_argument, help="prepared or plain images to measure with; default: made ones")
     train.add_argument("--resolution", type=at_least_one, help="px; default 224; 128 on a CPU")
     train.add_argument("--steps", type=at_least_one, help="of an epoch; default 200; 8 on a CPU")
     train.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
@@ -87,11 +88,13 @@ def parse_arguments(arguments=None):
     sitting.add_argument(
         "--parts", nargs="+", metavar="NAME", help="only those whose names begin so, such as step; default: all"
     )
-    sitting.add_argument("--results", type=Path, metavar="FILE", help="default benchmarks/gpu.jsonl, or gpu_rehearsal.jsonl")
+    sitting.add_argument(
+        "--results", type=path_argument, metavar="FILE", help="default benchmarks/gpu.jsonl, or gpu_rehearsal.jsonl"
+    )
 
     recipes = command("recipes", on_device)
     recipes.add_argument(
-        "--data-dir", type=Path, default=Path("data/hard"), help="where the images are made; default data/hard"
+        "--data-dir", type=path_argument, default=Path("data/hard"), help="where the images are made; default data/hard"
     )
     recipes.add_argument("--architecture", default="resnet50", help="default resnet50")
     recipes.add_argument("--num-workers", default="auto", help="of train.py; default auto")
@@ -167,4 +170,4 @@ def main(arguments):
 
 if __name__ == "__main__":
     protect_output()
-    sys.exit(run_program("benchmark.py", main, parse_arguments()))
+    sys.exit(run_program("benchmark.py", lambda: main(parse_arguments())))

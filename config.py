@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from engine.console import protect_output
 from engine.errors import UserError, launched_rank
+from engine.files import ADDRESS, NO_ADDRESS
 from engine.launch import launched_size
 from engine.micro_batches import ONE_PIXEL_PX, enough_for_batch_norm
 
@@ -291,10 +292,10 @@ class LocalPath(NamedTuple):
         return str(Path(text).expanduser()) if text.startswith("~") else text
 
     def admits(self, value):
-        return isinstance(value, str) and value.strip() != "" and not re.match(r"[A-Za-z][\w+.-]*://", value)
+        return isinstance(value, str) and value.strip() != "" and not ADDRESS.match(value)
 
     def describe(self):
-        return "a path on this machine (object storage: copy from and to it, or mount it)"
+        return NO_ADDRESS
 
 
 ALLOWED = {

@@ -33,7 +33,7 @@ from engine.distributed import refuse_several, summed
 from engine.environment import commit
 from engine.errors import DataError, UserError, run_program
 from engine.export import check_export, export, model_card, model_facts
-from engine.files import replacing
+from engine.files import path_argument, replacing
 from engine.interruption import StopRequest
 from engine.metrics import topk_correct
 from engine.networks import IN_WORDS, KINDS, load_networks
@@ -378,23 +378,38 @@ def make_room_for(flag, path):
         raise UserError(f"--{flag} {path} is a folder: name a file")
 
 
+def local_text(text):
+    """Return an argument's path as text."""
+    return str(path_argument(text))
+
+
 def parse_arguments(arguments=None):
     """Return what the command line asks for; ends the program with status 2 where that is impossible."""
     parser = argparse.ArgumentParser(
         "evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT", help="default checkpoints/best.pt")
-    parser.add_argument("--data-dir", help="folder with val.arrow, val/<class>/* or <class>/*; default: the run's")
-    parser.add_argument("--classes", metavar="FILE", help="a class per line, in the order of the network's outputs")
+    parser.add_argument("checkpoints", nargs="*", type=local_text, metavar="CHECKPOINT", help="default checkpoints/best.pt")
+    parser.add_argument(
+        "--data-dir", type=local_text, help="folder with val.arrow, val/<class>/* or <class>/*; default: the run's"
+    )
+    parser.add_argument(
+        "--classes", type=local_text, metavar="FILE", help="a class per line, in the order of the network's outputs"
+    )
     parser.add_argument("--flip", action="store_true", help="also score the mean over image and mirror image")
     parser.add_argument("--resolution", type=int, nargs="+", metavar="PX", help="score at these sizes; default: the run's")
     parser.add_argument("--crop-ratio", type=float, metavar="R", help="crop over the resized shorter side; default: the run's")
     parser.add_argument("--weights", choices=("auto", "all", *KINDS), help="default: all of one checkpoint, auto of several")
     parser.add_argument("--average", action="store_true", help="the mean of the checkpoints' weights instead of an ensemble")
-    parser.add_argument("--details", metavar="PREFIX", help="write PREFIX_classes.csv, PREFIX_confusions.csv and PREFIX.png")
-    parser.add_argument("--classify", nargs="+", metavar="PATH", help="image files and folders to classify")
-    parser.add_argument("--contact-sheet", metavar="PNG", help="of --classify: a picture of all images with their class")
-    parser.add_argument("--export", metavar="FILE", help="write FILE.pt, FILE.safetensors or FILE.onnx, and a model card")
+    parser.add_argument(
+        "--details", type=local_text, metavar="PREFIX", help="write PREFIX_classes.csv, PREFIX_confusions.csv and PREFIX.png"
+    )
+    parser.add_argument("--classify", nargs="+", type=local_text, metavar="PATH", help="image files and folders to classify")
+    parser.add_argument(
+        "--contact-sheet", type=local_text, metavar="PNG", help="of --classify: a picture of all images with their class"
+    )
+    parser.add_argument(
+        "--export", type=local_text, metavar="FILE", help="write FILE.pt, FILE.safetensors or FILE.onnx, and a model card"
+    )
     parser.add_argument("--price-per-hour", type=float, help="of --export: for the model card")
     parser.add_argument("--architecture", default="resnet50", help="of weights without a checkpoint; default resnet50")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")

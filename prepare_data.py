@@ -18,7 +18,6 @@ import os
 import shutil
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,10 +28,11 @@ from engine.archives import ParquetRow, delete_uncompressed
 from engine.console import protect_output
 from engine.data import IMAGENET_COUNTS
 from engine.errors import DataError, run_program
-from engine.files import replacing
+from engine.files import path_argument, replacing
 from engine.finding import WNID
 from engine.images import PACKED_SHORTER_SIDE, packed_jpeg
 from engine.interruption import Interrupted, StopRequest
+from engine.lock import folder_lock
 from engine.packed import PackedSplit, PackedWriter, packed_schema, unfinished_files
 from engine.sources import Options, open_source
 from engine.workers import WorkerDied, available_cores, worker_pool
@@ -51,8 +51,8 @@ def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(
         "prepare_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("source", metavar="SOURCE", help="folder or archive that holds the images")
-    parser.add_argument("destination", metavar="DESTINATION", type=Path, help="folder for train.arrow and val.arrow")
+    parser.add_argument("source", metavar="SOURCE", type=path_argument, help="folder or archive that holds the images")
+    parser.add_argument("destination", metavar="DESTINATION", type=path_argument, help="folder for train.arrow and val.arrow")
     parser.add_argument(
         "--shorter-side",
         type=int,
@@ -73,6 +73,14 @@ def parse_arguments(arguments=None):
 
 
 def main(arguments):
+    with folder_lock(arguments.destination, "DESTINATION", print, "prepare into another folder") as lock:
+        if lock.note:
+            print(lock.note)
+        return prepare(arguments)
+
+
+def prepare(arguments):
+    """Pack the source, or go on with it; return the exit status."""
     torch.set_num_threads(1)  # here and, inherited, in the workers
     destination = arguments.destination
     shorter_sides = {"train": arguments.shorter_side or math.inf, "val": math.inf}
@@ -90,7 +98,6 @@ def main(arguments):
         print(f"{destination} is prepared already, from the same images in the same way")
         delete_uncompressed(destination)
         return 0
-    destination.mkdir(parents=True, exist_ok=True)
     announce(source, destination, shorter_sides, arguments.quality)
     splits = {}
     with StopRequest() as stop:

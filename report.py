@@ -16,7 +16,7 @@ from config import CONFIG, RECIPES
 from engine.console import protect_output
 from engine.errors import run_program
 from engine.figures import WEIGHTS, best_of, column, conditions, energy_kwh, is_imagenet, machine_hours, phases, read_run
-from engine.files import replacing
+from engine.files import path_argument, replacing
 from engine.history import SILENT_END, interruptions
 from engine.page import as_html, as_markdown, chart, heading, paragraph, table, timeline
 from engine.plan import duration
@@ -343,11 +343,18 @@ def parse_arguments(arguments=None):
         "report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "folders", nargs="*", default=["checkpoints"], metavar="FOLDER", help="a run's checkpoint_dir; default checkpoints"
+        "folders",
+        nargs="*",
+        type=path_argument,
+        default=["checkpoints"],
+        metavar="FOLDER",
+        help="a run's checkpoint_dir; default checkpoints",
     )
-    parser.add_argument("--log", type=Path, help="the log of the runs; default training.log in the folder, above it or here")
+    parser.add_argument(
+        "--log", type=path_argument, help="the log of the runs; default training.log in the folder, above it or here"
+    )
     parser.add_argument("--price-per-hour", type=float, help="what an hour of the machine costs")
-    parser.add_argument("--output", help="of the files OUTPUT.html and OUTPUT.md; default FOLDER/report")
+    parser.add_argument("--output", type=path_argument, help="of the files OUTPUT.html and OUTPUT.md; default FOLDER/report")
     return parser.parse_args(arguments)
 
 

@@ -7,6 +7,7 @@ textures. The hard set has all 100 pairs of 10 shapes and 10 textures, in which 
 pixels say next to nothing and the network has to find both form and pattern.
 """
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from engine.errors import DataError
+from engine.lock import LOCK, FolderLock
 from engine.workers import available_cores, worker_pool
 
 CLASSES = (
@@ -54,7 +56,20 @@ def make_demo_data(folder, train_images=TRAIN_IMAGES, val_images=VAL_IMAGES, see
         return False
     if folder.exists():
         raise DataError(f"{folder} holds something else than the demo's data; name another folder with --data-dir")
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    lock = FolderLock(folder.with_name(f".{folder.name}.unfinished") / LOCK, "data_dir", "name another folder with --data-dir")
+    lock.acquire(print)  # of this process alone, not of a job: each machine makes its own
+    try:
+        return _make_there(folder, lock.path.with_name("tree"), train_images, val_images, seed, classes, sides)
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):
+            lock.path.parent.rmdir()
+
+
+def _make_there(folder, unfinished, train_images, val_images, seed, classes, sides):
+    """Make the tree at `unfinished` and let it become `folder`; return False if somebody else has made it meanwhile."""
+    if folder.exists():
+        return False
     shutil.rmtree(unfinished, ignore_errors=True)
     jobs = []
     for split_number, (split, count) in enumerate((("train", train_images), ("val", val_images))):

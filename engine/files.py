@@ -1,13 +1,30 @@
 """Writing files whole or not at all, on any file system."""
 
+import argparse
 import contextlib
 import errno
 import os
+import re
 import shutil
 from pathlib import Path
 
 # A file system that cannot do what is asked says so with one of these: CIFS, FUSE, folders shared with a virtual machine.
 CANNOT = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EBADF, errno.ENOTTY}
+
+
+ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://")
+NO_ADDRESS = "a path on this machine (object storage: copy from and to it, or mount it)"
+
+
+def path_argument(text):
+    """Return the Path that a program's argument names, in which ~ is the user's home; for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: it is the address of something elsewhere.
+    """
+    if ADDRESS.match(text):
+        raise argparse.ArgumentTypeError(f"{text}: must be {NO_ADDRESS}")
+    return Path(text).expanduser()
 
 
 @contextlib.contextmanager
