@@ -205,23 +205,32 @@ class _HashingFile:
 
 
 def checkpoints_in(folder):
-    """Return the paths of the folder's checkpoints: last.pt, the one before it, best.pt, then the latest epochs first."""
+    """Return the paths of the folder's checkpoints: last.pt, the latest epochs first, best.pt, the one before last.pt."""
     try:
         names = os.listdir(folder)
     except OSError:  # no such folder, or one that is closed to this user
         return []
-    epochs = {int(found[1]): Path(folder) / name for name in names if (found := EPOCH_PATTERN.fullmatch(name))}
-    named = [Path(folder) / name for name in (LAST, PREVIOUS, BEST) if name in names]
-    return named + [epochs[number] for number in sorted(epochs, reverse=True)]
+    epochs = {int(found[1]): name for name in names if (found := EPOCH_PATTERN.fullmatch(name))}
+    latest_first = [epochs[number] for number in sorted(epochs, reverse=True)]
+    return [Path(folder) / name for name in (LAST, *latest_first, BEST, PREVIOUS) if name in names]
 
 
 def by_progress(paths):
-    """Return the paths of checkpoints, the farthest of the run first; before them those that do not tell how far they are."""
-    return sorted(paths, key=lambda path: position(path) or (math.inf, 0), reverse=True)  # stable: last.pt before its equals
+    """Return the paths of checkpoints: last.pt, then those that do not tell how far they are, then the farthest of the run first.
+
+    A run that was taken back to an earlier epoch has files of its former future beside its last.pt, so that one comes first.
+    """
+
+    def progress(path):
+        return path.name == LAST, position(path) or (math.inf, 0)
+
+    return sorted(paths, key=progress, reverse=True)  # stable: a kept epoch before its equals
 
 
 def newest_good(folder):
-    """Return (path, contents, problems) of the farthest checkpoint that is whole, problems being those of farther ones.
+    """Return (path, contents, problems) of the checkpoint to go on from, problems being those of files that come before it.
+
+    That is last.pt, or where it is not whole the farthest of the others that is.
 
     Raises:
         CheckpointError: there are checkpoints and none of them is whole.
@@ -299,6 +308,7 @@ class CheckpointFolder:
             best: of the resumed state.
             resumed_from: path of its checkpoint, whose folder may be another one.
         """
+        self.is_saved = Path(resumed_from).resolve() == (self.folder / LAST).resolve()
         self.best = by_first(self._find_best, best, Path(resumed_from).parent)
 
     def _find_best(self, best, other_folder):

@@ -111,9 +111,11 @@ def build_scaler(device, precision):
 
 
 def load_scaler(scaler, saved, precision):
-    """Take over a checkpoint's state of the GradScaler, where both are of fp16: of another precision it tells nothing."""
-    if precision == "fp16" and saved["growth_interval"] != NEVER:
-        scaler.load_state_dict(saved)
+    """Take over a checkpoint's state of the GradScaler, unless just one of them is of fp16: it would tell nothing."""
+    if (precision == "fp16") != (saved["growth_interval"] != NEVER):
+        return
+    still_1 = {} if precision == "fp16" else {"scale": 1.0, "backoff_factor": 1.0}  # checkpoints of old had halved it
+    scaler.load_state_dict(saved | still_1)
 
 
 def rebuilt_scaler(scaler, device, precision):

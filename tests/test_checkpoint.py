@@ -415,3 +415,20 @@ def test_a_run_that_goes_on_in_another_folder_takes_its_best_along(tmp_path):
     new.find_best(State(best=1).best, tmp_path / "old/last.pt")
     assert checkpoint.read(tmp_path / "new/best.pt")["epoch"] == 1
     assert f"in {tmp_path}/new/best.pt" in new.best_in_words(State(best=1).best, "8 px")
+
+
+def test_a_run_that_was_taken_back_goes_on_from_its_last_pt_and_not_from_its_former_future(tmp_path):
+    folder = folder_for(tmp_path, checkpoint_every_epochs=1)
+    for epoch in (1, 2, 3):
+        folder.save(State(epoch))
+    folder.save(State(1, batch=4))  # resumed from epoch_001.pt
+    assert checkpoint.newest_good(tmp_path)[1]["batch"] == 4
+
+
+def test_a_run_resumed_from_another_file_than_last_pt_writes_one_at_its_end(tmp_path):
+    folder = folder_for(tmp_path)
+    folder.save(State(5, best=5))
+    folder.find_best(State(best=5).best, tmp_path / "last.pt")
+    assert folder.is_saved
+    folder.find_best(State(best=5).best, tmp_path / "best.pt")
+    assert not folder.is_saved

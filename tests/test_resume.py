@@ -47,7 +47,7 @@ def reference(image_tree, tmp_path_factory):
 
 MOMENTS = {  # function of a module, its n-th call, and where the run then says that it stopped
     "a training step": ("train", "train_step", 11, "in epoch 2 after 4 batches"),
-    "the recomputation of batch norm": ("engine.averaging", "update_bn", 1, "in epoch 2 after 7 batches"),
+    "the recomputation of batch norm": ("engine.averaging", "refresh_batch_norm", 1, "in epoch 2 after 7 batches"),
     "validation": ("train", "evaluate", 3, "in epoch 3 after 7 batches"),
     "the writing of a checkpoint": ("engine.checkpoint", "write", 2, "in epoch 3 after 0 batches"),
     "the writing of the records": ("engine.monitor", "append_record", 2, "in epoch 3 after 0 batches"),
