@@ -216,7 +216,7 @@ def checkpoints_in(folder):
 
 
 def by_progress(paths):
-    """Return the paths of checkpoints: last.pt, then those that do not tell how far they are, then the farthest of the run first.
+    """Return the paths of checkpoints: last.pt, then those that do not tell how far they are, then the farthest first.
 
     A run that was taken back to an earlier epoch has files of its former future beside its last.pt, so that one comes first.
     """

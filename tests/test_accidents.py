@@ -67,7 +67,11 @@ def finished(trained, tmp_path):
 # Where the output goes -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tail", ["| head -1", ">/dev/full 2>&1", ">&- 2>&-", "2>&1 | (exec <&-; sleep 60)"])
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("tail", ["| head -1", ">/dev/full 2>&1", slow(">&- 2>&-"), slow("2>&1 | (exec <&-; sleep 60)")])
 def test_a_run_goes_on_wherever_its_output_goes(tail, image_tree, tmp_path):
     status, _, errors = run_shell(shell("train.py", tiny_run(image_tree, tmp_path / "run", **ONE_EPOCH), tail))
     assert status == 0, errors
@@ -105,7 +109,7 @@ def read_until(terminal, text, seconds=120):
     return seen
 
 
-@pytest.mark.parametrize("ignored", [False, True], ids=["plainly", "under nohup"])
+@pytest.mark.parametrize("ignored", [False, slow(True)], ids=["plainly", "under nohup"])
 def test_a_terminal_that_is_closed_saves_the_run_or_under_nohup_lets_it_go_on(ignored, image_tree, tmp_path):
     epochs = 2 if ignored else 1000
     arguments = tiny_run(image_tree, tmp_path / "run", epochs=epochs, warmup_epochs=0, swa_start_epoch=0)
@@ -181,10 +185,9 @@ def test_sigusr1_saves_and_the_run_goes_on(image_tree, tmp_path):
     assert checkpoint.newest_good(tmp_path / "run")[2] == []
 
 
-HELP_WITHOUT_READER = ["train.py", "lr_finder.py", "evaluate.py", "report.py", "prepare_data.py", "benchmark.py"]
-
-
-@pytest.mark.parametrize("program", HELP_WITHOUT_READER)
+@pytest.mark.parametrize(
+    "program", ["train.py", "evaluate.py", *map(slow, ["lr_finder.py", "report.py", "prepare_data.py", "benchmark.py"])]
+)
 def test_help_that_nobody_reads_ends_silently(program):
     status, _, errors = run_shell(shell(program, ["--help"], "| true"))
     assert status in (0, 128 + signal.SIGPIPE)
@@ -225,7 +228,7 @@ ssize_t copy_file_range(int a, off_t *b, int c, off_t *d, size_t e, unsigned f) 
 """
 
 
-@pytest.mark.parametrize("error", ["EINVAL", "ENOTSUP"])
+@pytest.mark.parametrize("error", ["EINVAL", slow("ENOTSUP")])
 def test_a_run_works_where_folders_cannot_be_synced_and_files_not_be_linked(error, image_tree, tmp_path):
     if shutil.which("cc") is None:
         pytest.skip("the odd file system needs a C compiler")
