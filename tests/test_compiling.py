@@ -285,8 +285,12 @@ def test_what_cannot_be_compiled_as_a_whole_is_an_error_and_no_silent_detour():
 
 
 def test_more_shapes_than_allowed_are_an_error_and_no_silent_detour(monkeypatch):
+    class Doubled(torch.nn.Module):  # torch 2.11 compiles no module of its own
+        def forward(self, values):
+            return values * 2
+
     monkeypatch.setattr("engine.compiling.SHAPES", 2)
-    model = torch.nn.ReLU()
+    model = Doubled()
     compile_network(model, "fast")
     for size in (3, 4):
         model(torch.zeros(size))
