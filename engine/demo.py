@@ -70,7 +70,9 @@ def _make_there(folder, unfinished, train_images, val_images, seed, classes, sid
     """Make the tree at `unfinished` and let it become `folder`; return False if somebody else has made it meanwhile."""
     if folder.exists():
         return False
-    shutil.rmtree(unfinished, ignore_errors=True)
+    for remains in unfinished.parent.iterdir():  # of one that was killed
+        if remains.name != LOCK:
+            shutil.rmtree(remains, ignore_errors=True)
     jobs = []
     for split_number, (split, count) in enumerate((("train", train_images), ("val", val_images))):
         for name in classes:

@@ -153,11 +153,12 @@ def test_networks_that_order_their_classes_differently_have_no_ensemble(always_1
     names = [str(n) for n in range(12)]
     (tmp_path / "first.txt").write_text("\n".join(names))
     flags = ["--architecture=resnet18", "--resolution=32", f"--data-dir={folder}"]
-    assert evaluated(weights, *flags, f"--classes={tmp_path / 'first.txt'}", "--export", tmp_path / "named.safetensors") == 0
+    named = [weights, "--architecture=resnet18", "--export"]
+    assert evaluated(*named, tmp_path / "named.safetensors", f"--classes={tmp_path / 'first.txt'}") == 0
     assert evaluated(weights, tmp_path / "named.safetensors", *flags) == 0  # one is certain, one named: the same
     assert "ensemble of 2: top-1 31.25 %" in capsys.readouterr().out
     (tmp_path / "other.txt").write_text("\n".join(names[::-1]))
-    assert evaluated(weights, *flags, f"--classes={tmp_path / 'other.txt'}", "--export", tmp_path / "other.safetensors") == 0
+    assert evaluated(*named, tmp_path / "other.safetensors", f"--classes={tmp_path / 'other.txt'}") == 0
     with pytest.raises(DataError, match="know other classes, or in another order"):
         evaluated(weights, tmp_path / "other.safetensors", *flags)
 
