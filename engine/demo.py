@@ -7,7 +7,6 @@ textures. The hard set has all 100 pairs of 10 shapes and 10 textures, in which 
 pixels say next to nothing and the network has to find both form and pattern.
 """
 
-import contextlib
 import shutil
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from engine.errors import DataError
-from engine.lock import LOCK, FolderLock
+from engine.lock import FolderLock
 from engine.workers import available_cores, worker_pool
 
 CLASSES = (
@@ -56,23 +55,21 @@ def make_demo_data(folder, train_images=TRAIN_IMAGES, val_images=VAL_IMAGES, see
         return False
     if folder.exists():
         raise DataError(f"{folder} holds something else than the demo's data; name another folder with --data-dir")
-    lock = FolderLock(folder.with_name(f".{folder.name}.unfinished") / LOCK, "data_dir", "name another folder with --data-dir")
+    lock = FolderLock(folder.with_name(f".{folder.name}.lock"), "data_dir", "name another folder with --data-dir")
     lock.acquire(print)  # of this process alone, not of a job: each machine makes its own
     try:
-        return _make_there(folder, lock.path.with_name("tree"), train_images, val_images, seed, classes, sides)
+        return _make_there(
+            folder, folder.with_name(f".{folder.name}.unfinished"), train_images, val_images, seed, classes, sides
+        )
     finally:
         lock.release()
-        with contextlib.suppress(OSError):
-            lock.path.parent.rmdir()
 
 
 def _make_there(folder, unfinished, train_images, val_images, seed, classes, sides):
     """Make the tree at `unfinished` and let it become `folder`; return False if somebody else has made it meanwhile."""
     if folder.exists():
         return False
-    for remains in unfinished.parent.iterdir():  # of one that was killed
-        if remains.name != LOCK:
-            shutil.rmtree(remains, ignore_errors=True)
+    shutil.rmtree(unfinished, ignore_errors=True)
     jobs = []
     for split_number, (split, count) in enumerate((("train", train_images), ("val", val_images))):
         for name in classes:
