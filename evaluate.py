@@ -15,6 +15,7 @@ import contextlib
 import functools
 import itertools
 import math
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -379,8 +380,9 @@ def make_room_for(flag, path):
 
 
 def local_text(text):
-    """Return an argument's path as text."""
-    return str(path_argument(text))
+    """Return an argument's path as text: of a prefix a slash at the end counts."""
+    path_argument(text)
+    return os.path.expanduser(text)
 
 
 def parse_arguments(arguments=None):
