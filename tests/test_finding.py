@@ -250,6 +250,9 @@ def test_numbers_are_sorted_as_numbers_which_is_said(tmp_path):
 # Names that are not UTF-8, in real processes -------------------------------------------------------------------------
 
 ALL_PROGRAMS = """
+from engine.console import protect_output
+
+protect_output()
 import sys
 import evaluate, prepare_data, train
 from config import parse_command_line
