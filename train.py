@@ -13,7 +13,7 @@ import time
 from config import RULED_ON_RESUME, ConfigError, command_from_terminal, config_problems, resumed_config, stretching_in_words
 
 OWN_FLAGS = {
-    "resume FILE": "checkpoint to go on from; auto: the newest whole one in checkpoint_dir, or a new run if there is none",
+    "resume PATH": "checkpoint or run's folder to go on from; auto: the run in checkpoint_dir, or else a new run",
     "overwrite": "delete the run that checkpoint_dir holds and start anew",
     "plan": "measure this machine for a minute, print how long the run will take, and exit",
     "hours H": "measure this machine for a minute, choose the epochs that fit into H hours, and train",
