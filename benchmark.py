@@ -24,12 +24,12 @@ from benchmarks.recipe_evidence import contenders, recipe_benchmark, recipe_tabl
 from benchmarks.scaling import scaling_tables
 from benchmarks.step_speed import CPU_CONTENDERS, step_benchmark, step_tables
 from benchmarks.train_speed import train_benchmark, train_tables
-from engine.console import protect_output
-from engine.device import choose_device
-from engine.environment import environment
-from engine.errors import run_program
-from engine.files import path_argument
-from engine.workers import available_cores
+from engine.system.console import protect_output
+from engine.system.device import choose_device
+from engine.system.environment import environment
+from engine.system.errors import run_program
+from engine.system.files import path_argument
+from engine.system.workers import available_cores
 
 MEASURES = {
     "input": (input_benchmark, input_tables),

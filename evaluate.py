@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import functools
 import itertools
-import math
 import os
 import sys
 import tempfile
@@ -22,107 +21,29 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from config import CONFIG
-from engine import averaging, checkpoint, classify, data, metrics
-from engine.class_matching import match_classes, read_class_file
-from engine.confusion import count_confusions, write_details
-from engine.console import protect_output
-from engine.device import AUTOCAST_DTYPES, autocast, choose_device, choose_precision
-from engine.distributed import refuse_several, summed
-from engine.environment import commit
-from engine.errors import DataError, UserError, run_program
-from engine.export import check_export, export, model_card, model_facts
-from engine.files import path_argument, replacing
-from engine.interruption import StopRequest
-from engine.metrics import topk_correct
-from engine.networks import IN_WORDS, KINDS, load_networks
-from engine.out_of_memory import in_parts_that_fit, pass_in_parts_that_fit, stop_on_oom
+from engine.data.batches import training_requests
+from engine.data.loader import BatchServer
+from engine.data.splits import open_splits
+from engine.inference import classify
+from engine.inference.class_matching import match_classes, read_class_file
+from engine.inference.confusion import write_details
+from engine.inference.export import check_export, export, model_card, model_facts
+from engine.inference.networks import IN_WORDS, KINDS, load_networks
+from engine.inference.scoring import ENSEMBLE, evaluate, log_mean_probabilities
+from engine.run import checkpoint_files
+from engine.run.records import read_records
+from engine.system.console import protect_output
+from engine.system.device import AUTOCAST_DTYPES, autocast, choose_device, choose_precision
+from engine.system.distributed import refuse_several
+from engine.system.environment import commit
+from engine.system.errors import DataError, UserError, run_program
+from engine.system.files import path_argument, replacing
+from engine.system.gpu_memory import pass_in_parts_that_fit, stop_on_oom
+from engine.system.interruption import StopRequest
+from engine.training import averaging
 from model import build_model
-
-ENSEMBLE = "ensemble"
-
-# Scores --------------------------------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def evaluate(models, device_batches, num_images, context, flip=False, ensemble=False, confusions_of=None):
-    """Return {name: {'loss', 'top1', 'top5', 'images'}} of each model; the images are read once for all.
-
-    Of several processes each scores its own images, and all return the figures of all images.
-
-    Args:
-        models: {name: network}; put into evaluation mode.
-        device_batches: yields (images [B, 3, H, W] ready for the network, labels int64 [B]); B may be 0.
-        num_images: how many images there must be, over all processes.
-        context: autocast of the precision.
-        flip: also score the mean of the logits of each image and of its mirror image, as 'flip_loss', 'flip_top1', 'flip_top5'.
-        ensemble: also score the mean of the models' probabilities, as a further name, 'ensemble'.
-        confusions_of: name whose result gets 'confusions' too, of count_confusions.
-    Returns:
-        loss: mean cross-entropy without label smoothing; top1 and top5: percent.
-    Raises:
-        DataError: another number of images came.
-        TrainingStopped: the GPU's memory does not suffice for a single image; batches that do not fit are scored in parts.
-    """
-    totals, confusions, count = {}, 0, 0
-    for model in models.values():
-        model.eval()
-
-    def scores(images, labels):
-        """Return {(name, view): sums} and the confusions of some images."""
-        sums, confused = {}, 0
-        for view, logits_of in _logits_by_view(models, images, context, flip, ensemble):
-            sums |= {(name, view): _scores(logits, labels) for name, logits in logits_of.items()}
-            if view == "" and confusions_of is not None:
-                confused = count_confusions(logits_of[confusions_of], labels)
-        return sums, confused
-
-    scored = in_parts_that_fit(scores)
-    for images, labels in device_batches:
-        for sums, confused in scored(images, labels):
-            totals = {key: totals.get(key, 0) + value for key, value in sums.items()}
-            confusions = confusions + confused
-        count += len(labels)
-    count = int(summed(torch.tensor(count)))
-    if count != num_images:
-        raise DataError(f"{count} images evaluated, {num_images} expected: an accuracy is never that of fewer or more images")
-    results = {}
-    for (name, view), total in totals.items():
-        loss, top1, top5 = (summed(total) / count).tolist()
-        results.setdefault(name, {"images": count})
-        results[name] |= {f"{view}loss": loss, f"{view}top1": 100 * top1, f"{view}top5": 100 * top5}
-    if confusions_of is not None:
-        results[confusions_of]["confusions"] = confusions
-    return results
-
-
-def _logits_by_view(models, images, context, flip, ensemble):
-    """Yield ('', {name: logits [B, C]}) and, with flip, ('flip_', the same of image and mirror image)."""
-    with context:
-        plain = {name: model(images).float() for name, model in models.items()}
-        mirrored = {name: model(images.flip(3)).float() for name, model in models.items()} if flip else {}
-    views = {"": plain}
-    if flip:
-        views["flip_"] = {name: (plain[name] + mirrored[name]) / 2 for name in models}
-    for view, logits_of in views.items():
-        if ensemble:
-            logits_of = logits_of | {ENSEMBLE: log_mean_probabilities(logits_of.values())}
-        yield view, logits_of
-
-
-def log_mean_probabilities(logits):
-    """Return the logarithm of the mean of the softmax of several logits [B, C]: logits whose softmax that mean is."""
-    logs = torch.stack([F.log_softmax(of_one, dim=1) for of_one in logits])
-    return logs.logsumexp(dim=0) - math.log(len(logs))  # finite where each probability underflows to 0
-
-
-def _scores(logits, labels):
-    """Return the batch's sums [3] of the loss, the top-1 and the top-5 hits, float64."""
-    loss = F.cross_entropy(logits, labels, reduction="sum")
-    return torch.stack([loss, topk_correct(logits, labels, 1), topk_correct(logits, labels, 5)]).double()
-
 
 # The three uses ------------------------------------------------------------------------------------------------------
 
@@ -144,7 +65,7 @@ def averaged_network(networks, batches, context):
     epoch = max(network.contents.get("epoch", 1) for network in networks) - 1
 
     def some_batches():
-        requests = data.training_requests(batches.splits["train"], first.config, epoch)
+        requests = training_requests(batches.splits["train"], first.config, epoch)
         return batches.training(itertools.islice(requests, first.config["swa_batch_norm_batches"]), set())
 
     refresh = functools.partial(averaging.refresh_batch_norm, first.model, autocast=context)
@@ -234,7 +155,7 @@ def score(networks, arguments, device):
 @contextlib.contextmanager
 def served(splits, config, device):
     """Give a BatchServer of the splits; its workers end with the block."""
-    server = data.BatchServer(splits, config, device, AUTOCAST_DTYPES[config["precision"]], StopRequest(), say=print)
+    server = BatchServer(splits, config, device, AUTOCAST_DTYPES[config["precision"]], StopRequest(), say=print)
     try:
         yield server
     finally:
@@ -264,7 +185,7 @@ def _in_words(figures, view):
 def open_matching_splits(networks, config, needed):
     """Return the splits of data_dir with labels in the order of the networks' outputs; DataError where that is not certain."""
     where, orders, remarks = config["data_dir"], {}, {}
-    splits = data.open_splits(where, needed)
+    splits = open_splits(where, needed)
     for network in networks:
         outputs = network.model.fc.out_features
         match_classes(splits["val"], network.classes, outputs, network.path, where, remarks.setdefault)
@@ -272,7 +193,7 @@ def open_matching_splits(networks, config, needed):
     first_path, first = next(iter(orders.items()))
     for path, order in orders.items():
         if order != first:
-            raise data.DataError(f"{first_path} and {path} know other classes, or in another order: score one at a time")
+            raise DataError(f"{first_path} and {path} know other classes, or in another order: score one at a time")
     if "train" in splits:
         match_classes(splits["train"], first, len(first), first_path, where, remarks.setdefault)
     for remark in remarks:
@@ -353,7 +274,7 @@ def facts_of_runs(networks):
     records = []
     for folder in {network.path.parent for network in networks}:
         last = max(network.contents["epoch"] for network in networks if network.path.parent == folder)
-        records += [r for r in metrics.read_records(folder / checkpoint.RECORDS) if r["epoch"] <= last]
+        records += [r for r in read_records(folder / checkpoint_files.RECORDS) if r["epoch"] <= last]
     if records:
         facts["hours"] = sum(record["seconds"] for record in records) / 3600
         facts["energy_wh"] = sum(record.get("gpu_energy_wh", 0) for record in records)

@@ -6,7 +6,8 @@ Runs the learning-rate range test (arXiv:1506.01186) with train.py's own step on
 
 import sys
 
-from config import ConfigError, command_from_terminal
+from engine.cli.keys import ConfigError
+from engine.cli.command_line import command_from_terminal
 
 OWN_FLAGS = {
     "lowest-rate RATE": "where the test begins; default 1e-5, or 1e-4 for sgd",
@@ -19,9 +20,9 @@ if __name__ == "__main__":  # before torch is imported: --help and typing errors
 
 from pathlib import Path
 
-from engine import data
-from engine.curves import draw_range_test
-from engine.device import (
+from engine.data.loader import BatchServer
+from engine.run.curves import draw_range_test
+from engine.system.device import (
     AUTOCAST_DTYPES,
     choose_device,
     choose_precision,
@@ -29,13 +30,13 @@ from engine.device import (
     precision_remarks,
     set_up_arithmetic,
 )
-from engine.distributed import refuse_several
-from engine.errors import run_program
-from engine.files import replacing
-from engine.interruption import Interrupted, StopRequest
-from engine.monitor import Monitor
-from engine.plain_json import to_json
-from engine.range_test import USUAL_RANGE, describe_rates
+from engine.system.distributed import refuse_several
+from engine.system.errors import run_program
+from engine.system.files import replacing
+from engine.system.interruption import Interrupted, StopRequest
+from engine.run.monitor import Monitor
+from engine.system.plain_json import to_json
+from engine.training.range_test import USUAL_RANGE, describe_rates
 from train import find_learning_rate, open_images
 
 
@@ -71,7 +72,7 @@ def main(command):
         splits = open_images(config, None, monitor.say)
         start = f"range test from {lowest:g} to {highest:g} in {steps} steps; {describe_device(device)}, {precision}"
         monitor.say("\n".join([start, *precision_remarks(precision, device)]))
-        batches = data.BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.say)
+        batches = BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.say)
         try:
             result = find_learning_rate(config, batches, precision, monitor, lowest, highest, steps)
         except Interrupted as cause:

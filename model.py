@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import stochastic_depth
 
-from engine.device import choose_device
-from engine.loss import start_bias_for
-from engine.recompute import recomputing
-from engine.sync_norm import synced_batch_norm
+from engine.system.device import choose_device
+from engine.training.activation_checkpointing import recomputing
+from engine.training.loss import start_bias_for
+from engine.training.sync_batch_norm import synced_batch_norm
 
 LAYERS = {
     "resnet18": (BasicBlock, [2, 2, 2, 2]),

@@ -24,18 +24,18 @@ import torch
 from torchvision.models import ResNet50_Weights
 from tqdm import tqdm
 
-from engine.archives import ParquetRow, delete_uncompressed
-from engine.console import protect_output
-from engine.data import IMAGENET_COUNTS
-from engine.errors import DataError, run_program
-from engine.files import path_argument, replacing
-from engine.finding import WNID
-from engine.images import PACKED_SHORTER_SIDE, packed_jpeg
-from engine.interruption import Interrupted, StopRequest
-from engine.lock import folder_lock
-from engine.packed import PackedSplit, PackedWriter, packed_schema, unfinished_files
-from engine.sources import Options, open_source
-from engine.workers import WorkerDied, available_cores, worker_pool
+from engine.data.images import PACKED_SHORTER_SIDE, packed_jpeg
+from engine.preparation.archives import ParquetRow, delete_uncompressed
+from engine.preparation.finding import WNID
+from engine.preparation.forms import Options, open_source
+from engine.preparation.packed import PackedSplit, PackedWriter, packed_schema, unfinished_files
+from engine.preparation.trees import IMAGENET_COUNTS
+from engine.system.console import protect_output
+from engine.system.errors import DataError, run_program
+from engine.system.files import path_argument, replacing
+from engine.system.interruption import Interrupted, StopRequest
+from engine.system.lock import folder_lock
+from engine.system.workers import WorkerDied, available_cores, worker_pool
 
 IMAGENET_IMAGES = dict(zip(("train", "val"), IMAGENET_COUNTS, strict=True))
 IMAGENET_CLASSES = 1000

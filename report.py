@@ -13,14 +13,14 @@ import sys
 from pathlib import Path
 
 from config import CONFIG, RECIPES
-from engine.console import protect_output
-from engine.errors import run_program
-from engine.figures import WEIGHTS, best_of, column, conditions, energy_kwh, is_imagenet, machine_hours, phases, read_run
-from engine.files import path_argument, replacing
-from engine.history import SILENT_END, interruptions
-from engine.page import as_html, as_markdown, chart, heading, paragraph, table, timeline
-from engine.plan import duration
-from engine.published import SEED_RUN, published_curve, published_result
+from engine.report.figures import WEIGHTS, best_of, column, conditions, energy_kwh, is_imagenet, machine_hours, phases, read_run
+from engine.report.history import SILENT_END, interruptions
+from engine.report.page import as_html, as_markdown, chart, heading, paragraph, table, timeline
+from engine.report.published import SEED_RUN, published_curve, published_result
+from engine.system.console import protect_output
+from engine.system.errors import run_program
+from engine.system.files import path_argument, replacing
+from engine.training.plan import duration
 
 # Words ---------------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,9 @@ torchrun --nproc_per_node=4 train.py           the same run on four GPUs
 import sys
 import time
 
-from config import RULED_ON_RESUME, ConfigError, command_from_terminal, config_problems, resumed_config, stretching_in_words
+from engine.cli.resume_rule import RULED_ON_RESUME, resumed_config
+from engine.cli.keys import ConfigError, config_problems
+from engine.cli.command_line import command_from_terminal, stretching_in_words
 
 OWN_FLAGS = {
     "resume PATH": "checkpoint or run's folder to go on from; auto: the run in checkpoint_dir, or else a new run",
@@ -37,10 +39,19 @@ from typing import NamedTuple
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from engine import averaging, checkpoint, data, distributed, metrics
-from engine.compiling import choose_compile, choose_compiled, compile_network, keep_compiled_code_in, uncompiled
-from engine.demo import make_demo_data
-from engine.device import (
+from engine.training import averaging
+from engine.run import checkpoint_files
+from engine.data.batches import resolution_of_epoch, training_requests
+from engine.data.loader import BatchServer
+from engine.data.splits import open_splits, say_packing_gain
+from engine.preparation.trees import IMAGENET_COUNTS
+from engine.system.errors import DataError
+from engine.system import distributed
+from engine.inference.scoring import topk_correct
+from engine.training.metrics import TrainingSums
+from engine.training.compiling import choose_compile, choose_compiled, compile_network, keep_compiled_code_in, uncompiled
+from engine.data.demo import make_demo_data
+from engine.system.device import (
     AUTOCAST_DTYPES,
     autocast,
     build_scaler,
@@ -52,23 +63,24 @@ from engine.device import (
     set_up_arithmetic,
     skip_unless_finite,
 )
-from engine.environment import environment
-from engine.errors import CheckpointError, TrainingStopped, UserError, first_line, run_program
-from engine.host_memory import keep_freed_memory
-from engine.lock import folder_lock
-from engine.interruption import Interrupted, StopRequest, watch_spot_notice
-from engine.loss import build_mixing, main_class, training_loss
-from engine.micro_batches import enough_for_batch_norm, num_micro_batches
-from engine.monitor import Monitor, Throughput
-from engine.optim import build_optimizer, build_schedule, rate_factor
-from engine.out_of_memory import pass_in_parts_that_fit, retry_on_oom, stop_on_oom
-from engine.plain_json import to_json
-from engine.plan import measure_machine, plan_new_run, positive
-from engine.random_state import random_state, random_state_restored_on_error, set_random_state
-from engine.range_test import BATCHES_IN_CYCLE, USUAL_RANGE, describe_rates, range_test
-from engine.recompute import statistics_untouched
-from engine.sync_norm import norms_alone
-from engine.workers import WorkerDied
+from engine.system.environment import environment
+from engine.system.errors import CheckpointError, TrainingStopped, UserError, first_line, run_program
+from engine.system.host_memory import keep_freed_memory
+from engine.system.lock import folder_lock
+from engine.system.interruption import Interrupted, StopRequest, watch_spot_notice
+from engine.training.loss import build_mixing, main_class, training_loss
+from engine.system.micro_batches import enough_for_batch_norm, num_micro_batches
+from engine.run.monitor import Monitor, Throughput
+from engine.training.optim import build_optimizer, build_schedule, rate_factor
+from engine.system.gpu_memory import pass_in_parts_that_fit, stop_on_oom
+from engine.training.out_of_memory import retry_on_oom
+from engine.system.plain_json import to_json
+from engine.training.plan import measure_machine, plan_new_run, positive
+from engine.system.random_state import random_state, random_state_restored_on_error, set_random_state
+from engine.training.range_test import BATCHES_IN_CYCLE, USUAL_RANGE, describe_rates, range_test
+from engine.training.activation_checkpointing import statistics_untouched
+from engine.training.sync_batch_norm import norms_alone
+from engine.system.workers import WorkerDied
 from evaluate import evaluate
 from model import build_model
 
@@ -88,7 +100,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     precision: str
     micro_batch_size: int  # images per forward pass
-    sums: metrics.TrainingSums  # of the epoch in progress
+    sums: TrainingSums  # of the epoch in progress
     speed: Throughput  # of the same
     epoch: int = 0  # whole epochs done
     batch: int = 0  # batches of the next one done
@@ -149,7 +161,7 @@ class TrainState:
         self.epoch, self.batch, self.best = saved["epoch"], saved["batch"], dict(saved["best"])
         was = saved["config"]
         if saved["micro_batch_size"] < was["batch_size"] and config["micro_batch_size"] == was["micro_batch_size"]:
-            resolution = data.resolution_of_epoch(config, self.epoch)
+            resolution = resolution_of_epoch(config, self.epoch)
             if enough_for_batch_norm(config, resolution, saved["micro_batch_size"], distributed.size()):
                 self.micro_batch_size = saved["micro_batch_size"]  # what fitted, unless a flag says otherwise
         self.bad_images = set(saved["bad_images"])
@@ -178,7 +190,7 @@ def new_state(config, num_classes, steps_per_epoch, device, precision):
         scaler=build_scaler(device, precision),
         precision=precision,
         micro_batch_size=config["micro_batch_size"] or config["batch_size"],
-        sums=metrics.TrainingSums(device),
+        sums=TrainingSums(device),
         speed=Throughput(device, config["batch_size"]),
     )
 
@@ -236,7 +248,7 @@ def add_gradients(state, images, targets, config, alone=False):
                 part = training_loss(logits.float(), some_targets, config) * (len(some_targets) / config["batch_size"])
             state.scaler.scale(part * distributed.size()).backward()  # the exchange takes the mean over the processes
         loss += part.detach()
-        correct += metrics.topk_correct(logits.detach(), main_class(some_targets), 1)
+        correct += topk_correct(logits.detach(), main_class(some_targets), 1)
     return loss, correct
 
 
@@ -280,7 +292,7 @@ def train(state, config, batches, checkpoints, monitor):
     """Train what is left of the run."""
     images = batches.splits["train"]
     while state.epoch < config["epochs"]:
-        requests = data.training_requests(images, config, state.epoch, state.batch)
+        requests = training_requests(images, config, state.epoch, state.batch)
         monitor.start(f"epoch {state.epoch + 1}/{config['epochs']}", len(images) // config["batch_size"], state.batch)
         trained = train_one_epoch(state, batches.training(requests, state.bad_images), config, checkpoints, monitor)
         with random_state_restored_on_error(state.device):  # whoever resumes does all of it again
@@ -328,7 +340,7 @@ def average_and_validate(state, batches, config, monitor):
         {'raw': ..., 'averaged': ..., 'ema': ...} of evaluate()'s figures; after the last epoch also {px: the same} for each of
         more_val_resolutions, before that {}.
     """
-    checkpoint.require_finite(state.model.state_dict(), config["checkpoint_dir"])
+    checkpoint_files.require_finite(state.model.state_dict(), config["checkpoint_dir"])
     distributed.average_statistics(state.model)
     models = {"raw": state.model}
     context = autocast(state.device, state.precision)
@@ -337,7 +349,7 @@ def average_and_validate(state, batches, config, monitor):
     if averages:
 
         def some_batches():
-            requests = data.training_requests(batches.splits["train"], config, state.epoch)
+            requests = training_requests(batches.splits["train"], config, state.epoch)
             return batches.training(itertools.islice(requests, config["swa_batch_norm_batches"]), state.bad_images)
 
         refresh = functools.partial(averaging.refresh_batch_norm, state.averaged_model, autocast=context)
@@ -375,7 +387,7 @@ def epoch_record(state, config, trained, validated, elsewhere):
         "train_loss": figures.loss,
         "train_top1": figures.top1,
         "train_images": figures.images,
-        "train_resolution": data.resolution_of_epoch(config, state.epoch),
+        "train_resolution": resolution_of_epoch(config, state.epoch),
         "grad_norm": figures.grad_norm,
         "skipped_steps": figures.skipped_steps,
         "learning_rate": state.schedule.get_last_lr()[0],
@@ -409,7 +421,7 @@ def stop_if_diverged(figures, state, config):
     raise TrainingStopped(
         f"{figures.longest_skipped_row} steps in a row without a finite loss and gradient, in epoch {state.epoch + 1} before "
         f"step {state.batch}, at rate {state.schedule.get_last_lr()[0]:.3g}: stopped. The last good checkpoint is "
-        f"{Path(config['checkpoint_dir']) / checkpoint.LAST}; try a lower --learning-rate, or --precision fp32"
+        f"{Path(config['checkpoint_dir']) / checkpoint_files.LAST}; try a lower --learning-rate, or --precision fp32"
     )
 
 
@@ -429,7 +441,7 @@ def find_learning_rate(config, batches, precision, monitor, lowest, highest, ste
         result = adapting_train_step(state, *batch, config, monitor.say)
         return distributed.summed(result.loss).item(), math.isfinite(result.grad_norm.item())
 
-    requests = itertools.cycle(itertools.islice(data.training_requests(images, config, epoch=0), BATCHES_IN_CYCLE))
+    requests = itertools.cycle(itertools.islice(training_requests(images, config, epoch=0), BATCHES_IN_CYCLE))
     monitor.start("learning-rate range test", steps)
     result = range_test(step, monitor.watch(batches.training(requests, set())), lowest, highest, steps)
     monitor.finish()
@@ -482,8 +494,8 @@ def print_plan(command, begun):
             try:
                 splits = open_images(config, None, monitor.say)
                 counts = len(splits["train"]), len(splits["val"])
-            except data.DataError:
-                counts = data.IMAGENET_COUNTS
+            except DataError:
+                counts = IMAGENET_COUNTS
                 monitor.say(f"no images in {config['data_dir']}: planned for ImageNet-1K")
             stretch = lambda epochs: config | command.durations(epochs)  # noqa: E731
             _, lines = plan_new_run(config, options, counts, None, stretch, lambda stretched: not config_problems(stretched))
@@ -506,7 +518,7 @@ def source_of_run(command):
         return source, command.config["checkpoint_dir"]
     path = Path(source)
     if not os.path.lexists(path):
-        checkpoint.read(path)  # which says what is there instead
+        checkpoint_files.read(path)  # which says what is there instead
     return source, command.given.get("checkpoint_dir", str(path if path.is_dir() else path.parent))
 
 
@@ -524,13 +536,13 @@ def open_checkpoint(command, source, folder):
     new_run = config, command.recipe or "seed", None, [stretching] if stretching else []
     if source is None:
         if not command.options.get("overwrite"):
-            checkpoint.refuse_to_overwrite(folder)
+            checkpoint_files.refuse_to_overwrite(folder)
         return new_run
     if command.options.get("overwrite"):
         raise ConfigError(["--resume and --overwrite: the one goes on with a run, the other deletes it"])
     remarks = []
     if source == "auto" or Path(source).is_dir():
-        path, contents, problems = checkpoint.newest_good(folder if source == "auto" else source)
+        path, contents, problems = checkpoint_files.newest_good(folder if source == "auto" else source)
         remarks += [f"WARNING: {problem}" for problem in problems]
         if path is None and source != "auto":
             raise CheckpointError(f"--resume {source}: the folder holds no checkpoint")
@@ -541,7 +553,7 @@ def open_checkpoint(command, source, folder):
             return new_run
     else:
         path = Path(source)
-        contents = checkpoint.read(path)
+        contents = checkpoint_files.read(path)
     if command.recipe not in (None, contents["recipe"]):
         raise ConfigError([f"--recipe {command.recipe}: {path} is a run of the recipe {contents['recipe']}; leave it out"])
     given = command.given | {"checkpoint_dir": str(folder)}
@@ -549,8 +561,8 @@ def open_checkpoint(command, source, folder):
     contents["path"] = str(path)
     position = f"after epoch {contents['epoch']}" + (f" and {contents['batch']} batches" if contents["batch"] else "")
     remarks.append(f"resumed {path}, {position} (best so far {contents['best']['top1']:.2f} %)")
-    if path.name != checkpoint.LAST:
-        remarks.append(f"note: {path.name} instead of {checkpoint.LAST}: whatever the run did after it is done again")
+    if path.name != checkpoint_files.LAST:
+        remarks.append(f"note: {path.name} instead of {checkpoint_files.LAST}: whatever the run did after it is done again")
     for key in config:
         if config[key] != contents["config"].get(key):
             rule = f" ({RULED_ON_RESUME[key]})" if key in RULED_ON_RESUME else ""
@@ -564,7 +576,7 @@ def open_images(config, contents, say):
         made = distributed.by_each(lambda: distributed.local_rank() == 0 and make_demo_data(config["data_dir"]))
         if made:
             say(f"made the demo's pictures in {config['data_dir']}")
-    splits = distributed.by_each(lambda: data.open_splits(config["data_dir"], say=say))
+    splits = distributed.by_each(lambda: open_splits(config["data_dir"], say=say))
     images = splits["train"]
     if contents is not None and sorted(images.classes) == sorted(contents["classes"]) and images.classes != contents["classes"]:
         say("note: the classes stay in the order that the run recorded when it began")
@@ -572,25 +584,25 @@ def open_images(config, contents, say):
             split.relabel(contents["classes"])
     seen = distributed.gathered((images.classes, len(images), len(splits["val"])))
     if seen.count(seen[0]) < len(seen):
-        raise data.DataError(f"{config['data_dir']} holds other images on one machine than on another")
+        raise DataError(f"{config['data_dir']} holds other images on one machine than on another")
     if contents is not None and (images.classes, len(images)) != (contents["classes"], contents["train_images"]):
-        raise data.DataError(
+        raise DataError(
             f"{config['data_dir']} holds {len(images):,} training images of {len(images.classes)} classes; the run to resume "
             f"saw {contents['train_images']:,} of {len(contents['classes'])}. Name its images with --data-dir"
         )
     if contents is not None and len(splits["val"]) != contents.get("val_images", len(splits["val"])):  # new in format 1
-        raise data.DataError(
+        raise DataError(
             f"{config['data_dir']} holds {len(splits['val']):,} validation images; the run to resume was scored on "
             f"{contents['val_images']:,}, and its best so far would mean nothing. Name its images with --data-dir"
         )
     if len(images) < config["batch_size"]:
-        raise data.DataError(
+        raise DataError(
             f"{len(images)} training images make no batch of batch_size = {config['batch_size']}: lower --batch-size"
         )
     if config["batch_size"] < distributed.size():
         raise ConfigError([f"batch_size = {config['batch_size']}: too few for {distributed.size()} processes"])
     if contents is None and distributed.rank() == 0:
-        data.say_packing_gain(images, config, say)
+        say_packing_gain(images, config, say)
     return splits
 
 
@@ -645,7 +657,7 @@ def run(config, recipe, contents, compile_choice, remarks, splits, device, preci
         images = splits["train"]
         steps_per_epoch = len(images) // config["batch_size"]
         if contents is None:  # refused above unless it is asked for or there is none
-            distributed.by_first(checkpoint.delete_run, config["checkpoint_dir"])
+            distributed.by_first(checkpoint_files.delete_run, config["checkpoint_dir"])
         monitor.log(f"environment: {to_json(environment())}")
         monitor.log(f"configuration: {to_json(config)}")
         monitor.say(
@@ -656,7 +668,7 @@ def run(config, recipe, contents, compile_choice, remarks, splits, device, preci
             monitor.say(f"{distributed.describe()}; batches of {config['batch_size']} over all of them")
         for remark in remarks:
             monitor.say(remark)
-        batches = data.BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.say)
+        batches = BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.say)
         if config["spot_notice"] and distributed.local_rank() == 0:
             watch_spot_notice(stop, config["spot_notice_url"], monitor.say)
         checkpoints, resumed = None, contents and (contents["best"], contents["path"])
@@ -678,7 +690,7 @@ def run(config, recipe, contents, compile_choice, remarks, splits, device, preci
             several = f"{distributed.size()} times " if distributed.size() > 1 else ""
             facts["hardware"] = several + describe_device(device)
             facts["class_names"] = getattr(images, "class_names", {})  # what people call them, where a packed file knows
-            checkpoints = checkpoint.CheckpointFolder(config, facts, lock, stop, monitor.say)
+            checkpoints = checkpoint_files.CheckpointFolder(config, facts, lock, stop, monitor.say)
             if resumed:
                 checkpoints.find_best(*resumed)
             monitor.open_records(checkpoints.folder, state.epoch, Path(resumed[1]).parent if resumed else None)
@@ -688,7 +700,7 @@ def run(config, recipe, contents, compile_choice, remarks, splits, device, preci
                 raise TrainingStopped(f"the run has ended, but its result could NOT be saved to {checkpoints.folder}")
             conditions = f"{config['val_resolution']} px, no test-time augmentation"
             monitor.say(f"finished {config['epochs']} epochs: {checkpoints.best_in_words(state.best, conditions)}")
-        except (Interrupted, WorkerDied, data.DataError) as cause:
+        except (Interrupted, WorkerDied, DataError) as cause:
             exit_code = save_and_leave(cause, checkpoints, state if checkpoints else None, monitor)
             if stop.machine_goes_away:
                 distributed.end_launcher()
@@ -719,10 +731,12 @@ def save_and_leave(cause, checkpoints, state, monitor):
     if not state.is_whole or alone:
         monitor.say(
             f"stopped by {cause} {where}; NOT saved, {'alone with it' if alone else 'in the middle of a step'}. "
-            f"Go on from the last save with: {program} --resume {checkpoints.folder / checkpoint.LAST}"
+            f"Go on from the last save with: {program} --resume {checkpoints.folder / checkpoint_files.LAST}"
         )
     elif checkpoints.save(state):
-        monitor.say(f"stopped by {cause} {where}; saved. Go on with: {program} --resume {checkpoints.folder / checkpoint.LAST}")
+        monitor.say(
+            f"stopped by {cause} {where}; saved. Go on with: {program} --resume {checkpoints.folder / checkpoint_files.LAST}"
+        )
     else:
         monitor.say(f"stopped by {cause} {where}; NOT saved, an earlier checkpoint may be in {checkpoints.folder}")
     return exit_code

@@ -21,14 +21,14 @@ import torch
 from benchmarks import recipe_evidence, step_speed, train_speed
 from benchmarks.input_speed import packed_rows_of, read_originals
 from benchmarks.measuring import REPOSITORY, RESULTS, installed_timm, run_quietly
-from engine import images
-from engine.demo import make_demo_data
-from engine.device import AUTOCAST_DTYPES, choose_device, choose_precision, describe_device
-from engine.environment import environment
-from engine.errors import UserError, first_line
-from engine.metrics import read_records
-from engine.packed import write_split
-from engine.workers import available_cores
+from engine.data import images
+from engine.data.demo import make_demo_data
+from engine.preparation.packed import write_split
+from engine.run.records import read_records
+from engine.system.device import AUTOCAST_DTYPES, choose_device, choose_precision, describe_device
+from engine.system.environment import environment
+from engine.system.errors import UserError, first_line
+from engine.system.workers import available_cores
 
 FILE, REHEARSAL_FILE = RESULTS / "gpu.jsonl", RESULTS / "gpu_rehearsal.jsonl"
 RESERVE_SECONDS = 5.0  # kept for the report

@@ -20,9 +20,13 @@ from torchvision.datasets import ImageFolder
 
 from benchmarks.measuring import cpus_granted, in_processes, installed_timm, measured_in_rounds, rate_cell, ratio
 from config import CONFIG
-from engine import data, finding, images
-from engine.interruption import StopRequest
-from engine.packed import write_split
+from engine.data import images
+from engine.data.batches import training_requests
+from engine.data.loader import IMAGENET_MEAN, IMAGENET_STD, BatchServer
+from engine.data.splits import open_splits
+from engine.preparation import finding
+from engine.preparation.packed import PackedSplit, write_split
+from engine.system.interruption import StopRequest
 
 IMAGENET_SIZES = [(375, 500)] * 5 + [(333, 500)] * 2 + [(500, 375)] * 2 + [(500, 500)]  # height, width; its commonest
 PACKED_SIDE = 352  # px; prepare_data.py's default
@@ -74,7 +78,7 @@ def input_benchmark(arguments):
 def read_originals(data_dir, count):
     """Return the bytes of `count` image files: of data_dir's training images, or made ones of ImageNet's commonest sizes."""
     if data_dir is not None:
-        split = data.open_splits(data_dir)["train"]
+        split = open_splits(data_dir)["train"]
         return [split.read(index) for index in np.linspace(0, len(split) - 1, count).astype(int)]
     rng = np.random.default_rng(0)
     return [original_like(rng, *IMAGENET_SIZES[number % len(IMAGENET_SIZES)]) for number in range(count)]
@@ -113,7 +117,7 @@ def torchvision_reference(resolution):
             transforms.RandomHorizontalFlip(),
             transforms.PILToTensor(),
             transforms.ConvertImageDtype(torch.float),
-            transforms.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
     )
 
@@ -167,8 +171,8 @@ def loader_contenders(folder, resolution, workers):
         return lambda: in_processes(train_views, [(split, resolution, part) for part in parts])
 
     def ours(split):
-        server = data.BatchServer({"train": split}, settings, CPU, torch.float32, StopRequest(), print)
-        return lambda: collections.deque(server.serve(data.training_requests(split, settings, epoch=0)), maxlen=0)
+        server = BatchServer({"train": split}, settings, CPU, torch.float32, StopRequest(), print)
+        return lambda: collections.deque(server.serve(training_requests(split, settings, epoch=0)), maxlen=0)
 
     def theirs(loader):
         return lambda: collections.deque(loader, maxlen=0)
@@ -195,7 +199,7 @@ def loader_contenders(folder, resolution, workers):
             device=CPU,
         )
         contenders["timm"] = theirs(loader)
-    splits = {"originals": finding.ImageFolder(tree), "packed": data.PackedSplit(folder / "train.arrow")}
+    splits = {"originals": finding.ImageFolder(tree), "packed": PackedSplit(folder / "train.arrow")}
     contenders |= {f"ours, {name}": ours(split) for name, split in splits.items()}
     return contenders | {f"no loader, {name}": without_loader(split) for name, split in splits.items()}
 

@@ -7,7 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from engine.plain_json import from_json, to_json
+from engine.system.plain_json import from_json, to_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks"

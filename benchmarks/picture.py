@@ -2,7 +2,7 @@
 
 import statistics
 
-from engine.curves import MUTED, RAW, new_figure, save_figure
+from engine.run.curves import MUTED, RAW, new_figure, save_figure
 
 OURS, OTHERS = RAW, MUTED
 

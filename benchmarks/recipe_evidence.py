@@ -12,11 +12,11 @@ from pathlib import Path
 
 from benchmarks.measuring import REPOSITORY, record, recorded, run_quietly
 from config import CONFIG, RECIPES
-from engine.data import resolution_of_epoch
-from engine.demo import HARD_CLASSES, make_demo_data
-from engine.environment import environment
-from engine.metrics import read_records
-from engine.plain_json import from_json, to_json
+from engine.data.batches import resolution_of_epoch
+from engine.data.demo import HARD_CLASSES, make_demo_data
+from engine.run.records import read_records
+from engine.system.environment import environment
+from engine.system.plain_json import from_json, to_json
 
 NAME = "recipes"
 STEP = 8  # px, between resolutions

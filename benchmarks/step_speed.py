@@ -13,12 +13,12 @@ import torch
 
 from benchmarks.measuring import REPOSITORY, installed_timm, rate_cell
 from config import CONFIG
-from engine import distributed
-from engine.device import AUTOCAST_DTYPES, autocast, choose_device, choose_precision
-from engine.host_memory import keep_freed_memory
-from engine.out_of_memory import is_out_of_memory
-from engine.plain_json import from_json, to_json
-from engine.telemetry import GpuFigures
+from engine.run.telemetry import GpuFigures
+from engine.system import distributed
+from engine.system.device import AUTOCAST_DTYPES, autocast, choose_device, choose_precision
+from engine.system.gpu_memory import is_out_of_memory
+from engine.system.host_memory import keep_freed_memory
+from engine.system.plain_json import from_json, to_json
 
 # torchvision's classification reference as users run it: AMP on a GPU, SGD, contiguous images, .item() for its meters.
 REFERENCE = "torchvision reference"

@@ -11,10 +11,10 @@ from pathlib import Path
 from benchmarks.input_speed import PACKED_SIDE, packed_rows_of, read_originals
 from benchmarks.measuring import REPOSITORY, rate_cell, run_quietly
 from benchmarks.step_speed import run_job
-from engine import images
-from engine.device import choose_device
-from engine.metrics import read_records
-from engine.packed import write_split
+from engine.data import images
+from engine.preparation.packed import write_split
+from engine.run.records import read_records
+from engine.system.device import choose_device
 
 DIFFERENT_IMAGES = 200
 VAL_IMAGES = 64

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 import train
-from config import parse_command_line
-from engine import checkpoint, distributed
-from engine.demo import make_demo_data
+from engine.cli.command_line import parse_command_line
+from engine.data.demo import make_demo_data
+from engine.run import checkpoint_files
+from engine.system import distributed
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NOTICE = '{"action": "terminate", "time": "2026-01-01T00:00:00Z"}'  # a spot instance's
@@ -157,9 +158,9 @@ DRIVER = """
 import importlib, os, signal, sys
 sys.path.insert(0, {repository!r})
 import train
-from config import parse_command_line
-from engine.console import protect_output
-from engine.errors import run_program
+from engine.cli.command_line import parse_command_line
+from engine.system.console import protect_output
+from engine.system.errors import run_program
 
 protect_output()
 
@@ -212,7 +213,7 @@ def figures(folder):
 def assert_same_run(folder, reference):
     """Compare two finished runs bit by bit: weights, averages, optimizer state, best, and every repeatable figure."""
     for name in ("last.pt", "best.pt"):
-        ours, theirs = checkpoint.read(folder / name), checkpoint.read(reference / name)
+        ours, theirs = checkpoint_files.read(folder / name), checkpoint_files.read(reference / name)
         for contents in (ours, theirs):
             contents["config"] = {
                 k: v

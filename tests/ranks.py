@@ -17,13 +17,15 @@ import torch.nn.functional as F
 from conftest import WithoutBatchNorm, state_of
 
 import train
-from config import CONFIG, parse_command_line
-from engine import distributed
-from engine.data import Batch, BatchServer
-from engine.errors import TrainingStopped, UserError
-from engine.interruption import Interrupted, StopRequest
-from engine.metrics import TrainingSums
-from engine.sync_norm import CpuSyncBatchNorm2d
+from config import CONFIG
+from engine.cli.command_line import parse_command_line
+from engine.data.batches import Batch
+from engine.data.loader import BatchServer
+from engine.system import distributed
+from engine.system.errors import TrainingStopped, UserError
+from engine.system.interruption import Interrupted, StopRequest
+from engine.training.metrics import TrainingSums
+from engine.training.sync_batch_norm import CpuSyncBatchNorm2d
 
 CPU = torch.device("cpu")
 BATCH = 8  # over 3 processes: 3, 3, 2

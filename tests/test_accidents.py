@@ -22,9 +22,11 @@ import pytest
 from conftest import REPOSITORY, figures, finish, run_here, run_program, start_program, tiny_run, wait_for
 
 import train
-from config import ConfigError, parse_command_line
-from engine import checkpoint, console
-from engine.errors import CheckpointError, DataError, UserError
+from engine.cli.command_line import parse_command_line
+from engine.cli.keys import ConfigError
+from engine.run import checkpoint_files
+from engine.system import console
+from engine.system.errors import CheckpointError, DataError, UserError
 
 ONE_EPOCH = {"epochs": 1, "warmup_epochs": 0, "swa_start_epoch": 0}
 
@@ -42,7 +44,7 @@ def run_shell(command, **options):
 
 
 def assert_trained(folder, epochs=1):
-    assert checkpoint.read(folder / "last.pt")["epoch"] == epochs
+    assert checkpoint_files.read(folder / "last.pt")["epoch"] == epochs
     assert len(figures(folder)) == epochs
     log = folder.with_suffix(".log").read_text()
     assert f"finished {epochs} epochs" in log
@@ -88,7 +90,7 @@ def test_a_file_name_that_the_output_cannot_show_is_shown_as_an_escape(image_tre
     status, output, errors = run_shell(shell("train.py", arguments, ""), env=environment)
     assert status == 0, errors
     assert r"/l\udcc3\udca4uft \udce2\udc9c\udc93/best.pt" in output
-    assert checkpoint.read(folder / "last.pt")["epoch"] == 1
+    assert checkpoint_files.read(folder / "last.pt")["epoch"] == 1
 
 
 def in_terminal(arguments, ignore_hangup=False):
@@ -144,7 +146,7 @@ def test_ctrl_c_to_a_pipeline_saves_though_its_reader_is_gone(image_tree, tmp_pa
                 os.kill(int(pid.parent.name), signal.SIGINT)
     assert process.wait(timeout=120) == 130
     assert "stopped by SIGINT" in tmp_path.joinpath("run.log").read_text()
-    assert checkpoint.read(tmp_path / "run/last.pt")
+    assert checkpoint_files.read(tmp_path / "run/last.pt")
 
 
 def test_a_reader_that_stops_reading_does_not_stop_the_program():
@@ -182,7 +184,7 @@ def test_sigusr1_saves_and_the_run_goes_on(image_tree, tmp_path):
     process.send_signal(signal.SIGHUP)
     status, output = finish(process)
     assert status == 129, output
-    assert checkpoint.newest_good(tmp_path / "run")[2] == []
+    assert checkpoint_files.newest_good(tmp_path / "run")[2] == []
 
 
 @pytest.mark.parametrize(
@@ -240,7 +242,7 @@ def test_a_run_works_where_folders_cannot_be_synced_and_files_not_be_linked(erro
     assert status == 0, output
     assert "WARNING" not in output
     for name in ("last.pt", "previous.pt", "best.pt", "epoch_001.pt", "epoch_002.pt"):
-        assert checkpoint.read(tmp_path / "run" / name)
+        assert checkpoint_files.read(tmp_path / "run" / name)
     assert_trained(tmp_path / "run", epochs=2)
 
 
@@ -275,13 +277,13 @@ def test_an_ornament_that_fails_costs_a_warning_and_never_the_epoch(broken, imag
     assert run_here(arguments) == 0
     said = capfd.readouterr().out
     assert "WARNING" in said and "The run goes on" in said
-    assert checkpoint.read(tmp_path / "run/last.pt")["epoch"] == 1
+    assert checkpoint_files.read(tmp_path / "run/last.pt")["epoch"] == 1
 
 
 def test_the_epoch_is_saved_before_its_ornaments(image_tree, tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(
-        "engine.monitor.draw_curves", lambda *_: saved.append(checkpoint.read(tmp_path / "run/last.pt")["epoch"])
+        "engine.run.monitor.draw_curves", lambda *_: saved.append(checkpoint_files.read(tmp_path / "run/last.pt")["epoch"])
     )
     assert run_here(tiny_run(image_tree, tmp_path / "run", **ONE_EPOCH)) == 0
     assert saved == [1]
@@ -332,7 +334,7 @@ def test_an_unexpected_error_between_two_steps_is_logged_with_its_traceback_and_
     log = tmp_path.joinpath("run.log").read_text()
     assert "Traceback (most recent call last):" in log and "ZeroDivisionError: an accident" in log
     assert "stopped by ZeroDivisionError: an accident in epoch 2 after 7 batches; saved. Go on with:" in log
-    saved = checkpoint.read(tmp_path / "run/last.pt")
+    saved = checkpoint_files.read(tmp_path / "run/last.pt")
     assert (saved["epoch"], saved["batch"]) == (1, 7)
     monkeypatch.undo()
     assert run_here([*arguments, "--resume=auto"]) == 0
@@ -345,7 +347,7 @@ def test_an_unexpected_error_within_a_step_saves_nothing_half_done(image_tree, t
         run_here(tiny_run(image_tree, tmp_path / "run", epochs=3, swa_start_epoch=0))
     log = tmp_path.joinpath("run.log").read_text()
     assert "in epoch 2 after 2 batches; NOT saved, in the middle of a step. Go on from the last save with" in log
-    assert checkpoint.read(tmp_path / "run/last.pt")["epoch"] == 1
+    assert checkpoint_files.read(tmp_path / "run/last.pt")["epoch"] == 1
 
 
 # Resumptions that cannot be done ----------------------------------------------------------------------------------------
@@ -376,12 +378,12 @@ def test_what_cannot_be_resumed_is_refused_in_words(finished, tmp_path):
 READ_AS_NOBODY = """
 import os, sys
 sys.path.insert(0, {repository!r})
-from engine import checkpoint
-from engine.errors import CheckpointError
+from engine.run import checkpoint_files
+from engine.system.errors import CheckpointError
 os.seteuid(65534)
 for path in sys.argv[1:]:
     try:
-        checkpoint.read(path)
+        checkpoint_files.read(path)
     except CheckpointError as error:
         print(error)
 """
@@ -428,7 +430,7 @@ def test_a_full_disk_at_the_start_is_refused_in_words(image_tree, tmp_path):
 def test_a_run_that_goes_on_elsewhere_ends_with_a_best_pt_that_is_there(finished, tmp_path, capfd):
     assert run_here([f"--resume={finished}/last.pt", f"--checkpoint-dir={tmp_path}/new"]) == 0
     assert f"in {tmp_path}/new/best.pt" in capfd.readouterr().out
-    assert checkpoint.read(tmp_path / "new/best.pt")["best"] == checkpoint.read(finished / "best.pt")["best"]
+    assert checkpoint_files.read(tmp_path / "new/best.pt")["best"] == checkpoint_files.read(finished / "best.pt")["best"]
     assert figures(tmp_path / "new") == figures(finished)
 
 

@@ -18,7 +18,8 @@ from benchmarks.recipe_evidence import compute, contenders, recipe_tables
 from benchmarks.scaling import PARAMETERS, scaling, scaling_tables
 from benchmarks.step_speed import LOOPS, step_tables
 from benchmarks.train_speed import train_tables
-from config import CONFIG, config_problems
+from config import CONFIG
+from engine.cli.keys import config_problems
 from model import build_model
 
 README = REPOSITORY / "README.md"

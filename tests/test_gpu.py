@@ -7,12 +7,15 @@ import torch
 from conftest import figures, run_program, run_torchrun, tiny_run
 
 from config import CONFIG
-from engine import checkpoint, data
-from engine.demo import make_demo_data
-from engine.device import AUTOCAST_DTYPES, build_scaler
-from engine.interruption import StopRequest
-from engine.metrics import TrainingSums
-from engine.monitor import Throughput
+from engine.data.batches import Batch, training_requests
+from engine.data.demo import make_demo_data
+from engine.data.loader import IMAGENET_MEAN, IMAGENET_STD, BatchServer, to_device
+from engine.data.splits import open_splits
+from engine.run import checkpoint_files
+from engine.run.monitor import Throughput
+from engine.system.device import AUTOCAST_DTYPES, build_scaler
+from engine.system.interruption import StopRequest
+from engine.training.metrics import TrainingSums
 from train import adapting_train_step, new_state, train_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -81,11 +84,11 @@ def test_a_gradient_that_is_not_finite_is_skipped_in_bf16_too():
 
 def test_batches_arrive_normalised_channels_last_and_in_the_autocast_dtype():
     pixels = torch.randint(256, (4, 32, 48, 3), dtype=torch.uint8).pin_memory()
-    batch = data.Batch(pixels, torch.arange(4).pin_memory(), [])
-    (images, labels), *_ = data.to_device([batch], torch.device("cuda"), torch.float16)
+    batch = Batch(pixels, torch.arange(4).pin_memory(), [])
+    (images, labels), *_ = to_device([batch], torch.device("cuda"), torch.float16)
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert images.dtype == torch.float16
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     expected = (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
     torch.testing.assert_close(images.cpu().float(), expected, atol=2e-3, rtol=1e-3)
     assert labels.tolist() == [0, 1, 2, 3]
@@ -193,11 +196,11 @@ def test_compiled_gradients_are_the_plain_ones(monkeypatch):
 def test_batches_from_workers_arrive_pinned_and_whole(tmp_path):
     make_demo_data(tmp_path / "images", 60, 20)
     config = CONFIG | {"batch_size": 8, "train_resolution": 64, "val_resolution": 64, "num_workers": 2}
-    splits = data.open_splits(tmp_path / "images")
-    requests = [r for epoch in range(3) for r in data.training_requests(splits["train"], config, epoch)]
+    splits = open_splits(tmp_path / "images")
+    requests = [r for epoch in range(3) for r in training_requests(splits["train"], config, epoch)]
     said, seen = [], {}
     for name in ("cpu", "cuda"):
-        server = data.BatchServer(splits, config, torch.device(name), torch.float32, StopRequest(), said.append)
+        server = BatchServer(splits, config, torch.device(name), torch.float32, StopRequest(), said.append)
         assert name == "cpu" or next(server.serve(requests[:1])).images.is_pinned()
         seen[name] = [(images.cpu(), labels.cpu()) for images, labels in server.training(requests, set())]
         server.close()
@@ -253,11 +256,11 @@ def test_a_deterministic_run_gives_the_same_bits_each_time_and_after_a_resumptio
     for name in ("once", "again"):
         status, output = run_program("train.py", tiny_run(image_tree, tmp_path / name, **changes))
         assert status == 0, output
-        weights.append(checkpoint.read(tmp_path / name / "last.pt"))
+        weights.append(checkpoint_files.read(tmp_path / name / "last.pt"))
     resumed = [f"--resume={tmp_path}/once/epoch_001.pt", f"--checkpoint-dir={tmp_path}/resumed", "--device=cuda"]
     status, output = run_program("train.py", resumed)
     assert status == 0, output
-    weights.append(checkpoint.read(tmp_path / "resumed/last.pt"))
+    weights.append(checkpoint_files.read(tmp_path / "resumed/last.pt"))
     for kind in ("model", "averaged_model"):
         for name, tensor in weights[0][kind].items():
             assert all(torch.equal(tensor, other[kind][name]) for other in weights[1:]), name

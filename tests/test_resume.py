@@ -27,11 +27,14 @@ from conftest import (
 )
 
 import train
-from config import CONFIG, ConfigError
-from engine import averaging, checkpoint, data
-from engine.errors import CheckpointError, DataError
-from engine.metrics import read_records
-from engine.monitor import Monitor
+from config import CONFIG
+from engine.cli.keys import ConfigError
+from engine.data.loader import to_device
+from engine.run import checkpoint_files
+from engine.run.monitor import Monitor
+from engine.run.records import read_records
+from engine.system.errors import CheckpointError, DataError
+from engine.training import averaging
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +50,10 @@ def reference(image_tree, tmp_path_factory):
 
 MOMENTS = {  # function of a module, its n-th call, and where the run then says that it stopped
     "a training step": ("train", "train_step", 11, "in epoch 2 after 4 batches"),
-    "the recomputation of batch norm": ("engine.averaging", "refresh_batch_norm", 1, "in epoch 2 after 7 batches"),
+    "the recomputation of batch norm": ("engine.training.averaging", "refresh_batch_norm", 1, "in epoch 2 after 7 batches"),
     "validation": ("train", "evaluate", 3, "in epoch 3 after 7 batches"),
-    "the writing of a checkpoint": ("engine.checkpoint", "write", 2, "in epoch 3 after 0 batches"),
-    "the writing of the records": ("engine.monitor", "append_record", 2, "in epoch 3 after 0 batches"),
+    "the writing of a checkpoint": ("engine.run.checkpoint_files", "write", 2, "in epoch 3 after 0 batches"),
+    "the writing of the records": ("engine.run.monitor", "append_record", 2, "in epoch 3 after 0 batches"),
 }
 
 
@@ -102,7 +105,7 @@ def then_sigterm(batches, after):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("where", ["engine.averaging.refresh_batch_norm", "train.evaluate"])
+@pytest.mark.parametrize("where", ["engine.training.averaging.refresh_batch_norm", "train.evaluate"])
 def test_a_stop_between_an_epochs_last_step_and_its_record_is_resumed_bit_by_bit(where, image_tree, tmp_path, monkeypatch):
     changes = {"stochastic_depth": 0.5, "swa_start_epoch": 2, "epochs": 3}  # the recomputation draws random numbers
     assert run_here(tiny_run(image_tree, tmp_path / "whole", **changes)) == 0
@@ -121,13 +124,15 @@ def test_a_stop_between_an_epochs_last_step_and_its_record_is_resumed_bit_by_bit
 
 def test_the_speed_of_an_epoch_is_that_of_the_whole_epoch_however_often_it_was_resumed(image_tree, tmp_path, monkeypatch):
     arguments = [*tiny_run(image_tree, tmp_path / "run", swa_start_epoch=0, epochs=2), "--resume=auto"]
-    original, last = data.to_device, tmp_path / "run/last.pt"
+    original, last = to_device, tmp_path / "run/last.pt"
     with monkeypatch.context() as patch:
-        patch.setattr(data, "to_device", lambda batches, *others: then_sigterm(original(batches, *others), after=3))
+        patch.setattr(
+            "engine.data.loader.to_device", lambda batches, *others: then_sigterm(original(batches, *others), after=3)
+        )
         assert run_here(arguments) == 143
-        first = checkpoint.read(last)
+        first = checkpoint_files.read(last)
         assert run_here(arguments) == 143
-    saved = checkpoint.read(last)
+    saved = checkpoint_files.read(last)
     assert (first["batch"], saved["batch"]) == (3, 6)
     before, after = first["speed"], saved["speed"]
     assert (before["images"], after["images"]) == (24, 48)
@@ -138,10 +143,10 @@ def test_the_speed_of_an_epoch_is_that_of_the_whole_epoch_however_often_it_was_r
     for record in (resumed, untouched):
         assert record["images_per_s"] * record["seconds"] == pytest.approx(56)
     assert resumed["seconds"] > saved["speed"]["seconds"]
-    assert checkpoint.read(last)["speed"] == {"images": 0, "seconds": 0.0, "waited_seconds": 0.0}
+    assert checkpoint_files.read(last)["speed"] == {"images": 0, "seconds": 0.0, "waited_seconds": 0.0}
 
     del saved["speed"]  # as in a checkpoint of old
-    checkpoint.write(last, saved)
+    checkpoint_files.write(last, saved)
     assert run_here(arguments) == 0
     record = read_records(tmp_path / "run/metrics.jsonl")[0]
     assert record["images_per_s"] * record["seconds"] == pytest.approx(8)  # of what it can know
@@ -156,7 +161,7 @@ def test_resnet50_killed_in_mid_epoch_and_resumed_ends_with_the_same_bits(image_
     arguments = tiny_run(image_tree, killed, **changes, checkpoint_minutes=1e-6)  # last.pt after every step
     status, output = finish(start_driver(arguments, tmp_path / "steps", ("train", "train_step"), 9, [signal.SIGKILL]))
     assert status == -signal.SIGKILL, output
-    saved = checkpoint.read(killed / "last.pt")
+    saved = checkpoint_files.read(killed / "last.pt")
     assert (saved["epoch"], saved["batch"]) == (1, 2)
     status, output = run_program("train.py", [f"--resume={killed}/last.pt"])
     assert status == 0, output
@@ -183,14 +188,14 @@ def test_a_second_ctrl_c_exits_at_once_and_leaves_the_old_last_pt_whole(image_tr
     status, output = finish(process)
     assert status == 130, output
     assert "second Ctrl-C" in output
-    assert checkpoint.read(tmp_path / "run/last.pt")["epoch"] == 1
+    assert checkpoint_files.read(tmp_path / "run/last.pt")["epoch"] == 1
 
 
 def test_a_run_stopped_before_its_first_step_can_be_resumed(image_tree, reference, tmp_path):
     arguments = tiny_run(image_tree, tmp_path / "run")
     status, output = finish(start_driver(arguments, tmp_path / "steps", ("train", "new_state"), 1))
     assert status == 143, output
-    assert checkpoint.read(tmp_path / "run/last.pt")["batch"] == 0
+    assert checkpoint_files.read(tmp_path / "run/last.pt")["batch"] == 0
     assert run_program("train.py", [*arguments, "--resume=auto"])[0] == 0
     assert_same_run(tmp_path / "run", reference)
 
@@ -290,7 +295,7 @@ def kill_again_and_again(image_tree, folder, kills, seed):
         happened["kills"] += 1
         happened["in_writing"] += bool(list(folder.glob(".*.pt.tmp")))
         taken = [int(line) + 1 for line in steps.read_text().split()] if steps.exists() else []
-        saved = checkpoint.read(folder / "last.pt") if (folder / "last.pt").exists() else {"epoch": 0, "batch": 0}
+        saved = checkpoint_files.read(folder / "last.pt") if (folder / "last.pt").exists() else {"epoch": 0, "batch": 0}
         happened["steps_lost"].append(max(0, (taken or [0])[-1] - saved["epoch"] * 7 - saved["batch"]))
     status, output = finish(start_driver(arguments, steps))
     assert status == 0, output
@@ -298,7 +303,7 @@ def kill_again_and_again(image_tree, folder, kills, seed):
 
 
 def test_a_kill_between_two_names_of_a_checkpoint_loses_no_best(image_tree, reference, tmp_path):
-    best_epoch = checkpoint.read(reference / "last.pt")["best"]["epoch"]
+    best_epoch = checkpoint_files.read(reference / "last.pt")["best"]["epoch"]
     arguments = tiny_run(image_tree, tmp_path / "run")
     # last.pt gets its new name once an epoch, best.pt before it
     driver = start_driver(
@@ -306,7 +311,7 @@ def test_a_kill_between_two_names_of_a_checkpoint_loses_no_best(image_tree, refe
     )
     status, output = finish(driver)
     assert status == -signal.SIGKILL, output
-    assert checkpoint.read(tmp_path / "run/best.pt")["epoch"] == best_epoch
+    assert checkpoint_files.read(tmp_path / "run/best.pt")["epoch"] == best_epoch
     assert run_program("train.py", [*arguments, "--resume=auto"])[0] == 0
     assert_same_run(tmp_path / "run", reference)
 
@@ -345,7 +350,7 @@ def test_epochs_may_be_raised_and_the_rate_plan_is_rebuilt(finished, image_tree,
     assert run_here([f"--resume={finished}/last.pt", "--epochs=4"]) == 0
     assert "changed on resume: epochs = 4, was 3 (the rate plan is rebuilt" in capfd.readouterr().out
     assert [record["epoch"] for record in figures(finished)] == [1, 2, 3, 4]
-    assert checkpoint.read(finished / "last.pt")["schedule"]["step"] == 28
+    assert checkpoint_files.read(finished / "last.pt")["schedule"]["step"] == 28
 
 
 def test_a_flag_that_bends_the_run_is_refused_with_the_reason(finished):
@@ -356,7 +361,7 @@ def test_a_flag_that_bends_the_run_is_refused_with_the_reason(finished):
 
 
 def test_other_images_are_refused(finished, tmp_path):
-    from engine.demo import make_demo_data
+    from engine.data.demo import make_demo_data
 
     make_demo_data(tmp_path / "others", 50, 20)
     with pytest.raises(DataError, match="holds 50 training images"):
@@ -373,7 +378,7 @@ def test_a_resumed_run_goes_on_where_its_file_lies(finished, tmp_path):
     moved = tmp_path / "moved"
     finished.rename(moved)
     assert run_here([f"--resume={moved}/last.pt", "--epochs=4"]) == 0
-    assert checkpoint.read(moved / "last.pt")["epoch"] == 4
+    assert checkpoint_files.read(moved / "last.pt")["epoch"] == 4
     assert not finished.exists()
 
 

@@ -11,7 +11,8 @@ import time
 import pytest
 from conftest import assert_same_run, finish, run_program, start_driver, start_program, tiny_run, wait_for
 
-from engine import checkpoint, lock
+from engine.run import checkpoint_files
+from engine.system import lock
 
 ROUNDS = int(os.environ.get("SOAK_ROUNDS", 100))
 EPOCHS, STEPS = 8, 7  # the latter of an epoch
@@ -45,7 +46,7 @@ class Soak:
 
     def position(self):
         """Steps that the farthest whole checkpoint has behind it."""
-        contents = checkpoint.newest_good(self.folder)[1] if self.folder.exists() else None
+        contents = checkpoint_files.newest_good(self.folder)[1] if self.folder.exists() else None
         return contents["epoch"] * STEPS + contents["batch"] if contents else 0
 
     def taken(self):
@@ -97,7 +98,9 @@ class Soak:
         return max(0, self.taken() - self.position())
 
     def flipped_bit(self):
-        files = [path for path in checkpoint.checkpoints_in(self.folder) if path.is_file()] if self.folder.exists() else []
+        files = (
+            [path for path in checkpoint_files.checkpoints_in(self.folder) if path.is_file()] if self.folder.exists() else []
+        )
         if not files:
             return 0
         before = self.position()
@@ -111,7 +114,7 @@ class Soak:
         return 0
 
     def deleted_file(self):
-        files = checkpoint.checkpoints_in(self.folder)
+        files = checkpoint_files.checkpoints_in(self.folder)
         before = self.position()
         if len(files) > 3:  # as many whole ones as the promise speaks of
             self.rng.choice(files[:3]).unlink()

@@ -14,11 +14,14 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 import report
 import train
-from config import CONFIG, ConfigError
-from engine import checkpoint, data
-from engine.device import autocast, build_scaler, choose_precision, load_scaler, set_up_arithmetic
-from engine.errors import CheckpointError, DataError, TrainingStopped, UserError
-from engine.interruption import StopRequest
+from config import CONFIG
+from engine.cli.keys import ConfigError
+from engine.data.loader import BatchServer
+from engine.data.splits import open_splits
+from engine.run import checkpoint_files
+from engine.system.device import autocast, build_scaler, choose_precision, load_scaler, set_up_arithmetic
+from engine.system.errors import CheckpointError, DataError, TrainingStopped, UserError
+from engine.system.interruption import StopRequest
 from model import build_model
 
 CPU = torch.device("cpu")
@@ -212,25 +215,25 @@ def test_out_of_memory_with_a_single_image_stops_the_run():
 
 def test_the_micro_batch_is_remembered_in_the_checkpoint(tiny_arguments, tmp_path):
     assert run_here([*tiny_arguments, "--epochs=2", "--micro-batch-size=3"]) == 0
-    assert checkpoint.read(tmp_path / "run/last.pt")["micro_batch_size"] == 3
+    assert checkpoint_files.read(tmp_path / "run/last.pt")["micro_batch_size"] == 3
 
 
 def test_a_resumed_run_keeps_the_micro_batch_that_fitted_unless_a_flag_changes_it(tiny_arguments, tmp_path):
     assert run_here([*tiny_arguments, "--epochs=2"]) == 0
     last = tmp_path / "run/last.pt"
-    checkpoint.write(last, checkpoint.read(last) | {"micro_batch_size": 4})  # as if memory had run out once
+    checkpoint_files.write(last, checkpoint_files.read(last) | {"micro_batch_size": 4})  # as if memory had run out once
     for epochs, flags, expected in ((3, [], 4), (4, ["--micro-batch-size=2"], 2), (5, [], 2), (6, ["--micro-batch-size=0"], 8)):
         assert run_here([f"--resume={last}", f"--epochs={epochs}", *flags]) == 0
-        assert checkpoint.read(last)["micro_batch_size"] == expected
+        assert checkpoint_files.read(last)["micro_batch_size"] == expected
 
 
 def test_a_micro_batch_that_fitted_at_64_px_is_not_taken_to_32_px_if_it_is_a_single_image(image_tree, tmp_path):
     arguments = tiny_run(image_tree, tmp_path / "run", swa_start_epoch=0)
     assert run_here([*arguments, "--epochs=1"]) == 0
     last = tmp_path / "run/last.pt"
-    checkpoint.write(last, checkpoint.read(last) | {"micro_batch_size": 1})
+    checkpoint_files.write(last, checkpoint_files.read(last) | {"micro_batch_size": 1})
     assert run_here([f"--resume={last}", "--epochs=2"]) == 0
-    assert checkpoint.read(last)["micro_batch_size"] == 8
+    assert checkpoint_files.read(last)["micro_batch_size"] == 8
 
 
 # A whole run ---------------------------------------------------------------------------------------------------------
@@ -248,7 +251,7 @@ def test_a_run_leaves_checkpoints_records_log_and_curves(tiny_arguments, tmp_pat
     assert all(0 <= record[key] <= 100 for record in records for key in ("train_top1", "val_top1", "val_top5"))
     assert ["averaged_val_top1" in record for record in records] == [False, True, True]
     best = max(max(r["val_top1"], r.get("averaged_val_top1", 0)) for r in records)
-    assert records[-1]["best_top1"] == checkpoint.read(folder / "best.pt")["best"]["top1"] == best
+    assert records[-1]["best_top1"] == checkpoint_files.read(folder / "best.pt")["best"]["top1"] == best
 
     log = (tmp_path / "run.log").read_text().splitlines()
     assert all(line[:4].isdigit() and line[10] == "T" for line in log)
@@ -278,7 +281,7 @@ def test_the_recorded_speed_is_that_of_training_without_validation(tiny_argument
 
 def test_the_last_state_is_complete(tiny_arguments, tmp_path):
     assert run_here(tiny_arguments) == 0
-    last = checkpoint.read(tmp_path / "run/last.pt")
+    last = checkpoint_files.read(tmp_path / "run/last.pt")
     assert (last["epoch"], last["batch"], last["schedule"]["step"]) == (3, 0, 21)
     assert last["averaged_model"]["n_averaged"] == 2
     assert last["config"]["batch_size"] == 8
@@ -288,8 +291,8 @@ def test_the_last_state_is_complete(tiny_arguments, tmp_path):
 
 def test_the_averaged_weights_are_the_mean_of_the_epochs_final_weights(tiny_arguments, tmp_path):
     assert run_here([*tiny_arguments, "--checkpoint-every-epochs=1"]) == 0
-    second, third = (checkpoint.read(tmp_path / f"run/epoch_00{n}.pt")["model"] for n in (2, 3))
-    averaged = checkpoint.read(tmp_path / "run/last.pt")["averaged_model"]
+    second, third = (checkpoint_files.read(tmp_path / f"run/epoch_00{n}.pt")["model"] for n in (2, 3))
+    averaged = checkpoint_files.read(tmp_path / "run/last.pt")["averaged_model"]
     for name in ("conv1.weight", "fc.bias", "layer4.1.bn2.weight"):
         torch.testing.assert_close(averaged[f"module.{name}"], (second[name] + third[name]) / 2, rtol=1e-5, atol=1e-7)
     assert not torch.equal(averaged["module.bn1.running_mean"], third["bn1.running_mean"])
@@ -302,7 +305,7 @@ def test_a_new_run_never_overwrites_an_earlier_one_unless_told_to(tiny_arguments
         run_here([*tiny_arguments, "--epochs=2"])
     assert (tmp_path / "run/last.pt").read_bytes() == before
     assert run_here([*tiny_arguments, "--epochs=2", "--overwrite", "--seed=1"]) == 0
-    assert checkpoint.read(tmp_path / "run/last.pt")["config"]["seed"] == 1
+    assert checkpoint_files.read(tmp_path / "run/last.pt")["config"]["seed"] == 1
     with pytest.raises(ConfigError, match="--resume and --overwrite"):
         run_here([*tiny_arguments, "--resume=auto", "--overwrite"])
 
@@ -330,12 +333,12 @@ def test_evaluate_scores_a_checkpoint_as_its_run_did(tiny_arguments, tmp_path):
 
 
 def test_evaluation_counts_every_image_exactly_once_whatever_the_batch_size(image_tree):
-    splits = data.open_splits(image_tree)
+    splits = open_splits(image_tree)
     model = build_model(QUICK, 10)
     results = []
     for batch_size in (1, 7, 64):
         config = QUICK | {"batch_size": batch_size, "val_resolution": 32, "num_workers": 0}
-        batches = data.BatchServer(splits, config, CPU, torch.float32, StopRequest(), print)
+        batches = BatchServer(splits, config, CPU, torch.float32, StopRequest(), print)
         results.append(train.evaluate({"raw": model}, batches.validation(), 20, autocast(CPU, "fp32"))["raw"])
     assert all(result["images"] == 20 for result in results)
     assert results[0] == pytest.approx(results[1], rel=1e-4)
@@ -356,9 +359,9 @@ def test_an_exploding_run_stops_with_step_rate_and_last_good_checkpoint(image_tr
     assert run_here([*arguments, "--epochs=1"]) == 0
     good = (tmp_path / "run/last.pt").read_bytes()
     arguments = [*arguments, "--epochs=3", "--resume=auto"]
-    saved = checkpoint.read(tmp_path / "run/last.pt")
+    saved = checkpoint_files.read(tmp_path / "run/last.pt")
     saved["model"]["fc.weight"] *= 1e36  # finite, and the next gradient is not
-    checkpoint.write(tmp_path / "run/last.pt", saved)
+    checkpoint_files.write(tmp_path / "run/last.pt", saved)
     exploding = (tmp_path / "run/last.pt").read_bytes()
     assert exploding != good
     with pytest.raises(TrainingStopped, match=r"steps in a row without a finite loss.*in epoch 2.*at rate.*last\.pt"):
@@ -370,18 +373,18 @@ def test_an_exploding_run_stops_with_step_rate_and_last_good_checkpoint(image_tr
 def test_weights_that_are_not_finite_are_never_averaged(image_tree, tmp_path):
     arguments = tiny_run(image_tree, tmp_path / "run", optimizer="sgd")
     assert run_here([*arguments, "--epochs=2"]) == 0
-    saved = checkpoint.read(tmp_path / "run/last.pt")
+    saved = checkpoint_files.read(tmp_path / "run/last.pt")
     saved["model"]["layer1.0.conv1.weight"] *= 1e30  # finite; the batch-norm statistics of the next pass are not
-    checkpoint.write(tmp_path / "run/last.pt", saved)
+    checkpoint_files.write(tmp_path / "run/last.pt", saved)
     with pytest.raises(TrainingStopped, match="no longer finite"):
         run_here([*arguments, "--epochs=3", "--resume=auto"])
-    assert checkpoint.read(tmp_path / "run/last.pt")["averaged_model"]["n_averaged"] == 1
+    assert checkpoint_files.read(tmp_path / "run/last.pt")["averaged_model"]["n_averaged"] == 1
 
 
 def test_learning_rate_auto_finds_a_rate_and_keeps_it(image_tree, tmp_path, capfd):
     arguments = tiny_run(image_tree, tmp_path / "run", learning_rate="auto", epochs=2, grad_clip_value="inf")
     assert run_here(arguments) == 0
-    rate = checkpoint.read(tmp_path / "run/last.pt")["config"]["learning_rate"]
+    rate = checkpoint_files.read(tmp_path / "run/last.pt")["config"]["learning_rate"]
     assert isinstance(rate, float)
     assert f"suggested learning_rate: {rate:g}" in capfd.readouterr().out
     configurations = re.findall(r"configuration: (.*)", (tmp_path / "run.log").read_text())

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from config import CONFIG
-from engine import averaging
-from engine.device import AUTOCAST_DTYPES
-from engine.loss import build_mixing
+from engine.system.device import AUTOCAST_DTYPES
+from engine.training import averaging
+from engine.training.loss import build_mixing
 from train import adapting_train_step, new_state
 
 CUDA = torch.device("cuda")

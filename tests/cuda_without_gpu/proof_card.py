@@ -8,10 +8,10 @@ from conftest import run_here, tiny_run
 
 import train
 from config import CONFIG
-from engine.compiling import choose_compile
-from engine.device import build_scaler, choose_device, choose_precision, describe_device, precision_remarks
-from engine.errors import TrainingStopped
-from engine.telemetry import GpuFigures
+from engine.run.telemetry import GpuFigures
+from engine.system.device import build_scaler, choose_device, choose_precision, describe_device, precision_remarks
+from engine.system.errors import TrainingStopped
+from engine.training.compiling import choose_compile
 
 CAPABILITY = int(os.environ["STANDIN_CAPABILITY"])
 NATIVE_BF16 = CAPABILITY >= 80  # by NVIDIA's documents, as TF32

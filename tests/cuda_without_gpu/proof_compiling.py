@@ -10,8 +10,8 @@ import torch._inductor.runtime.triton_heuristics as heuristics
 from fake_cuda import CUDA, QUICK, batch, fake_cuda
 
 from config import CONFIG
-from engine.device import autocast, choose_precision
-from engine.loss import training_loss
+from engine.system.device import autocast, choose_precision
+from engine.training.loss import training_loss
 from train import new_state
 
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from config import CONFIG
-from engine.loss import build_mixing
+from engine.training.loss import build_mixing
 from train import new_state, train_step
 
 LIBRARIES = ("convolution", "mm", "addmm", "batch_norm")  # of cuDNN and cuBLAS; batch norm's own kernels have no atomics

@@ -10,8 +10,12 @@ from fake_cuda import CUDA, QUICK, fake_cuda
 
 import train
 from config import CONFIG
-from engine import data, metrics
-from engine.interruption import StopRequest
+from engine.data.batches import training_requests
+from engine.data.loader import BatchServer
+from engine.data.splits import open_splits
+from engine.inference.scoring import topk_correct
+from engine.system.interruption import StopRequest
+from engine.training.metrics import TrainingMetrics, TrainingSums
 
 BATCHES, LOG_EVERY = 15, 5
 
@@ -20,7 +24,7 @@ BATCHES, LOG_EVERY = 15, 5
 def epoch(tmp_path, monkeypatch):
     """Return the function that trains an epoch of 15 batches and returns the runtime's log of it, a list of words each."""
     make_demo_data(tmp_path / "images", 8 * BATCHES, 20)
-    splits = data.open_splits(tmp_path / "images")
+    splits = open_splits(tmp_path / "images")
     sizes = {"batch_size": 8, "train_resolution": 32, "val_resolution": 32, "num_workers": 2, "log_every_steps": LOG_EVERY}
     config = CONFIG | QUICK | sizes
     log = tmp_path / "log"
@@ -31,7 +35,7 @@ def epoch(tmp_path, monkeypatch):
 
     def read(sums):
         note("reads the figures")
-        return metrics.TrainingMetrics(1.0, 1.0, 1.0, 8, 0, 0, 0)
+        return TrainingMetrics(1.0, 1.0, 1.0, 8, 0, 0, 0)
 
     real_step = train.train_step
 
@@ -41,19 +45,19 @@ def epoch(tmp_path, monkeypatch):
         note("step ends")
         return result
 
-    monkeypatch.setattr(metrics.TrainingSums, "read", read)  # fake tensors have no values
+    monkeypatch.setattr(TrainingSums, "read", read)  # fake tensors have no values
     monkeypatch.setattr(train, "train_step", step)
     checkpoints = SimpleNamespace(save_if_due=lambda state: None)
     monitor = SimpleNamespace(say=print, advance=lambda figures, rate, speed: figures is not None and speed.recent())
 
     def trained():
         said = []
-        server = data.BatchServer(splits, config, CUDA, torch.float16, StopRequest(), said.append)
+        server = BatchServer(splits, config, CUDA, torch.float16, StopRequest(), said.append)
         assert said == []
         with fake_cuda():
             state = train.new_state(config, 10, BATCHES, CUDA, "fp16")
             monkeypatch.setenv("STANDIN_LOG", str(log))
-            requests = data.training_requests(splits["train"], config, 0, 0)
+            requests = training_requests(splits["train"], config, 0, 0)
             train.train_one_epoch(state, server.training(requests, set()), config, checkpoints, monitor)
             monkeypatch.delenv("STANDIN_LOG")
         server.close()
@@ -100,8 +104,8 @@ def test_an_epoch_waits_for_copies_that_are_long_done_and_for_the_figures_and_no
 
 
 def test_control_a_wait_in_the_step_is_noticed(epoch, monkeypatch):
-    real = metrics.topk_correct
-    monkeypatch.setattr(metrics, "topk_correct", lambda *a: (real(*a), torch.cuda.synchronize())[0])
+    real = topk_correct
+    monkeypatch.setattr("train.topk_correct", lambda *a: (real(*a), torch.cuda.synchronize())[0])
     assert waits_within_steps(epoch()) == [["wait", "cudaDeviceSynchronize", "0", "0"]] * BATCHES
 
 

@@ -5,9 +5,11 @@ import torch
 from conftest import make_demo_data
 
 from config import CONFIG
-from engine import data
-from engine.buffers import BatchBuffers
-from engine.interruption import StopRequest
+from engine.data.batches import training_requests
+from engine.data.buffers import BatchBuffers
+from engine.data.loader import BatchServer
+from engine.data.splits import open_splits
+from engine.system.interruption import StopRequest
 
 
 def test_pinned_buffers_are_pinned_until_they_are_unpinned():
@@ -24,13 +26,13 @@ def test_pinned_buffers_are_pinned_until_they_are_unpinned():
 def test_where_nothing_can_be_pinned_it_is_said_and_the_gpu_is_used_without(monkeypatch, tmp_path, admitted):
     monkeypatch.setenv("STANDIN_REGISTERED", admitted)
     make_demo_data(tmp_path / "images", 20, 20)
-    splits = data.open_splits(tmp_path / "images")
+    splits = open_splits(tmp_path / "images")
     config = CONFIG | {"batch_size": 8, "train_resolution": 32, "val_resolution": 32, "num_workers": 0}
     said = []
-    server = data.BatchServer(splits, config, torch.device("cuda"), torch.float16, StopRequest(), said.append)
+    server = BatchServer(splits, config, torch.device("cuda"), torch.float16, StopRequest(), said.append)
     assert len(said) == 1 and "could not be pinned" in said[0]
     torch.empty(2**26, device="cuda").fill_(1.0)  # raises the error that an earlier call has left behind
-    requests = data.training_requests(splits["train"], config, epoch=0)
+    requests = training_requests(splits["train"], config, epoch=0)
     assert [len(labels) for _, labels in server.training(requests, set())] == [8, 8]
     server.close()
     torch.ones(1, device="cuda")

@@ -8,8 +8,9 @@ from fake_cuda import QUICK, batch, fake_cuda, steps
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from config import CONFIG, RECIPES
-from engine import averaging, metrics
-from engine.device import autocast
+from engine.inference.scoring import topk_correct
+from engine.system.device import autocast
+from engine.training import averaging
 from evaluate import evaluate
 from train import new_state
 
@@ -61,8 +62,8 @@ def test_the_host_reads_and_copies_nothing_in_any_recipe(recipe):
 
 
 def test_control_a_value_read_in_the_step_is_noticed(monkeypatch):
-    real = metrics.topk_correct
-    monkeypatch.setattr(metrics, "topk_correct", lambda *a: (real(*a), float(real(*a)))[0])
+    real = topk_correct
+    monkeypatch.setattr("train.topk_correct", lambda *a: (real(*a), float(real(*a)))[0])
     with pytest.raises(DataDependentOutputException):
         steps()
 
@@ -75,8 +76,8 @@ def test_control_a_tensor_on_the_cpu_is_noticed(monkeypatch):
 
 
 def test_control_a_copy_to_the_host_is_noticed(monkeypatch):
-    real = metrics.topk_correct
-    monkeypatch.setattr(metrics, "topk_correct", lambda *a: real(*a).cpu().to("cuda"))
+    real = topk_correct
+    monkeypatch.setattr("train.topk_correct", lambda *a: real(*a).cpu().to("cuda"))
     _, copies, _ = steps()
     assert len(copies) == 4
 

@@ -1,0 +1,191 @@
+"""From the words of a command line to a Command: the configuration of a new run, and what else the program was asked for.
+
+Needs nothing but the standard library, so that --help and typing errors answer before torch is imported.
+"""
+
+import argparse
+import ast
+import difflib
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from config import CONFIG, RECIPES
+from engine.cli.keys import ALLOWED, ConfigError, LocalPath, config_problems, value_problems
+from engine.system.console import protect_output
+from engine.system.errors import launched_rank
+
+TOP = Path(__file__).resolve().parents[2]  # where config.py and the programs lie
+PATH_FLAGS = ("resume", "output")  # the programs' own flags that name a place
+MISSING = object()  # in place of a flag's value
+
+
+class Command(NamedTuple):
+    """What a command line asks for."""
+
+    config: dict  # of a new run
+    given: dict  # only the keys that flags name: what a resumed run is checked against
+    recipe: str | None  # as named on the command line; None means the default, seed
+    options: dict  # the program's own flags, such as resume
+
+    def durations(self, epochs):
+        """Return {key: value} of what the length of a new run decides: what is not given keeps its share of it."""
+        config = stretched(CONFIG | RECIPES.get(self.recipe, {}), self.recipe, self.given | {"epochs": epochs})
+        return {key: config[key] for key in ("epochs", *DURATIONS)}
+
+
+# A published schedule that says otherwise: FFCV's warm-up takes 2 epochs at any length.
+WARMUP_OF_ANY_LENGTH = ("fast", "long")
+DURATIONS = ("warmup_epochs", "swa_start_epoch", "swa_anneal_epochs")
+
+
+def stretched(recipe_config, recipe, given):
+    """Return a recipe's configuration with the given keys; where they change `epochs`, other durations keep their share.
+
+    These are the DURATIONS, rounded to whole epochs, unless one of their kind is given.
+    """
+    config = recipe_config | given
+    epochs, usual = config["epochs"], recipe_config["epochs"]
+    if not ALLOWED["epochs"].admits(epochs) or epochs == usual:
+        return config
+
+    def share(key):
+        return int(recipe_config[key] * epochs / usual + 0.5)
+
+    if "warmup_epochs" not in given and recipe not in WARMUP_OF_ANY_LENGTH:
+        config["warmup_epochs"] = share("warmup_epochs")
+    if config["swa_start_epoch"] and not {"swa_start_epoch", "swa_anneal_epochs"} & set(given):
+        first = config["warmup_epochs"] + 1 if isinstance(config["warmup_epochs"], int) else 1
+        config["swa_start_epoch"] = min(max(share("swa_start_epoch"), first), epochs)
+        config["swa_anneal_epochs"] = share("swa_anneal_epochs")
+    return config
+
+
+def stretching_in_words(recipe, config, given):
+    """Return a sentence about what `stretched` has changed beside the epochs, or None."""
+    usual = CONFIG | RECIPES.get(recipe, {})
+    changed = [key for key in DURATIONS if key not in given and config[key] != usual[key]]
+    if not changed:
+        return None
+    shown = ", ".join(f"{key} = {config[key]} (was {usual[key]})" for key in changed)
+    return f"epochs = {config['epochs']} (the recipe's are {usual['epochs']}): {shown} follow; flags set them otherwise"
+
+
+# Flags ---------------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, which raises ConfigError where argparse ends the program at the first problem."""
+
+    def error(self, message):
+        raise ConfigError([message])
+
+
+def flag_of(key):
+    """Return the flag of a key."""
+    return "--" + key.replace("_", "-")
+
+
+def key_comments():
+    """Return {key: the comment beside it in config.py}; the comment is the key's help."""
+    source = (TOP / "config.py").read_text(encoding="utf-8")
+    source = source[source.index("\nHYPERPARAMETERS = {") : source.index("\nCONFIG = ")]
+    return dict(re.findall(r'^    "(\w+)": .*?,  # (.*)$', source, flags=re.MULTILINE))
+
+
+def build_parser(program, usage, own_flags, for_help=False):
+    """Return the Parser of a program: its own flags, --recipe, and a flag for each key. A flag without its value is MISSING.
+
+    Args:
+        usage: text of the help; None takes the program's docstring, which `python -OO` leaves out at run time.
+        own_flags: {flag: help}; 'resume FILE' takes a value, 'overwrite' none.
+    """
+    if usage is None:
+        usage = ast.get_docstring(ast.parse((TOP / program).read_text(encoding="utf-8")))
+    formatter = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=31, width=1000)  # noqa: E731
+    options = {"add_help": False, "allow_abbrev": False, "argument_default": argparse.SUPPRESS, "usage": argparse.SUPPRESS}
+    parser = Parser(program, description=usage.strip(), formatter_class=formatter, **options)
+    optional = {} if for_help else {"nargs": "?", "const": MISSING}
+    group = parser.add_argument_group("options")
+    for flag, text in (own_flags | {"recipe NAME": f"{', '.join(RECIPES)}; named overrides of the defaults below"}).items():
+        name, _, value = flag.partition(" ")
+        takes = {"metavar": value} | optional if value else {"action": "store_true"}
+        group.add_argument(f"--{name}", dest=name.replace("-", "_"), help=text, **takes)
+    group = parser.add_argument_group(f"configuration ({program} --key value; defaults of the seed recipe in brackets)")
+    for key, comment in key_comments().items():
+        text = f"[{CONFIG[key]}] {comment}".replace("%", "%%")
+        group.add_argument(flag_of(key), dest=key, metavar="", help=text, **optional)
+    return parser
+
+
+def parse_command_line(arguments, own_flags=(), program="train.py"):
+    """Return the Command that the arguments ask for.
+
+    Args:
+        arguments: list of str, without the program's name.
+        own_flags: as for build_parser.
+    Raises:
+        ConfigError: with every problem found, not just the first.
+    """
+    words = [re.sub(r"^--[\w-]+", lambda flag: flag[0].replace("_", "-"), word) for word in arguments]  # both are understood
+    parsed, left_over = build_parser(program, "", dict.fromkeys(own_flags, "")).parse_known_args(words)
+    known = ["recipe", *(flag.partition(" ")[0].replace("-", "_") for flag in own_flags), *CONFIG]
+    values = vars(parsed)
+    problems = unknown_flags(left_over, known)
+    problems += [f"{flag_of(name)}: a value is missing" for name, value in values.items() if value is MISSING]
+    values = {name: value for name, value in values.items() if value is not MISSING}
+    recipe = values.pop("recipe", None)
+    flags = {key: ALLOWED[key].read(text) for key, text in values.items() if key in CONFIG}
+    options = {name: value for name, value in values.items() if name not in CONFIG}
+    if recipe is not None and recipe not in RECIPES:
+        problems.append(f"--recipe {recipe}: there are {', '.join(RECIPES)}{nearest(recipe, RECIPES, '; did you mean {}?')}")
+    for name in options.keys() & PATH_FLAGS:
+        text, options[name] = options[name], LocalPath().read(options[name])
+        if not LocalPath().admits(text):
+            problems.append(f"--{name} {text}: must be {LocalPath().describe()}")
+    config = stretched(CONFIG | RECIPES.get(recipe, {}), recipe, flags)
+    # with --resume the flags join the checkpoint's configuration, and only that can tell whether they go together
+    problems += value_problems(config) if "resume" in options else config_problems(config)
+    if problems:
+        raise ConfigError(problems)
+    return Command(config, flags, recipe, options)
+
+
+def unknown_flags(words, known):
+    """Return the problems of the words that no flag has taken, each with the nearest flag."""
+    problems, words = [], list(words)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            problems.append(f"{word}: not a flag; flags look like --learning-rate 0.001")
+            continue
+        name, equals, _ = word.partition("=")
+        hint = nearest(name[2:].replace("-", "_"), known, "; did you mean --{}?", cutoff=0.5) or "; --help lists them all"
+        problems.append(f"{name}: no such flag{hint}")
+        if words and not equals and not words[0].startswith("--"):
+            words.pop(0)  # its value, which would only be a second complaint
+    return problems
+
+
+def nearest(word, known, text, cutoff=0.6):
+    """Return the text with the known word that is nearest to a word, or '' if none is near."""
+    found = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
+    return text.format(found[0].replace("_", "-")) if found else ""
+
+
+def command_from_terminal(program, usage, own_flags):
+    """Return the Command of this process, or leave it: with the help (exit 0), or with all problems (exit 2)."""
+    protect_output()
+    arguments = sys.argv[1:]
+    is_first = launched_rank() == 0  # of the processes that torchrun has started with the same command line
+    if "--help" in arguments or "-h" in arguments:
+        if is_first:
+            print(build_parser(program, usage, own_flags, for_help=True).format_help())
+        sys.exit(0)
+    try:
+        return parse_command_line(arguments, own_flags, program)
+    except ConfigError as error:
+        if is_first:
+            print("\n".join(f"{program}: {problem}" for problem in error.problems), file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,115 @@
+"""Image files to the classes that networks see in them, and a contact sheet to look at."""
+
+import io
+import os
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from engine.data.images import decode_rgb, validation_view
+from engine.data.loader import build_normalise
+from engine.preparation.finding import FolderTree, LeftOut, files_below, joined, text_of
+from engine.system.files import replacing
+from engine.system.gpu_memory import in_parts_that_fit
+
+IMAGES_AT_ONCE = 64
+THUMBNAIL = 168  # px
+
+
+class Prediction(NamedTuple):
+    """What the networks see in one file."""
+
+    name: str  # text of the path
+    path: bytes
+    best: list  # (class, probability from 0 to 1), the most probable first
+
+
+def image_files(paths, skip, say):
+    """Yield the paths, bytes, of the files named, and of folders every file in and below them, in order.
+
+    What is no image is found out when it is read.
+
+    Args:
+        skip: called with (text of the path, reason) for each path that is no file and no folder.
+        say: called with a line for each kind of things in the folders that were left out.
+    """
+    for path in paths:
+        if os.path.isdir(path):
+            tree, left_out = FolderTree(path), LeftOut()
+            for folder, files in files_below(tree, "", left_out):
+                yield from (tree.path(joined(folder, name)) for name in files)
+            for line in left_out.lines(shown(os.fsencode(path))):
+                say(line)
+        elif os.path.exists(path) and not os.path.isfile(path):
+            skip(shown(os.fsencode(path)), "no regular file")  # reading a pipe would wait for ever
+        else:
+            yield os.fsencode(path)
+
+
+def shown(path):
+    """Return a path, bytes, as text."""
+    return text_of(path.decode("utf-8", "surrogateescape"))
+
+
+def read(path):
+    """Return the bytes of a file."""
+    with open(path, "rb") as file:
+        return file.read()
+
+
+@torch.inference_mode()
+def classify(paths, probabilities, classes, config, device, dtype, skip, k=5):
+    """Yield a Prediction for each file that can be read.
+
+    Args:
+        probabilities: function of images [B, 3, H, W] on the device, normalised: float [B, C], each row adding up to 1.
+        config: for val_resolution and val_crop_ratio.
+        paths: bytes.
+        skip: called with (text of the path, reason) for each file that cannot be read.
+    """
+    views, files = [], []
+    normalise, in_parts = build_normalise(device, dtype), in_parts_that_fit(probabilities)
+
+    def predictions():
+        batch = torch.from_numpy(np.stack(views)).to(device).permute(0, 3, 1, 2)
+        best = torch.cat(in_parts(normalise(batch))).topk(min(k, len(classes)), dim=1)
+        for path, shares, labels in zip(files, best.values.tolist(), best.indices.tolist(), strict=True):
+            yield Prediction(shown(path), path, [(classes[label], share) for label, share in zip(labels, shares, strict=True)])
+        views.clear()
+        files.clear()
+
+    for path in paths:
+        try:
+            views.append(validation_view(read(path), config["val_resolution"], config["val_crop_ratio"]))
+        except Exception as error:  # decoders fail in their own ways
+            skip(shown(path), f"{type(error).__name__}: {error}")
+            continue
+        files.append(path)
+        if len(files) == IMAGES_AT_ONCE:
+            yield from predictions()
+    if files:
+        yield from predictions()
+
+
+def write_contact_sheet(path, predictions, class_names, columns=6):
+    """Write a PNG of every image in small, with its first class and that one's probability."""
+    width, height = THUMBNAIL + 12, THUMBNAIL + 40
+    rows = -(-len(predictions) // columns)
+    sheet = Image.new("RGB", (width * min(columns, max(len(predictions), 1)), height * max(rows, 1)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for number, prediction in enumerate(predictions):
+        left, top = width * (number % columns) + 6, height * (number // columns) + 6
+        picture = Image.fromarray(decode_rgb(read(prediction.path)))
+        picture = ImageOps.contain(picture, (THUMBNAIL, THUMBNAIL))
+        sheet.paste(picture, (left + (THUMBNAIL - picture.width) // 2, top + (THUMBNAIL - picture.height) // 2))
+        name, probability = prediction.best[0]
+        words = class_names.get(name, name).split(",")[0]
+        while draw.textlength(words, font) > THUMBNAIL - 38 and len(words) > 1:
+            words = words[:-2] + "…"
+        draw.text((left, top + THUMBNAIL + 6), f"{words} {100 * probability:.0f} %", fill="black", font=font)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    with replacing(path) as file:
+        file.write(buffer.getvalue())

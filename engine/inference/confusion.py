@@ -1,0 +1,118 @@
+"""Which classes a network gets right, and which it takes for which."""
+
+import csv
+
+import numpy as np
+import torch
+
+from engine.run.curves import AVERAGED, RAW, new_figure, save_figure
+from engine.system.files import replacing
+
+PAIRS_DRAWN = 20
+
+
+def count_confusions(logits, labels):
+    """Return int64 [C, C] on the device of logits: images of each class (row) that were taken for each class (column).
+
+    Args:
+        logits: float [B, C].
+        labels: int64 [B].
+    """
+    classes = logits.shape[1]
+    pairs = labels * classes + logits.argmax(dim=1)
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+
+
+def class_rows(confusions, classes, class_names):
+    """Return one dict for each class, the worst first: its images, how many were right, and what it is taken for most."""
+    rows = []
+    for label, name in enumerate(classes):
+        taken = confusions[label].copy()
+        images, right = int(taken.sum()), int(taken[label])
+        taken[label] = 0
+        other = int(taken.argmax())
+        rows.append(
+            {
+                "class": name,
+                "name": class_names.get(name, name),
+                "images": images,
+                "correct": right,
+                "top1": round(100 * right / images, 2) if images else None,
+                "most_taken_for": classes[other] if taken[other] else "",
+                "times": int(taken[other]),
+            }
+        )
+    return sorted(rows, key=lambda row: (row["top1"] is None, row["top1"]))
+
+
+def pair_rows(confusions, classes, class_names):
+    """Return one dict for each pair of classes that were confused, the most frequent first."""
+    wrong = confusions.copy()
+    np.fill_diagonal(wrong, 0)
+    pairs = np.argwhere(wrong)
+    counts = wrong[tuple(pairs.T)]
+    rows = []
+    for index in np.argsort(-counts, kind="stable"):
+        true, taken = pairs[index]
+        share = 100 * counts[index] / confusions[true].sum()
+        rows.append(
+            {
+                "class": classes[true],
+                "name": class_names.get(classes[true], classes[true]),
+                "taken_for": classes[taken],
+                "taken_for_name": class_names.get(classes[taken], classes[taken]),
+                "times": int(counts[index]),
+                "percent_of_class": round(float(share), 2),
+            }
+        )
+    return rows
+
+
+def write_details(prefix, confusions, classes, class_names, title):
+    """Write PREFIX_classes.csv, PREFIX_confusions.csv and PREFIX.png; return the names of the files written.
+
+    Args:
+        confusions: int64 [C, C] on any device, of count_confusions.
+    """
+    confusions = confusions.cpu().numpy()
+    of_classes, of_pairs = class_rows(confusions, classes, class_names), pair_rows(confusions, classes, class_names)
+    written = []
+    for name, rows in (("classes", of_classes), ("confusions", of_pairs)):
+        path = f"{prefix}_{name}.csv"
+        with replacing(path, "w") as file:
+            if rows:
+                writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+        written.append(path)
+    if _draw(f"{prefix}.png", of_classes, of_pairs[:PAIRS_DRAWN], title):
+        written.append(f"{prefix}.png")
+    return written
+
+
+def _draw(path, of_classes, of_pairs, title):
+    drawing = new_figure(1, 2, (13, 6))
+    if drawing is None:
+        return False
+    figure, ((accuracies, pairs),) = drawing
+    values = [row["top1"] for row in of_classes if row["top1"] is not None]
+    accuracies.plot(range(1, len(values) + 1), values, color=RAW)
+    accuracies.set_ylim(0, 101)
+    accuracies.set_title("Top-1 of each class in %, the worst first", loc="left")
+    accuracies.set_xlabel("classes")
+    accuracies.xaxis.get_major_locator().set_params(integer=True)
+    worst = [f"{_short(row['name'])} {row['top1']:.0f} %" for row in of_classes[:8] if row["top1"] is not None]
+    accuracies.text(0.98, 0.03, "worst:\n" + "\n".join(worst), transform=accuracies.transAxes, ha="right", fontsize=8)
+    names = [f"{_short(row['name'])} → {_short(row['taken_for_name'])}" for row in of_pairs][::-1]
+    pairs.barh(range(len(names)), [row["percent_of_class"] for row in of_pairs][::-1], color=AVERAGED)
+    pairs.set_yticks(range(len(names)), names, fontsize=8)
+    pairs.grid(axis="y", visible=False)
+    pairs.set_title("Most confused pairs: % of the first class taken for the second", loc="left")
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    save_figure(figure, path)
+    return True
+
+
+def _short(name):
+    name = name.split(",")[0]
+    return name if len(name) <= 24 else name[:23] + "…"

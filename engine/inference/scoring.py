@@ -1,0 +1,105 @@
+"""Loss and accuracy of networks on every validation image, each counted once."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from engine.inference.confusion import count_confusions
+from engine.system.distributed import summed
+from engine.system.errors import DataError
+from engine.system.gpu_memory import in_parts_that_fit
+
+ENSEMBLE = "ensemble"
+
+
+@torch.inference_mode()
+def evaluate(models, device_batches, num_images, context, flip=False, ensemble=False, confusions_of=None):
+    """Return {name: {'loss', 'top1', 'top5', 'images'}} of each model; the images are read once for all.
+
+    Of several processes each scores its own images, and all return the figures of all images.
+
+    Args:
+        models: {name: network}; put into evaluation mode.
+        device_batches: yields (images [B, 3, H, W] ready for the network, labels int64 [B]); B may be 0.
+        num_images: how many images there must be, over all processes.
+        context: autocast of the precision.
+        flip: also score the mean of the logits of each image and of its mirror image, as 'flip_loss', 'flip_top1', 'flip_top5'.
+        ensemble: also score the mean of the models' probabilities, as a further name, 'ensemble'.
+        confusions_of: name whose result gets 'confusions' too, of count_confusions.
+    Returns:
+        loss: mean cross-entropy without label smoothing; top1 and top5: percent.
+    Raises:
+        DataError: another number of images came.
+        TrainingStopped: the GPU's memory does not suffice for a single image; batches that do not fit are scored in parts.
+    """
+    totals, confusions, count = {}, 0, 0
+    for model in models.values():
+        model.eval()
+
+    def scores(images, labels):
+        """Return {(name, view): sums} and the confusions of some images."""
+        sums, confused = {}, 0
+        for view, logits_of in _logits_by_view(models, images, context, flip, ensemble):
+            sums |= {(name, view): _scores(logits, labels) for name, logits in logits_of.items()}
+            if view == "" and confusions_of is not None:
+                confused = count_confusions(logits_of[confusions_of], labels)
+        return sums, confused
+
+    scored = in_parts_that_fit(scores)
+    for images, labels in device_batches:
+        for sums, confused in scored(images, labels):
+            totals = {key: totals.get(key, 0) + value for key, value in sums.items()}
+            confusions = confusions + confused
+        count += len(labels)
+    count = int(summed(torch.tensor(count)))
+    if count != num_images:
+        raise DataError(f"{count} images evaluated, {num_images} expected: an accuracy is never that of fewer or more images")
+    results = {}
+    for (name, view), total in totals.items():
+        loss, top1, top5 = (summed(total) / count).tolist()
+        results.setdefault(name, {"images": count})
+        results[name] |= {f"{view}loss": loss, f"{view}top1": 100 * top1, f"{view}top5": 100 * top5}
+    if confusions_of is not None:
+        results[confusions_of]["confusions"] = confusions
+    return results
+
+
+def _logits_by_view(models, images, context, flip, ensemble):
+    """Yield ('', {name: logits [B, C]}) and, with flip, ('flip_', the same of image and mirror image)."""
+    with context:
+        plain = {name: model(images).float() for name, model in models.items()}
+        mirrored = {name: model(images.flip(3)).float() for name, model in models.items()} if flip else {}
+    views = {"": plain}
+    if flip:
+        views["flip_"] = {name: (plain[name] + mirrored[name]) / 2 for name in models}
+    for view, logits_of in views.items():
+        if ensemble:
+            logits_of = logits_of | {ENSEMBLE: log_mean_probabilities(logits_of.values())}
+        yield view, logits_of
+
+
+def log_mean_probabilities(logits):
+    """Return the logarithm of the mean of the softmax of several logits [B, C]: logits whose softmax that mean is."""
+    logs = torch.stack([F.log_softmax(of_one, dim=1) for of_one in logits])
+    return logs.logsumexp(dim=0) - math.log(len(logs))  # finite where each probability underflows to 0
+
+
+def _scores(logits, labels):
+    """Return the batch's sums [3] of the loss, the top-1 and the top-5 hits, float64."""
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    return torch.stack([loss, topk_correct(logits, labels, 1), topk_correct(logits, labels, 5)]).double()
+
+
+def topk_correct(logits, labels, k):
+    """Count the images whose label is among the k highest logits.
+
+    Args:
+        logits: float [B, C].
+        labels: int64 [B], each in [0, C).
+        k: at most C counts; with fewer classes every image is correct.
+    Returns:
+        int64 scalar on the device of logits; a sum, so that batches add exactly.
+    """
+    top = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    return (top == labels[:, None]).sum()

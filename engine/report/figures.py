@@ -1,0 +1,108 @@
+"""A run as its records and its log tell it, and the figures that they amount to."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from engine.preparation.trees import IMAGENET_COUNTS
+from engine.report.history import sessions_of_run
+from engine.run.checkpoint_files import RECORDS
+from engine.run.records import read_records
+from engine.system.errors import UserError
+
+WEIGHTS = {"val": "raw weights", "averaged_val": "averaged weights", "ema_val": "running average"}
+FIRST_EPOCHS = 10
+
+
+class Run(NamedTuple):
+    """Everything that is known of a run."""
+
+    folder: Path
+    log: Path | None
+    records: list  # of metrics.jsonl, by epoch
+    sessions: list  # of the log; empty where there is none
+    config: dict
+
+    @property
+    def recipe(self):
+        return self.sessions[-1].recipe if self.sessions else "unknown"
+
+    @property
+    def name(self):
+        return str(self.folder)
+
+
+def read_run(folder, defaults, log=None):
+    """Return the Run in a folder.
+
+    Args:
+        defaults: the configuration where the log tells none.
+        log: its log file; None looks for training.log in the folder, above it and here.
+    Raises:
+        UserError: there are no records.
+    """
+    folder = Path(folder)
+    by_epoch = {record["epoch"]: record for record in read_records(folder / RECORDS)}
+    records = [by_epoch[epoch] for epoch in sorted(by_epoch)]
+    if log is not None and not Path(log).exists():
+        raise UserError(f"--log {log}: there is no such file")
+    above = [parent / "training.log" for parent in (folder, folder.parent, folder.parent.parent, Path())]
+    logs = [Path(log)] if log is not None else [path for path in above if path.exists()]
+    for path in logs:
+        if sessions := sessions_of_run(path, folder):
+            return Run(folder, path, records, sessions, defaults | sessions[-1].config)
+    if not records:
+        raise UserError(f"{folder} holds no {RECORDS}, and no log tells of a run there; name a run's checkpoint_dir")
+    return Run(folder, None, records, [], dict(defaults))
+
+
+def column(records, key):
+    """Return {epoch: value} of a figure, where it was recorded."""
+    return {record["epoch"]: record[key] for record in records if record.get(key) is not None}
+
+
+def best_of(records):
+    """Return (top-1 in %, epoch, key of WEIGHTS) of the best validation, or None before the first one."""
+    scores = [
+        (record[f"{key}_top1"], -record["epoch"], -order)
+        for record in records
+        for order, key in enumerate(WEIGHTS)
+        if record.get(f"{key}_top1") is not None
+    ]
+    if not scores:
+        return None
+    top1, epoch, order = max(scores)
+    return top1, -epoch, list(WEIGHTS)[-order]
+
+
+def phases(run):
+    """Return [(name, records)]: the first ten epochs, the middle, and the averaging phase, as far as they were reached."""
+    start = run.config["swa_start_epoch"] or float("inf")
+    first = [r for r in run.records if r["epoch"] <= FIRST_EPOCHS and r["epoch"] < start]
+    middle = [r for r in run.records if FIRST_EPOCHS < r["epoch"] < start]
+    averaging = [r for r in run.records if r["epoch"] >= start]
+    named = (("first ten epochs", first), ("middle", middle), ("averaging phase", averaging))
+    return [(name, records) for name, records in named if records]
+
+
+def machine_hours(run):
+    """Return the hours that the run's processes existed, or without a log those of its epochs' training."""
+    if run.sessions:
+        return sum(session.seconds for session in run.sessions) / 3600
+    return sum(record.get("seconds", 0) for record in run.records) / 3600
+
+
+def energy_kwh(run):
+    """Return the GPU's energy over all epochs, or None where it was not sampled."""
+    energies = column(run.records, "gpu_energy_wh")
+    return sum(energies.values()) / 1000 if energies else None
+
+
+def is_imagenet(run):
+    """Tell whether the run was validated on ImageNet-1K's 50,000 images."""
+    return bool(run.records) and run.records[-1].get("val_images") == IMAGENET_COUNTS[1]
+
+
+def conditions(run):
+    """Return what the accuracy was measured with, in words."""
+    px = run.records[-1].get("val_resolution", run.config["val_resolution"]) if run.records else run.config["val_resolution"]
+    return f"{px} px, no test-time augmentation"

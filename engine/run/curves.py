@@ -1,0 +1,90 @@
+"""Pictures: a run's curves and the learning-rate range test."""
+
+import os
+
+from engine.system.files import replacing
+
+RAW, AVERAGED, EMA, MUTED = "#2166ac", "#d6604d", "#1b7837", "#8c8c8c"
+
+
+def new_figure(rows, columns, size):
+    """Return (figure, axes), or None where matplotlib is missing; imported here, since it takes half a second."""
+    os.environ["MPLBACKEND"] = "agg"  # no display is needed; a notebook's setting stops the import elsewhere
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save_figure(figure, path):
+    """Write the figure as a PNG, whole or not at all."""
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def draw_curves(records, path):
+    """Draw loss, top-1, rate and throughput by epoch from metrics.jsonl's records to a PNG.
+
+    Returns:
+        False if matplotlib is not installed.
+    """
+    drawing = new_figure(2, 2, (11, 7))
+    if drawing is None:
+        return False
+    figure, ((loss, top1), (rate, speed)) = drawing
+
+    def plot(axis, key, label, colour, style="-"):
+        points = [(r["epoch"], r[key]) for r in records if r.get(key) is not None]
+        if points:
+            axis.plot(*zip(*points, strict=True), style, color=colour, label=label, marker=".", markersize=5)
+
+    for axis, name in ((loss, "loss"), (top1, "top1")):
+        plot(axis, f"train_{name}", "training, augmented", MUTED, "--")
+        plot(axis, f"val_{name}", "validation", RAW)
+        plot(axis, f"averaged_val_{name}", "validation, averaged weights", AVERAGED)
+        plot(axis, f"ema_val_{name}", "validation, running average", EMA)
+        axis.legend(frameon=False)
+    plot(rate, "learning_rate", "", RAW)
+    plot(speed, "images_per_s", "", RAW)
+    speed.set_ylim(bottom=0)
+    titles = ("Loss", "Top-1 accuracy in %", "Learning rate at the epoch's end", "Training images per second")
+    for axis, title in zip((loss, top1, rate, speed), titles, strict=True):
+        axis.set_title(title, loc="left")
+        axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    save_figure(figure, path)
+    return True
+
+
+def draw_range_test(result, path):
+    """Draw the loss against the rate of a range test, with its marks, to a PNG.
+
+    Returns:
+        False if matplotlib is not installed.
+    """
+    drawing = new_figure(1, 1, (9, 5.5))
+    if drawing is None:
+        return False
+    figure, ((axis,),) = drawing
+    axis.plot(result["rates"], result["losses"], color=MUTED, linewidth=0.8, label="loss of each step")
+    axis.plot(result["rates"], result["smoothed_losses"], color=RAW, linewidth=2, label="smoothed")
+    marks = (("suggestion", AVERAGED), ("steepest", "#1b7837"), ("valley", "#762a83"), ("divergence", "black"))
+    for name, colour in marks:
+        if result[name] is not None:
+            label = f"{name}: {result[name]:.2g}"
+            axis.axvline(result[name], color=colour, linestyle="-" if name == "suggestion" else ":", label=label)
+    low, high = min(result["smoothed_losses"]), result["smoothed_losses"][0]
+    axis.set_ylim(low - 0.15 * (high - low), high + 0.6 * (high - low))
+    axis.set_xscale("log")
+    axis.set_title("Learning-rate range test", loc="left")
+    axis.set_xlabel("learning rate")
+    axis.set_ylabel("training loss")
+    axis.legend(frameon=False, loc="lower left")
+    save_figure(figure, path)
+    return True

@@ -1,0 +1,311 @@
+"""What a run shows: the progress bar, the log, the records."""
+
+import contextlib
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from engine.run.checkpoint_files import CURVES, RECORDS
+from engine.run.curves import draw_curves
+from engine.run.records import append_record, keep_records_up_to, read_records
+from engine.run.telemetry import GpuFigures, GpuSampler, summary_of_all
+from engine.run.tensorboard import open_tensorboard
+from engine.system.console import lost_output
+from engine.system.distributed import gathered, rank
+from engine.system.errors import UserError, first_line
+from engine.system.files import copy_file
+
+DRAWING_SECONDS = 20.0  # between drawings of curves.png, besides the last
+PLAIN_LINE_SECONDS = 30.0  # between progress lines in the log, and on an output that is no terminal
+
+
+class Monitor:
+    """Shows a run to people: a bar on a terminal, plain lines elsewhere, everything said also in the log file.
+
+    Of several processes the first one speaks and writes; the others only add their GPU's figures.
+
+    Args:
+        config: for epochs and log_file; with None there nothing is logged.
+        device: torch.device whose figures the bar shows.
+    """
+
+    def __init__(self, config, device):
+        self.epochs = config["epochs"]
+        self.gpu = GpuFigures(device)
+        self._sampler = GpuSampler(self.gpu)
+        self._config = config
+        self._board = None
+        self._unwritten = []
+        self._output_was_lost = False
+        self._next_drawing = -math.inf
+        self._speaks = rank() == 0
+        self._log = logging.Logger("training")  # not from the registry: each run has its own file
+        if self._speaks and config["log_file"] is not None:
+            try:
+                Path(config["log_file"]).parent.mkdir(parents=True, exist_ok=True)
+                handler = logging.FileHandler(config["log_file"], encoding="utf-8", errors="backslashreplace")
+            except OSError as error:
+                raise UserError(f"log_file = {config['log_file']!r} cannot be written to: {error}") from error
+            handler.handleError = _complain_of_the_log
+            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S%z"))
+            self._log.addHandler(handler)
+        self._terminal = self._speaks and sys.stderr.isatty()
+        self._bar = None
+        self._next_plain_line = 0.0
+
+    def __enter__(self):
+        self._sampler.start()
+        return self
+
+    def __exit__(self, *exception):
+        self.finish()
+        self._sampler.stop()
+        if self._board is not None:
+            with self._at_the_cost_of_a_warning("TensorBoard's file could not be closed"):
+                self._board.close()
+        for handler in self._log.handlers:
+            with contextlib.suppress(OSError):  # what a full disk did not take has been complained of
+                handler.close()
+
+    def say(self, text):
+        """Print a line above the bar, if there is one, and log it."""
+        if not self._speaks:
+            return
+        self.log(text)
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+        if not self._output_was_lost and (reason := lost_output()):
+            self._output_was_lost = True
+            self.log(f"note: standard output cannot be written to ({reason}); the run goes on, and this log has everything")
+
+    def log(self, text):
+        """Write a line to the log file alone."""
+        for line in text.splitlines():
+            self._log.info(line)
+
+    def start(self, what, total, done=0):
+        """Begin a phase of `total` batches, `done` of which a resumed run has behind it."""
+        self.finish()
+        self._what, self._total, self._done = what, total, done
+        self._next_plain_line = time.monotonic() + PLAIN_LINE_SECONDS
+        if self._terminal:
+            self._bar = tqdm(total=total, initial=done, desc=what, unit="batch", leave=False, dynamic_ncols=True)
+
+    def advance(self, metrics=None, learning_rate=None, speed=None):
+        """Count one batch; show the TrainingMetrics, the rate and the Throughput where they are given."""
+        self._done += 1
+        figures = None
+        if metrics is not None:
+            figures = {
+                "loss": f"{metrics.loss:.3f}",
+                "top1": f"{metrics.top1:.1f}%",
+                "lr": f"{learning_rate:.2e}",
+                "img/s": f"{speed.recent():.0f}",
+                **self.gpu.text(),
+            }
+        if self._bar is not None:
+            if figures is not None:
+                self._bar.set_postfix(figures, refresh=False)
+            self._bar.update()
+        if figures is not None and time.monotonic() >= self._next_plain_line:
+            self._next_plain_line = time.monotonic() + PLAIN_LINE_SECONDS
+            shown = ", ".join(f"{name} {text}" for name, text in figures.items())
+            line = f"{self._what}: batch {self._done}/{self._total}, {shown}"
+            self.log(line)
+            if self._speaks and self._bar is None:
+                print(line, flush=True)
+
+    def watch(self, batches):
+        """Yield the batches and count each."""
+        for batch in batches:
+            yield batch
+            self.advance()
+        self.finish()
+
+    def finish(self):
+        """End the phase."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def open_records(self, folder, epochs_done, resumed_from=None):
+        """Begin or go on with metrics.jsonl; the records of epochs that will be trained again are dropped.
+
+        Args:
+            resumed_from: folder of the checkpoint that the run goes on from; its records come along where there are none here.
+        """
+        if not self._speaks:
+            return
+        self._folder = folder
+        with self._at_the_cost_of_a_warning(f"{RECORDS} could not be written"):
+            if resumed_from and (resumed_from / RECORDS).is_file() and not (folder / RECORDS).exists():
+                copy_file(resumed_from / RECORDS, folder / RECORDS)
+            if unreadable := keep_records_up_to(folder / RECORDS, epochs_done):
+                self.say(f"WARNING: {unreadable} lines of {folder / RECORDS} could not be read and are dropped")
+        if self._config["tensorboard"]:
+            with self._at_the_cost_of_a_warning("TensorBoard's file could not be opened"):
+                self._board = open_tensorboard(folder, epochs_done)
+
+    def write_record(self, record):
+        """Add the epoch's record to metrics.jsonl; return it with the GPU's figures. Each process must ask.
+
+        What cannot be written now is written with the next record.
+        """
+        gpus = {}
+        with self._at_the_cost_of_a_warning("the GPU's figures are not known"):
+            gpus = summary_of_all(gathered(self._sampler.summary()))
+        record = {name: None if value != value else value for name, value in record.items()} | gpus  # JSON knows no NaN
+        if self._speaks:
+            self._unwritten.append(record)
+            with self._at_the_cost_of_a_warning(f"the record of epoch {record['epoch']} could not be written"):
+                while self._unwritten:
+                    append_record(self._folder / RECORDS, self._unwritten[0])
+                    self._unwritten.pop(0)
+        return record
+
+    def show_epoch(self, record):
+        """Say the epoch's line, draw the curves anew and feed TensorBoard: what nothing depends on."""
+        self.finish()
+        if not self._speaks:
+            return
+        self.say(epoch_line(record, self.epochs))
+        if self._board is not None:
+            with self._at_the_cost_of_a_warning("TensorBoard's file could not be written"):
+                self._board.add(record)
+        with self._at_the_cost_of_a_warning(f"{CURVES} could not be drawn"):
+            self._draw_curves_if_due(read_records(self._folder / RECORDS), is_last=record["epoch"] == self.epochs)
+
+    @contextlib.contextmanager
+    def _at_the_cost_of_a_warning(self, trouble):
+        """Turn whatever goes wrong inside into a warning: the run is worth more."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            self.say(f"WARNING: {trouble}: {first_line(error)}. The run goes on")
+
+    def _draw_curves_if_due(self, records, is_last):
+        """Draw the curves anew, unless that was done a moment ago: it takes about a second, more than a small epoch."""
+        if not is_last and time.monotonic() < self._next_drawing:
+            return
+        self._next_drawing = time.monotonic() + DRAWING_SECONDS
+        if not draw_curves(records, self._folder / CURVES) and len(records) == 1:
+            self.say("matplotlib is not installed: no curves.png (pip install matplotlib)")
+
+
+def _complain_of_the_log(record):
+    """Say that a line could not be logged, in place of logging's traceback: a full disk must not end the run."""
+    print(f"WARNING: not logged ({sys.exc_info()[1]}): {record.getMessage()}", file=sys.stderr)
+
+
+def epoch_line(record, epochs):
+    """Return the line that a run prints for an epoch's record."""
+    text = f"epoch {record['epoch']}/{epochs}: "
+    if record["train_loss"] is not None:
+        text += f"train loss {record['train_loss']:.3f}, top-1 {record['train_top1']:.2f} %; "
+    text += f"val loss {record['val_loss']:.3f}, top-1 {record['val_top1']:.2f} %, top-5 {record['val_top5']:.2f} %"
+    if "val_flip_top1" in record:
+        text += f", with flip {record['val_flip_top1']:.2f} %"
+    if "averaged_val_top1" in record:
+        text += f"; averaged top-1 {record['averaged_val_top1']:.2f} %"
+    if "ema_val_top1" in record:
+        text += f"; EMA top-1 {record['ema_val_top1']:.2f} %"
+    for other in record.get("more_val", ()):
+        text += f"; at {other['val_resolution']} px {max(of['top1'] for of in other.values() if isinstance(of, dict)):.2f} %"
+    text += f"; lr {record['learning_rate']:.2e}, {record['images_per_s']:.0f} images/s, {record['seconds']:.0f} s"
+    if record["skipped_steps"]:
+        text += f"; {record['skipped_steps']} steps skipped"
+    return text
+
+
+class Throughput:
+    """Images per second of an epoch, since the last reading and over all, and how long the device waited for them.
+
+    Its clock runs from start(), or from its making, to stop(); what a checkpoint brings along by load() counts, too.
+
+    Args:
+        device: torch.device whose waiting is measured: of a GPU by its own clock, between the end of a step's work and the
+            arrival of the next batch, so that a host that runs ahead counts for nothing.
+        batch_size: images of a batch, of all processes together.
+    """
+
+    def __init__(self, device, batch_size):
+        self._batch_size = batch_size
+        self._on_gpu = device.type == "cuda"
+        self.reset()
+
+    def reset(self):
+        """Begin a new epoch."""
+        self.images, self._waited, self._earlier_seconds = 0, 0.0, 0.0
+        self._waits = []  # (instant asked for, instant there) of batches not yet summed up
+        self.start()
+
+    def start(self):
+        """Let the clock run from now on."""
+        self.started = self._read_at = time.perf_counter()
+        self._read_images, self._stopped = self.images, None
+
+    def state(self):
+        """Return what there is of the epoch so far, for a checkpoint; nothing before its first batch. Waits for the device."""
+        seconds = self.seconds() if self.images else 0.0
+        return {"images": self.images, "seconds": seconds, "waited_seconds": self.waited()}
+
+    def load(self, state):
+        """Go on from a checkpoint's state(), or from nothing; the clock stands until start()."""
+        self.reset()
+        if state is not None:
+            self.images, self._waited, self._earlier_seconds = state["images"], state["waited_seconds"], state["seconds"]
+        self._stopped = self.started
+
+    def watch(self, batches):
+        """Yield (images, labels) and count the images and the waiting for them."""
+        batches = iter(batches)
+        while True:
+            asked = self._instant()
+            try:
+                images, labels = next(batches)
+            except StopIteration:
+                return
+            self._waits.append((asked, self._instant()))
+            self.images += self._batch_size
+            yield images, labels
+
+    def _instant(self):
+        if not self._on_gpu:
+            return time.perf_counter()
+        return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
+
+    def waited(self):
+        """Return the seconds that the device waited for batches so far; waits for the device."""
+        if self._waits and self._on_gpu:
+            self._waits[-1][1].synchronize()
+        for asked, there in self._waits:
+            self._waited += asked.elapsed_time(there) / 1000 if self._on_gpu else there - asked
+        self._waits.clear()
+        return self._waited
+
+    def recent(self):
+        """Return images/s since the last call."""
+        now = time.perf_counter()
+        rate = (self.images - self._read_images) / max(now - self._read_at, 1e-9)
+        self._read_at, self._read_images = now, self.images
+        self.waited()  # whoever asks has waited for the device: add up what there is
+        return rate
+
+    def stop(self):
+        """Stop the clock: what comes after is not training."""
+        self._stopped = time.perf_counter()
+
+    def seconds(self):
+        """Return the seconds that the clock has run."""
+        return self._earlier_seconds + (self._stopped or time.perf_counter()) - self.started
+
+    def overall(self):
+        """Return images/s over all these seconds."""
+        return self.images / max(self.seconds(), 1e-9)

@@ -1,0 +1,64 @@
+"""How a program ends when something is wrong that its user can mend: one clear message, no traceback."""
+
+import contextlib
+import os
+import signal
+import sys
+
+from engine.system.console import OutputLost, required_output
+
+
+class UserError(ValueError):
+    """Something that the user can mend; the message says what is wrong, the value and what to do."""
+
+    exit_code = 1
+
+
+class DataError(UserError):
+    """The data set cannot be used as it is."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be used, or a folder of checkpoints must not be written to."""
+
+
+class TrainingStopped(UserError):
+    """The run cannot go on; what is on disk is good."""
+
+
+def launched_rank():
+    """Return the number that torchrun has given this process, known before torch is imported; 0 without torchrun."""
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else 0
+
+
+def first_line(error):
+    """Return the first line of an exception's message, or its kind if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def run_program(name, main, *arguments, needs_output=False):
+    """Return the exit status of main(*arguments): its own, or that of the error that ended it.
+
+    Args:
+        needs_output: what is printed is what the program is for. Where nobody reads it any more the program ends without a
+            word, as other Unix programs do.
+    """
+    try:
+        with required_output() if needs_output else contextlib.nullcontext():
+            return main(*arguments) or 0
+    except UserError as error:
+        if rank := launched_rank():
+            name = f"{name} (process {rank})"
+        sys.stderr.writelines(f"{name}: {line}\n" for line in str(error).splitlines())
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped before there was anything to save", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        if not needs_output:
+            raise
+        return 128 + signal.SIGPIPE
+    except OutputLost as error:
+        print(f"{name}: standard output cannot be written to: {error.strerror}", file=sys.stderr)
+        return 1

@@ -1,0 +1,82 @@
+"""Processes that work for a program's main process."""
+
+import contextlib
+import math
+import os
+import signal
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path, PurePosixPath
+
+from engine.system.errors import UserError
+
+
+class WorkerDied(UserError):
+    """A worker process ended unasked."""
+
+
+def available_cores(root="/"):
+    """Return how many CPU cores this process may use: those that it may run on, or fewer where a container has a quota of time.
+
+    Args:
+        root: folder below which /proc and /sys lie.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quotas = [math.ceil(quota) for quota in _cpu_quotas(Path(root))]  # of one and a half cores two can be kept busy
+    return max(1, min([cores, *quotas]))
+
+
+def _cpu_quotas(root):
+    """Yield the CPUs' worth of time that each of this process's control groups may take, as far as they have a limit."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2
+            mounts, limit_of = [root / "sys/fs/cgroup", root / "sys/fs/cgroup/unified"], _quota_v2
+        elif "cpu" in controllers.split(","):
+            mounts, limit_of = [root / "sys/fs/cgroup" / controllers, root / "sys/fs/cgroup/cpu"], _quota_v1
+        else:
+            continue
+        # A container may see its own group as the root, under whatever path the machine knows it.
+        inside = PurePosixPath(path.lstrip("/"))
+        for mount in mounts:
+            quotas = [limit_of(mount / group) for group in (inside, *inside.parents)]
+            yield from (quota for quota in quotas if quota is not None)
+
+
+def _quota_v2(group):
+    quota, _, period = _text(group / "cpu.max").partition(" ")
+    return int(quota) / int(period) if quota.isdecimal() and int(quota) else None
+
+
+def _quota_v1(group):
+    quota, period = _text(group / "cpu.cfs_quota_us").strip(), _text(group / "cpu.cfs_period_us").strip()
+    return int(quota) / int(period) if quota.isdecimal() and int(quota) and period.isdecimal() else None  # -1 is no limit
+
+
+def _text(path):
+    """Return a file's text, or none where it cannot be read."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+@contextlib.contextmanager
+def worker_pool(processes):
+    """Give a ProcessPoolExecutor; on leaving, jobs that are not begun are dropped and the processes have ended.
+
+    Raises:
+        WorkerDied: a worker process ended, for example killed by the OS for its memory.
+    """
+    pool = ProcessPoolExecutor(processes, initializer=_start_worker)
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        raise WorkerDied("a worker process was killed; out of memory? Fewer processes need less") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches the whole process group: the main process decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the pool ends the others when one has died

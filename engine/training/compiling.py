@@ -1,0 +1,280 @@
+"""torch.compile for the network: where a measurement says that it pays, and never silently not."""
+
+import math
+import os
+import statistics
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+from engine.data.batches import resolution_of_epoch
+from engine.system.device import AUTOCAST_DTYPES, describe_device
+from engine.system.distributed import any_process, as_the_first, gathered, largest_share, rank, size
+
+LEAST_CAPABILITY = (7, 0)  # that Inductor compiles for: torch/_dynamo/device_interface.py, torch 2.11 to 2.14
+SHAPES = 64  # that may be compiled: a run's resolutions, each with its micro-batches
+MEMORY_BUDGETS = {"fast": 1.0, "low": 0.7, "lowest": 0.3}  # share of the activations that the compiler may keep
+CACHE_FOLDER = "compiler_cache"  # in the folder of the checkpoints
+EXPECTED_SECONDS = 60.0  # of compiling for one size, as long as it is not known: a guess, as no GPU was measured
+MOST_SIZES = 5  # of a compiled run whose resolution grows
+WARMUP_STEPS, STEPS_AT_ONCE = 3, 4
+TRIAL_SECONDS = 3.0  # of the steps timed, each way
+
+COMPILE_ERRORS = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
+
+
+def choose_compile(config, device):
+    """Return (how, why) for config['compile']: 'on', 'off', or 'measure' where only a measurement can tell."""
+    if config["deterministic"] and device.type == "cuda":
+        return "off", "deterministic, and the compiler chooses its kernels by measurement"
+    if config["compile"] != "auto":
+        return config["compile"], "as asked for"
+    if device.type != "cuda":
+        return "off", "on a CPU that takes minutes before the first step"
+    capability = torch.cuda.get_device_capability(device)
+    name = f"compute capability {capability[0]}.{capability[1]}"
+    if capability < LEAST_CAPABILITY:
+        return "off", f"{name}, and the compiler needs {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "off", "Triton is not installed"
+    return "measure", name
+
+
+def compile_network(model, memory):
+    """Compile the network in place: its keys stay, and every shape gets code of its own.
+
+    What cannot be compiled as a whole, and more shapes than SHAPES, raise one of COMPILE_ERRORS instead of running uncompiled.
+    """
+    torch._dynamo.config.recompile_limit = SHAPES
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._functorch.config.activation_memory_budget = MEMORY_BUDGETS[memory]
+    model.compile(dynamic=False, fullgraph=True)
+
+
+def is_compiled(model):
+    """Return whether a network runs compiled code."""
+    return model._compiled_call_impl is not None
+
+
+def uncompiled():
+    """Return a context in which compiled networks run as written: for passes that are too short or too varied."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def give_up_compiling(model):
+    """Let a compiled network run as written from now on."""
+    model._compiled_call_impl = None
+
+
+def keep_compiled_code_in(folder, create=True):
+    """Let the compiler keep what it makes in folder/CACHE_FOLDER, so that a restarted run does not wait for it again.
+
+    The compiler checks that code fits before it takes it: another GPU, PyTorch or network compiles anew, beside the old.
+    TORCHINDUCTOR_CACHE_DIR in the environment rules. To be called before anything is compiled.
+
+    Args:
+        create: the folder, if it is not there; without it nothing is kept there then.
+    """
+    cache = Path(folder, CACHE_FOLDER).resolve()
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) != default_cache_dir():  # PyTorch itself sets the default
+        return
+    try:
+        if create:
+            cache.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return  # whoever saves a checkpoint there says so
+    if cache.is_dir():
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+
+
+# Sizes ---------------------------------------------------------------------------------------------------------------
+
+
+def coarser_step(config):
+    """Return the resolution_step with which a growing resolution takes at most MOST_SIZES sizes: each is compiled anew.
+
+    The first and the last size stay. It is the smallest such multiple of the step that divides both, or the largest one.
+    """
+    start, end, step = config["start_resolution"], config["train_resolution"], config["resolution_step"]
+    if not 0 < start < end:
+        return step
+    divisor = math.gcd(start, end)
+    steps = [multiple for multiple in range(step, divisor + 1, step) if divisor % multiple == 0]
+    return next((multiple for multiple in steps if (end - start) // multiple < MOST_SIZES), divisor)
+
+
+def work_left(config, epochs_done, steps_per_epoch):
+    """Return (px, steps, sizes): the size that most of the rest of the run goes into, how many steps at it are as much
+    work as that rest, and how many sizes the rest has."""
+    epochs_of = Counter(resolution_of_epoch(config, epoch) for epoch in range(epochs_done, config["epochs"]))
+    pixels = {px: epochs * px**2 for px, epochs in epochs_of.items()}
+    most = max(pixels, key=pixels.get, default=config["train_resolution"])
+    return most, steps_per_epoch * sum(pixels.values()) / most**2, max(len(pixels), 1)
+
+
+# The measurement -----------------------------------------------------------------------------------------------------
+
+
+def measured_choice(
+    step,
+    start_compiling,
+    compiled_still,
+    wait,
+    steps_left,
+    sizes,
+    seconds_left=math.inf,
+    however_short=False,
+    clock=time.perf_counter,
+):
+    """Take steps as written, then compiled, and return the figures and which of the two the run goes on with.
+
+    A run shorter than the compilation is not compiled, unless the measurement is asked for `however_short`.
+
+    Args:
+        step: takes a training step.
+        start_compiling: lets the next steps run compiled code; the first one compiles.
+        compiled_still: returns False once compiling has failed and the step runs as written.
+        wait: returns when the device has done all that it was given.
+        steps_left: of the run; the steps measured are as long as these.
+        sizes: px that the run has left, as a count; each is compiled anew.
+        seconds_left: that the run may take at most.
+        clock: returns seconds.
+    Returns:
+        dict of plain values: `compiled`, `why`, and in seconds `step_as_written`, `step_compiled`, `compilation` (of one size),
+        the latter two None where nothing was compiled. The same in all processes.
+    """
+
+    def seconds_of_a_step():
+        for _ in range(WARMUP_STEPS):
+            step()
+        wait()
+        begun, groups = clock(), []
+        while len(groups) < 3 or not any_process(clock() - begun > TRIAL_SECONDS):
+            started = clock()
+            for _ in range(STEPS_AT_ONCE):
+                step()
+            wait()
+            groups.append((clock() - started) / STEPS_AT_ONCE)
+        return max(gathered(statistics.median(groups)))
+
+    as_written = seconds_of_a_step()
+    figures = {"compiled": False, "step_as_written": as_written, "step_compiled": None, "compilation": None}
+    rest = min(steps_left * as_written, seconds_left)
+    if not however_short and rest < sizes * EXPECTED_SECONDS:
+        return figures | {"why": f"the {rest:.0f} s that the steps will take are shorter than compiling"}
+    started = clock()
+    start_compiling()
+    step()
+    wait()
+    compilation = max(gathered(clock() - started))
+    if any_process(not compiled_still()):
+        return figures | {"why": "it could not be compiled"}
+    compiled = seconds_of_a_step()
+    figures |= {"step_compiled": compiled, "compilation": compilation}
+    saved, paid = rest * (1 - compiled / as_written), (sizes - 1) * compilation  # this size's code is in the cache by now
+    if compiled >= as_written:
+        return figures | {"why": "it is not faster compiled"}
+    if saved <= paid and not however_short:
+        return figures | {"why": f"compiling for {sizes} sizes would take longer than the {saved:.0f} s that it saves"}
+    return figures | {"compiled": True, "why": "it is faster compiled"}
+
+
+def choose_compiled(config, contents, own_step, train_images, hours, device, precision, new_state, train_step):
+    """Return (config, choice, remarks): whether the network of a run is compiled, and the sizes that this suits.
+
+    Measuring leaves no trace: the steps are taken on a state of their own and on random images, before the run's own random
+    numbers are drawn.
+
+    Args:
+        contents: of the checkpoint to go on from, or None. Its choice holds as long as the circumstances are the same.
+        own_step: whether resolution_step must stay as it is.
+        train_images: their number.
+        hours: that the run may take.
+        new_state: config -> TrainState to train and forget.
+        train_step: (state, images, labels) -> anything; adapts to what fails as in the run.
+    Returns:
+        choice: dict of plain values with at least `compiled`; for the checkpoints.
+    """
+    coarse = config if own_step else config | {"resolution_step": coarser_step(config)}
+    how, why = as_the_first(choose_compile(config, device))
+    choice = {"compiled": how == "on"}
+    if how == "measure":
+        circumstances = {
+            "hardware": as_the_first(f"{size()} times {describe_device(device)}"),
+            "torch": str(torch.__version__),  # itself a class of its own, which no checkpoint may hold
+            "precision": precision,
+            "batch_size": config["batch_size"],
+            "memory": config["memory"],
+        }
+        known = (contents or {}).get("compile_choice", {})
+        if known.get("step_compiled") and circumstances.items() <= known.items():
+            choice, why = known, f"{in_words(known)} (measured when the run began)"
+        else:
+            work = work_left(coarse, contents["epoch"] if contents else 0, train_images // config["batch_size"])
+            choice = circumstances | _measured(config, device, precision, work, 3600 * hours, new_state, train_step)
+            why = in_words(choice)
+    remarks = [f"the network is {'compiled' if choice['compiled'] else 'not compiled'}: {why}"]
+    if choice["compiled"] and coarse != config:
+        remarks.append(
+            f"resolution_step = {coarse['resolution_step']} in place of {config['resolution_step']}, as each resolution is "
+            f"compiled anew; --resolution-step {config['resolution_step']} keeps it"
+        )
+        config = coarse
+    return config, choice, remarks
+
+
+def _measured(config, device, precision, work, seconds_left, new_state, train_step):
+    """Return measured_choice's figures for the steps of this run."""
+    resolution, steps_left, sizes = work
+    if rank() == 0:
+        print(f"measuring the step at {resolution} px as written and compiled, which takes minutes ...", flush=True)
+    state = new_state(config | {"compile": "off"})
+    state.network.train()
+    generator = torch.Generator(device).manual_seed(0)
+    shape = largest_share(config["batch_size"]), 3, resolution, resolution
+    images = torch.randn(shape, device=device, generator=generator).to(AUTOCAST_DTYPES[precision])
+    images = images.to(memory_format=torch.channels_last)
+    labels = torch.zeros(len(images), dtype=torch.int64, device=device)
+
+    def start_compiling():
+        compile_network(state.model, config["memory"])
+        state.rehearsed.clear()  # what was tried out was not compiled
+
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    figures = measured_choice(
+        lambda: train_step(state, images, labels),
+        start_compiling,
+        lambda: is_compiled(state.model),
+        wait,
+        steps_left,
+        sizes,
+        seconds_left,
+        however_short=config["compile"] == "measure",
+    )
+    give_up_compiling(state.model)
+    state = images = labels = None  # the memory is the run's from here on
+    torch._dynamo.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return figures | {"resolution": resolution}
+
+
+def in_words(choice):
+    """Return a measured choice as a phrase: both figures and the reason."""
+
+    def rate(seconds):
+        return f"{choice['batch_size'] / seconds:,.0f} images/s"
+
+    text = f"{choice['why']}; as written {rate(choice['step_as_written'])} at {choice['resolution']} px"
+    if choice["step_compiled"] is None:
+        return text
+    return f"{text}, compiled {rate(choice['step_compiled'])}, compiling took {choice['compilation']:.0f} s"

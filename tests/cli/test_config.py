@@ -1,0 +1,245 @@
+import math
+
+import pytest
+from conftest import run_program
+from hypothesis import given
+from hypothesis import strategies as st
+
+from config import CONFIG, RECIPES, SETTINGS
+from engine.cli.command_line import key_comments, parse_command_line
+from engine.cli.keys import ALLOWED, OTHER_RUN, ConfigError, config_problems
+from engine.cli.resume_rule import RULED_ON_RESUME, resumed_config
+
+
+def problems_of(*arguments):
+    with pytest.raises(ConfigError) as error:
+        parse_command_line(arguments)
+    return error.value.problems
+
+
+def test_first_six_keys_are_the_seeds():
+    assert list(CONFIG.items())[:6] == [
+        ("batch_size", 256),
+        ("learning_rate", 0.0005),
+        ("epochs", 100),
+        ("weight_decay", 1e-4),
+        ("warmup_epochs", 10),
+        ("grad_clip_value", 1.0),
+    ]
+    assert CONFIG["swa_start_epoch"] == 32
+
+
+def test_every_key_has_a_comment_and_a_rule():
+    assert list(key_comments()) == list(CONFIG) == list(ALLOWED)
+    assert all(len(comment) > 5 for comment in key_comments().values())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_is_a_sound_configuration(recipe):
+    assert set(RECIPES[recipe]) <= set(CONFIG)
+    assert config_problems(CONFIG | RECIPES[recipe]) == []
+
+
+def test_flags_override_the_recipe_and_the_recipe_the_defaults():
+    command = parse_command_line(["--recipe", "demo", "--epochs=9", "--weight_decay", "0.5", "--zero-init-residual", "false"])
+    assert command.config["epochs"] == 9
+    assert command.config["weight_decay"] == 0.5
+    assert command.config["zero_init_residual"] is False
+    assert command.config["data_dir"] == RECIPES["demo"]["data_dir"]
+    assert command.config["momentum"] == CONFIG["momentum"]
+    assert command.given == {"epochs": 9, "weight_decay": 0.5, "zero_init_residual": False}
+    assert CONFIG["epochs"] == 100
+
+
+@pytest.mark.parametrize("spelling", ["--learning-rate 0.001", "--learning_rate 0.001", "--learning-rate=1e-3"])
+def test_hyphen_and_underscore_mean_the_same(spelling):
+    assert parse_command_line(spelling.split()).config["learning_rate"] == 0.001
+
+
+def test_learning_rate_and_workers_may_be_auto():
+    config = parse_command_line(["--learning-rate", "auto", "--num-workers", "auto"]).config
+    assert config["learning_rate"] == config["num_workers"] == "auto"
+
+
+def test_grad_clip_value_may_be_infinite():
+    assert math.isinf(parse_command_line(["--grad-clip-value", "inf"]).config["grad_clip_value"])
+
+
+def test_all_problems_are_reported_at_once_with_range_and_nearest_key():
+    problems = problems_of(
+        "--learnin-rate", "3", "--batch-size", "0", "--optimizer", "adamax", "--epochs", "3.5", "stray", "--seed"
+    )  # fmt: skip
+    text = "\n".join(problems)
+    assert len(problems) == 6
+    assert "--learnin-rate: no such flag; did you mean --learning-rate?" in text
+    assert "batch_size = 0: must be a whole number from 1" in text
+    assert "optimizer = 'adamax': must be one of adamw, adam, sgd" in text
+    assert "epochs = '3.5'" in text
+    assert "stray" in text
+    assert "--seed: a value is missing" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("--epochs 5 --swa-start-epoch 0 --warmup-epochs 10", "warmup_epochs"),
+        ("--epochs 20 --swa-start-epoch 32", "swa_start_epoch"),
+        ("--checkpoint-dir s3://bucket/run", "must be a path on this machine"),
+        ("--swa-start-epoch 10", "swa_start_epoch"),
+        ("--precision fp16 --device cpu", "fp16"),
+        ("--micro-batch-size 512", "micro_batch_size"),
+        ("--learning-rate nan", "learning_rate"),
+        ("--learning-rate 0", "learning_rate"),
+        ("--weight-decay -1", "weight_decay"),
+        ("--zero-init-residual maybe", "zero_init_residual"),
+        ("--data-dir=", "data_dir"),
+        ("--recipe dmeo", "did you mean demo"),
+    ],
+)
+def test_impossible_values_and_combinations_are_refused(arguments, named):
+    assert named in "\n".join(problems_of(*arguments.split()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "processes", "refused"),
+    [
+        ("--batch-size 1 --train-resolution 32", 1, "batch_size = 1 at 32 px"),
+        ("--batch-size 1 --train-resolution 33", 1, None),
+        ("--batch-size 8 --micro-batch-size 1 --train-resolution 32", 1, "micro_batch_size = 1 at 32 px"),
+        ("--batch-size 3 --micro-batch-size 2 --train-resolution 32", 1, "micro_batch_size = 2 at 32 px"),  # 2 and 1 images
+        ("--batch-size 4 --micro-batch-size 2 --train-resolution 32", 1, None),
+        ("--batch-size 1 --train-resolution 224 --start-resolution 32", 1, "batch_size = 1 at 32 px"),
+        ("--batch-size 3 --train-resolution 32", 2, "batch_size = 3 at 32 px with 2 processes"),  # 2 and 1 images
+        ("--batch-size 3 --train-resolution 32 --sync-batch-norm true", 2, None),
+        ("--batch-size 1 --train-resolution 32 --sync-batch-norm true", 1, "batch_size = 1 at 32 px"),
+        ("--batch-size 4 --train-resolution 32", 2, None),
+    ],
+)
+def test_a_single_image_of_a_single_last_pixel_is_refused(arguments, processes, refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    if refused is None:
+        assert parse_command_line(arguments.split()).config
+    else:
+        assert [problem.partition(":")[0] for problem in problems_of(*arguments.split())] == [refused]
+
+
+@given(st.lists(st.sampled_from(["--epochs", "--seed", "3", "auto", "--", "--x", "-1", "=", "--recipe", "demo", "--seed=1e9"])))
+def test_no_command_line_ends_in_anything_but_a_config_error(arguments):
+    try:
+        assert config_problems(parse_command_line(arguments).config) == []
+    except ConfigError as error:
+        assert error.problems
+
+
+@given(st.sampled_from(list(CONFIG)), st.text(max_size=20))
+def test_no_value_ends_in_anything_but_a_config_error(key, text):
+    try:
+        value = parse_command_line([f"--{key}={text}"]).config[key]
+    except ConfigError:
+        return
+    assert ALLOWED[key].admits(value)
+
+
+@pytest.mark.parametrize("program", ["train.py", "lr_finder.py"])
+def test_a_wrong_command_line_exits_with_2_and_no_traceback(program):
+    status, output = run_program(program, ["--epochs", "none", "--optimiser", "sgd"])
+    assert status == 2
+    assert "epochs = 'none'" in output
+    assert "--optimizer?" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("program", ["train.py", "lr_finder.py"])
+def test_help_lists_every_key_with_its_comment_and_needs_no_torch(program, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    status, output = run_program(program, ["--help"], environment={"PYTHONPATH": str(tmp_path)})
+    assert status == 0
+    for key, comment in key_comments().items():
+        assert f"--{key.replace('_', '-')} " in output
+        assert comment in output
+
+
+# The resume rule -----------------------------------------------------------------------------------------------------
+
+
+def test_each_key_is_free_ruled_or_refused_on_resume():
+    free, ruled = set(SETTINGS), set(RULED_ON_RESUME)
+    refused = {key for key, kind in ALLOWED.items() if getattr(kind, "kept", OTHER_RUN) != OTHER_RUN}
+    assert free | ruled | refused <= set(CONFIG)
+    assert not free & ruled
+    assert not (free | ruled) & refused
+
+
+@pytest.mark.parametrize("key", [key for key in CONFIG if key not in SETTINGS and key not in RULED_ON_RESUME])
+def test_a_flag_that_would_bend_the_run_is_refused_on_resume_with_the_reason(key):
+    other = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v * 0.5 + 0.1, str: lambda v: v + "x"}
+    changed = other[type(CONFIG[key])](CONFIG[key])
+    with pytest.raises(ConfigError) as error:
+        resumed_config(CONFIG, {key: changed}, batch=0)
+    assert f"{key} = {changed!r}" in error.value.problems[0]
+    assert ALLOWED[key].kept in error.value.problems[0]
+    assert resumed_config(CONFIG, {key: CONFIG[key]}, batch=0) == CONFIG
+
+
+@pytest.mark.parametrize("key", SETTINGS)
+def test_a_flag_that_cannot_bend_the_run_may_change_on_resume(key):
+    others = {"more_val_resolutions": [256], "num_workers": 3, "device": "cpu", "precision": "bf16", "micro_batch_size": 2}
+    value = others.get(key, CONFIG[key])
+    assert resumed_config(CONFIG, {key: value}, batch=5)[key] == value
+
+
+def test_epochs_may_change_on_resume_and_batch_size_only_between_epochs():
+    assert resumed_config(CONFIG, {"epochs": 120}, batch=7)["epochs"] == 120
+    assert resumed_config(CONFIG, {"batch_size": 128}, batch=0)["batch_size"] == 128
+    with pytest.raises(ConfigError, match="only between epochs"):
+        resumed_config(CONFIG, {"batch_size": 128}, batch=7)
+
+
+def test_learning_rate_auto_keeps_the_rate_that_was_found():
+    saved = CONFIG | {"learning_rate": 0.0031}
+    assert resumed_config(saved, {"learning_rate": "auto"}, batch=0)["learning_rate"] == 0.0031
+
+
+def test_keys_that_an_older_checkpoint_does_not_know_get_their_defaults():
+    saved = {key: value for key, value in CONFIG.items() if key != "label_smoothing"} | {"a_key_of_old": 1}
+    assert resumed_config(saved, {}, batch=0) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("arguments", "durations"),
+    [
+        ("", (10, 32, 5)),
+        ("--epochs 20", (2, 6, 1)),
+        ("--epochs 200", (20, 64, 10)),
+        ("--epochs 1", (0, 1, 0)),
+        ("--epochs 20 --warmup-epochs 7", (7, 8, 1)),  # averaging never begins while the rate rises
+        ("--epochs 50 --swa-start-epoch 40", (5, 40, 5)),
+        ("--epochs 50 --swa-anneal-epochs 3", (5, 32, 3)),
+        ("--epochs 30 --swa-start-epoch 0", (3, 0, 5)),
+        ("--recipe fast --epochs 40", (2, 0, 5)),  # FFCV's warm-up takes 2 epochs at any length
+        ("--recipe demo --epochs 4", (1, 3, 1)),
+    ],
+)
+def test_warm_up_and_averaging_follow_the_length_unless_they_are_given(arguments, durations):
+    config = parse_command_line(arguments.split()).config
+    assert tuple(config[key] for key in ("warmup_epochs", "swa_start_epoch", "swa_anneal_epochs")) == durations
+
+
+@pytest.mark.parametrize("epochs", range(1, 120))
+def test_every_length_of_the_default_recipe_can_be_trained(epochs):
+    assert parse_command_line([f"--epochs={epochs}"]).config["epochs"] == epochs
+
+
+def test_a_home_folder_in_a_path_is_found(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    command = parse_command_line(["--data-dir=~/images", "--resume=~/runs/last.pt"], ["resume FILE"])
+    assert command.config["data_dir"] == "/home/somebody/images"
+    assert command.options["resume"] == "/home/somebody/runs/last.pt"
+    with pytest.raises(ConfigError, match="gs://bucket/run/last.pt: must be a path on this machine"):
+        parse_command_line(["--resume=gs://bucket/run/last.pt"], ["resume FILE"])
+
+
+def test_a_deterministic_run_cannot_be_compiled():
+    assert "compile = 'on'" in problems_of("--deterministic=true", "--compile=on")[0]
+    for compile in ("auto", "off"):
+        assert parse_command_line(["--deterministic=true", f"--compile={compile}"]).config["deterministic"] is True

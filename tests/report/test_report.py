@@ -1,0 +1,335 @@
+"""The report says what the raw records say, of a real interrupted run; every figure here is computed anew."""
+
+import html
+import json
+import os
+import re
+import signal
+import statistics
+import time
+from datetime import datetime
+
+import pytest
+import torch
+from conftest import finish, run_here, run_program, start_program, tiny_run
+
+import report
+from config import CONFIG
+from engine.report.figures import read_run
+from engine.report.history import SILENT_END, interruptions, read_sessions
+from engine.report.page import SERIES, VARIABLES, as_html, as_markdown, chart, heading, paragraph, table
+from engine.run.monitor import Monitor, Throughput
+from engine.run.telemetry import GpuFigures, GpuSampler, summary_of
+from engine.training.metrics import TrainingMetrics
+
+
+@pytest.fixture(scope="module")
+def run_folder(image_tree, tmp_path_factory):
+    """A run of 12 epochs with averaging from the ninth, stopped by SIGTERM, killed by SIGKILL, and finished."""
+    folder = tmp_path_factory.mktemp("report") / "run"
+    arguments = tiny_run(image_tree, folder, epochs=12, swa_start_epoch=9, checkpoint_minutes=0.01)
+    for number, epochs in ((signal.SIGTERM, 2), (signal.SIGKILL, 5)):
+        process = start_program("train.py", arguments, start_new_session=True)
+        while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < epochs:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.02)
+        os.killpg(process.pid, number)
+        finish(process)
+        arguments = [f"--resume={folder}/last.pt"]
+    status, output = run_program("train.py", arguments)
+    assert status == 0, output
+    return folder
+
+
+def cells(markdown):
+    """Return {first cell: the others} of all tables of a page."""
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in markdown.splitlines() if line.startswith("| ")]
+    return {row[0].strip(): row[1:] for row in rows}
+
+
+def raw_records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def reported(*arguments, folder):
+    output = folder / "page"
+    assert report.main(report.parse_arguments([*map(str, arguments), f"--output={output}"])) == 0
+    return output.with_suffix(".md").read_text(), output.with_suffix(".html").read_text()
+
+
+def test_the_reports_figures_are_those_of_the_raw_records(run_folder, tmp_path):
+    markdown, page = reported(run_folder, f"--log={run_folder}.log", "--price-per-hour=36", folder=tmp_path)
+    found, records = cells(markdown), raw_records(run_folder)
+    scores = [(r[key], -r["epoch"], key) for r in records for key in ("val_top1", "averaged_val_top1") if key in r]
+    top1 = max(score for score, _, _ in scores)
+    epoch = min(-epoch for score, epoch, _ in scores if score == top1)
+    assert found["best validation top-1"][0].startswith(f"{top1:.2f} %, epoch {epoch}, ")
+    assert "32 px, no test-time augmentation" in found["best validation top-1"][0]
+    assert found["last epoch, raw weights"] == [f"{records[-1]['val_top1']:.2f} %"]
+    assert found["last epoch, averaged weights"] == [f"{records[-1]['averaged_val_top1']:.2f} %"]
+    speeds = [r["images_per_s"] for r in records]
+    speed = f"{statistics.mean(speeds):,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f})"
+    assert found["images/s in training, mean of the epochs (lowest to highest)"] == [speed]
+    wait = 100 * statistics.mean(r["data_wait_share"] for r in records)
+    assert found["share of training spent waiting for data"] == [f"{wait:.1f} %"]
+
+    first = [r["val_top1"] for r in records[:8]]
+    assert found["first ten epochs"][:4] == ["1 to 8", f"{first[0]:.2f} %", f"{first[-1]:.2f} %", f"{max(first):.2f} %"]
+    best_of_both = [max(r["val_top1"], r["averaged_val_top1"]) for r in records[8:]]
+    assert found["averaging phase"][:4] == [
+        "9 to 12",
+        *(f"{v:.2f} %" for v in (best_of_both[0], best_of_both[-1], max(best_of_both))),
+    ]
+
+    log = run_folder.with_suffix(".log").read_text()
+    stamps = [datetime.strptime(line[:24], "%Y-%m-%dT%H:%M:%S%z") for line in log.splitlines()]
+    starts = [number for number, line in enumerate(log.splitlines()) if " environment: " in line]
+    assert len(starts) == 3
+    ends = [*(start - 1 for start in starts[1:]), len(stamps) - 1]
+    seconds = sum((stamps[end] - stamps[start]).total_seconds() for start, end in zip(starts, ends, strict=True))
+    assert f"| cost | {seconds / 100:,.2f} at 36 per hour |" in markdown  # 36 an hour are 0.01 a second
+    assert found["hours"][0] == f"{seconds / 3600:.2f}"
+    assert "Sessions: 3; interruptions: 2." in markdown
+    away = sum((stamps[start] - stamps[start - 1]).total_seconds() for start in starts[1:])
+    assert f"the run stood still for {away:.0f} seconds" in markdown
+    of_sessions = cells(markdown.split("## Course")[1].split("## Machine")[0])
+    assert of_sessions["1"][-2] == "stopped by SIGTERM, saved"
+    assert of_sessions["2"][-2] == SILENT_END
+    assert of_sessions["3"][-2] == "finished"
+    assert of_sessions["3"][3] == "end of epoch 12"
+
+
+def test_the_sessions_positions_are_those_of_the_log(run_folder):
+    sessions = read_sessions(run_folder.with_suffix(".log"))
+    log = run_folder.with_suffix(".log").read_text()
+    (stopped,) = re.findall(r"stopped by SIGTERM in epoch (\d+) after (\d+) batches; saved", log)
+    assert sessions[0].last_position == (int(stopped[0]) - 1, int(stopped[1]))
+    resumed = re.findall(r"after epoch (\d+)(?: and (\d+) batches)? \(best so far", log)
+    assert [s.first_position for s in sessions[1:]] == [(int(epochs), int(batches or 0)) for epochs, batches in resumed]
+    assert interruptions(sessions)[0].steps_lost == 0  # a run that is asked to stop loses nothing
+    assert all(session.steps_per_epoch == 7 and session.images == 60 and session.classes == 10 for session in sessions)
+    assert sessions[0].config["epochs"] == 12
+    assert sessions[0].environment["versions"]["torch"] == torch.__version__
+
+
+def test_another_data_set_is_not_compared_with_imagenet(run_folder, tmp_path):
+    markdown, _ = reported(run_folder, f"--log={run_folder}.log", folder=tmp_path)
+    assert "the accuracies cannot be compared" in markdown
+    assert "published:" not in markdown
+    records = raw_records(run_folder)
+    for record in records:
+        record["val_images"] = 50_000
+    (tmp_path / "imagenet").mkdir()
+    (tmp_path / "imagenet/metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    log = run_folder.with_suffix(".log").read_text().replace(str(run_folder), str(tmp_path / "imagenet"))
+    (tmp_path / "imagenet/training.log").write_text(log)
+    markdown, page = reported(tmp_path / "imagenet", folder=tmp_path)
+    assert "cannot be compared" not in markdown
+    assert "Published for this recipe at 12 epochs: 59.21 % (the run that this project set out to beat" in markdown
+    assert "published: the seed&#x27;s run" in page
+
+
+def test_a_run_that_still_goes_on_and_damaged_lines_are_reported_as_far_as_they_go(run_folder, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join([lines[0], '{"epoch": 2, "val_to', "\x00\x00", lines[2]]) + "\n")
+    log = run_folder.with_suffix(".log").read_bytes().split(b" finished 12 epochs")[0]
+    (tmp_path / "training.log").write_bytes(log.replace(b"stopped by SIGTERM", b"\xff\xfe\x00st") + b"\n2026-11-2")
+    markdown, _ = reported(folder, folder=tmp_path)
+    assert "3 of 12 epochs are done" in markdown
+    assert SILENT_END in markdown
+    found = cells(markdown)
+    assert found["last epoch, raw weights"] == [f"{json.loads(lines[2])['val_top1']:.2f} %"]
+    (folder / "metrics.jsonl").unlink()
+    markdown, _ = reported(folder, folder=tmp_path)
+    assert "No epoch has been validated yet." in markdown
+
+
+def test_without_a_log_the_records_alone_are_reported_and_without_records_it_is_said(run_folder, tmp_path):
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone/metrics.jsonl").write_bytes((run_folder / "metrics.jsonl").read_bytes())
+    markdown, _ = reported(tmp_path / "alone", folder=tmp_path)
+    assert "12 epochs are recorded; there is no log of the run" in markdown
+    assert re.search(r"interruptions +\| unknown: no log", markdown)
+    compared, _ = reported(tmp_path / "alone", tmp_path / "alone", folder=tmp_path)
+    assert re.search(r"interruptions +\| unknown: no log +\| unknown: no log", compared)
+    (tmp_path / "empty").mkdir()
+    status, output = run_program("report.py", [tmp_path / "empty"], cwd=tmp_path)
+    assert status == 1
+    assert "holds no metrics.jsonl" in output
+    assert "Traceback" not in output
+
+
+def test_a_shared_log_gives_each_run_its_own_sessions_and_a_replaced_run_is_forgotten(image_tree, tmp_path):
+    log = f"--log_file={tmp_path / 'training.log'}"
+    for name, more in (("a", []), ("b", []), ("a", ["--overwrite"])):
+        arguments = [flag for flag in tiny_run(image_tree, tmp_path / name, epochs=2) if not flag.startswith("--log_file")]
+        assert run_here([*arguments, log, *more]) == 0
+    assert len(read_sessions(tmp_path / "training.log")) == 3
+    runs = [read_run(tmp_path / name, CONFIG) for name in "ab"]
+    assert [len(run.sessions) for run in runs] == [1, 1]
+    assert runs[0].sessions[0].begun >= runs[1].sessions[0].last_word
+    markdown, page = reported(tmp_path / "a", tmp_path / "b", folder=tmp_path)
+    assert "# 2 runs compared" in markdown
+    found = cells(markdown)
+    for number, run in enumerate(runs):
+        best = max(max(r["val_top1"], r.get("averaged_val_top1", 0)) for r in run.records)
+        assert found["best top-1"][number].startswith(f"{best:.2f} % (epoch ")
+    assert page.count("<svg") >= 3
+
+
+def test_progress_in_the_log_tells_how_far_a_killed_session_came(tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.run.monitor.PLAIN_LINE_SECONDS", 0.0)
+    log = tmp_path / "log"
+    figures = TrainingMetrics(1.5, 25.0, 0.3, 64, 0, 0, 0)
+    for start in ((0, 0), (2, 10)):
+        with Monitor(CONFIG | {"log_file": str(log)}, torch.device("cpu")) as monitor:
+            monitor.log("environment: {}")
+            monitor.log(f"configuration: {json.dumps(CONFIG)}")
+            monitor.log("recipe seed: resnet50 on 25,600 images of 5 classes, 100 steps an epoch; CPU")
+            if start != (0, 0):
+                monitor.say(f"resumed last.pt, after epoch {start[0]} and {start[1]} batches (best so far 1.00 %)")
+            monitor.start("epoch 3/100", 100, start[1])
+            for _ in range(40 - start[1]):
+                monitor.advance(figures, 0.001, Throughput(torch.device("cpu"), 8))
+    first, second = read_sessions(log)
+    assert (first.last_position, second.first_position) == ((2, 40), (2, 10))
+    (one,) = interruptions([first, second])
+    assert (one.steps_lost, one.images_lost) == (30, 30 * 256)
+
+
+# The page ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_needs_nothing_from_outside_and_escapes_what_it_shows(run_folder, tmp_path):
+    _, page = reported(run_folder, f"--log={run_folder}.log", folder=tmp_path)
+    outside = [link for link in re.findall(r"https?://[^\s\"'<>)]+", page) if "w3.org" not in link and "purl.org" not in link]
+    outside = [link for link in outside if not link.startswith(("http://creativecommons.org", "https://matplotlib.org"))]
+    assert outside == []
+    assert not re.search(r"<(script|link|img|iframe)\b", page)
+    assert not any(colour in page for colour in VARIABLES)
+    assert page.count("<svg") >= 6
+    hostile = as_html("<b>", [heading("<i>"), paragraph("a & <script>"), table(("<th>",), [("x", "<td>")])])
+    assert "<script>" not in hostile
+    assert html.escape("<td>") in hostile
+
+
+def test_both_writers_show_every_block():
+    drawn = chart("Accuracy", [("a", {1: 10.0, 2: None, 3: 20.0}), ("b", {}), ("c", {1: 1.0}, "dashed")], "%")
+    blocks = [heading("Head"), paragraph("Text"), table(("k", "v"), [("x", 1), ("gone", None), ("pipe", "a|b")]), drawn, None]
+    markdown, page = as_markdown("Title", blocks), as_html("Title", blocks)
+    for text in ("Title", "Head", "Text", "| x | 1 |", "a\\|b"):
+        assert text in markdown
+    for text in (
+        "Title",
+        "Head",
+        "Text",
+        "<td>x</td><td>1</td>",
+        "a|b",
+        "Accuracy",
+        f"var(--{VARIABLES[SERIES[0]]})",
+        ">c</span>",
+    ):
+        assert text in page
+    assert "gone" not in markdown + page
+    assert chart("Nothing", [("a", {1: None})], "%") is None
+
+
+# The GPU's figures ---------------------------------------------------------------------------------------------------
+
+
+def test_samples_amount_to_means_peaks_energy_and_shares_of_throttling():
+    def sample(instant, busy, power, hot, throttled):
+        figures = {"memory_mib": 100 * busy, "utilization_percent": busy, "power_w": power, "temperature_c": hot}
+        return instant, figures | {"throttled": throttled}
+
+    samples = [sample(0, 50, 60, 40, []), sample(10, 100, 80, 50, ["power cap"]), sample(40, 90, 70, 45, ["power cap"])]
+    summary = summary_of([*samples, (50, {})])
+    assert summary["gpu_utilization_percent"] == 80
+    assert summary["gpu_utilization_lowest_percent"] == 50
+    assert summary["gpu_memory_used_mib"] == 10_000
+    assert summary["gpu_temperature_highest_c"] == 50
+    assert summary["gpu_power_w"] == 70
+    assert summary["gpu_energy_wh"] == pytest.approx((10 * 70 + 30 * 75) / 3600)
+    assert summary["gpu_throttled_share"] == {"power cap": pytest.approx(2 / 3)}
+
+
+def test_the_sampler_samples_in_its_own_thread_and_hands_each_second_out_once():
+    gpu = GpuFigures(torch.device("cpu"))
+    idle = GpuSampler(gpu)
+    idle.start()
+    assert idle.summary() == {}
+    assert idle._thread is None  # no GPU, no thread
+    idle.stop()
+    watts = iter(range(10, 10_000))
+
+    class Card:
+        available = True
+
+        def read_all(self):
+            return {"power_w": next(watts)}
+
+    sampler = GpuSampler(Card(), seconds=0.01)
+    sampler.start()
+    time.sleep(0.2)
+    first = sampler.summary()
+    time.sleep(0.2)
+    second = sampler.summary()
+    sampler.stop()
+    assert first["gpu_power_w"] < second["gpu_power_w"]
+    assert first["gpu_energy_wh"] > 0 and second["gpu_energy_wh"] > 0
+
+
+def test_the_energies_of_the_epochs_add_up_to_that_of_the_run():
+    sampler = GpuSampler(GpuFigures(torch.device("cpu")))
+    samples = [(float(instant), {"power_w": 60.0 + instant}) for instant in range(0, 60, 10)]
+    energy = 0
+    for piece in (samples[:2], samples[2:3], samples[3:]):
+        sampler._samples += piece
+        energy += sampler.summary()["gpu_energy_wh"]
+    assert energy == pytest.approx(summary_of(samples)["gpu_energy_wh"])
+
+
+def test_the_use_of_a_gpu_is_reported_from_its_records(run_folder, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    records = raw_records(run_folder)
+    for number, record in enumerate(records):
+        record |= {"gpu_utilization_percent": 90 + number % 3, "gpu_utilization_lowest_percent": 50 + number}
+        record |= {"gpu_memory_used_mib": 11_000 + number, "gpu_temperature_highest_c": 60 + number, "gpu_power_w": 65.0}
+        record |= {"gpu_energy_wh": 70.5, "gpu_throttled_share": {"power cap": number / 100}}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    markdown, page = reported(folder, folder=tmp_path)
+    found = cells(markdown)
+    assert found["GPU utilisation, mean and lowest"] == ["91 %, 50 %"]
+    assert found["GPU memory, peak as NVML counts it"] == ["11,011 MiB"]
+    assert found["GPU temperature, highest"] == ["71 °C"]
+    assert found["GPU energy of the recorded epochs"] == [f"{12 * 70.5 / 1000:.3f} kWh"]
+    assert found["clock held down, worst epoch"] == ["power cap 11%"]
+    assert "GPU power" in page
+
+
+# TensorBoard ---------------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_gets_every_epochs_figures_once_even_after_a_resumption(image_tree, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = tmp_path / "run"
+    assert run_here(tiny_run(image_tree, folder, epochs=3, tensorboard=True, checkpoint_every_epochs=2)) == 0
+    assert run_here([f"--resume={folder}/epoch_002.pt", "--epochs=5"]) == 0  # the third epoch is trained once more
+    events = accumulator.EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    written = [(event.step, event.value) for event in events.Scalars("val_loss")]
+    assert written == [(r["epoch"], pytest.approx(r["val_loss"])) for r in raw_records(folder)]
+    assert len(written) == 5
+
+
+def test_a_run_without_tensorboard_says_what_to_install(image_tree, tmp_path):
+    (tmp_path / "without/tensorboard").mkdir(parents=True)
+    (tmp_path / "without/tensorboard/__init__.py").write_text("raise ImportError('not here')")
+    arguments = tiny_run(image_tree, tmp_path / "run", tensorboard=True)
+    status, output = run_program("train.py", arguments, environment={"PYTHONPATH": str(tmp_path / "without")})
+    assert status == 1
+    assert "pip install tensorboard" in output
+    assert "Traceback" not in output

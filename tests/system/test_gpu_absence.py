@@ -1,0 +1,288 @@
+"""A GPU that is there is used or its absence explained: no run falls silently to the CPU. Real folders, a real nvidia-smi."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_here, run_program, tiny_run
+
+import benchmark
+import evaluate
+import lr_finder
+from engine.cli.command_line import parse_command_line
+from engine.system.device import choose_device
+from engine.system.errors import UserError
+from engine.system.gpu_absence import (
+    CURES,
+    INSTALL_DRIVER,
+    INSTALL_TORCH,
+    System,
+    TorchBuild,
+    absence_of_gpu,
+    cure_of,
+    look_for_gpus,
+)
+
+CUDA_13 = TorchBuild("2.14.1+cu130", "13.0")
+UUID = "GPU-11111111-2222-3333-4444-555555555555"
+VERSION_FILE = "NVRM version: NVIDIA UNIX {kind}x86_64 Kernel Module  {driver}  Thu Mar 7 UTC 2024\nGCC version: 12.3.0\n"
+
+
+def put_nvidia_smi(folder, driver=None, failure=None):
+    """Put a nvidia-smi into the folder that answers as NVIDIA's does, for one Tesla T4, or fails."""
+    listing = f"echo 'GPU 0: Tesla T4 (UUID: {UUID})'"
+    body = f"echo '{failure}'; exit 9" if failure else f'case "$*" in -L) {listing};; *) echo {driver};; esac'
+    put_program(folder, body)
+
+
+def put_program(folder, body):
+    folder.mkdir(parents=True, exist_ok=True)
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{body}\n")
+    program.chmod(0o755)
+
+
+def put(root, **files):
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """Return the function that makes a System with an NVIDIA card on its bus.
+
+    Args:
+        driver: version of the driver that has been loaded, with its files in /proc and /dev; '' for none.
+        smi: whether there is a nvidia-smi, which lists the card.
+        bound_to: kernel driver of the card.
+    """
+
+    def made(driver="", smi=False, bound_to="", failure=None, **environment):
+        root = tmp_path / "root"
+        put_device(root, "0000:00:1e.0", "0x10de", "0x030200")
+        if bound_to:
+            (root / f"sys/bus/pci/drivers/{bound_to}").mkdir(parents=True)
+            (root / "sys/bus/pci/devices/0000:00:1e.0/driver").symlink_to(root / f"sys/bus/pci/drivers/{bound_to}")
+        if driver:
+            put(root, **{"proc/driver/nvidia/version": VERSION_FILE.format(kind="Open ", driver=driver)})
+            put(root, **{"proc/driver/nvidia/gpus/0000:00:1e.0/information": "Model: Tesla T4\n"})
+            put(root, **{f"dev/{name}": "" for name in ("nvidia0", "nvidiactl", "nvidia-uvm")})
+        if smi or failure:
+            put_nvidia_smi(root / "usr/bin", driver, failure)
+        return System(root, {"PATH": f"{root}/usr/bin:/usr/bin:/bin"} | environment)
+
+    return made
+
+
+def put_device(root, address, vendor, kind):
+    folder = f"sys/bus/pci/devices/{address}"
+    put(root, **{f"{folder}/vendor": f"{vendor}\n", f"{folder}/class": f"{kind}\n"})
+
+
+def causes_of(system, build=CUDA_13):
+    seen, causes = absence_of_gpu(build, system)
+    assert seen
+    return causes
+
+
+def only_cause_of(system, build=CUDA_13):
+    (cause,) = causes_of(system, build)
+    return cause
+
+
+def test_a_machine_without_nvidias_gpus_shows_none(tmp_path):
+    put_device(tmp_path, "0000:00:02.0", "0x8086", "0x030000")  # another maker's display
+    put_device(tmp_path, "0000:01:00.1", "0x10de", "0x040300")  # the sound of a card that is handed to somebody else
+    put_nvidia_smi(tmp_path / "bin", failure="No devices were found")
+    assert absence_of_gpu(CUDA_13, System(tmp_path, {"PATH": f"{tmp_path}/bin"})) == ("", [])
+    assert absence_of_gpu(CUDA_13, System(tmp_path / "nothing", {})) == ("", [])
+
+
+def test_each_place_that_shows_a_gpu_is_looked_at(machine, tmp_path):
+    assert absence_of_gpu(CUDA_13, machine())[0] == "PCI device 0000:00:1e.0 is one of NVIDIA's"
+    assert absence_of_gpu(CUDA_13, machine("580.65.06"))[0] == "/proc/driver/nvidia/gpus has 0000:00:1e.0"
+    assert absence_of_gpu(CUDA_13, machine("580.65.06", smi=True))[0] == "nvidia-smi lists Tesla T4"
+
+
+TABLE = """| NVIDIA-SMI 550.54.15    Driver Version: 550.54.15    CUDA Version: 12.4 |
+|   0  Tesla T4            Off |   00000000:00:1E.0 Off |                    0 |"""
+
+
+@pytest.mark.parametrize(
+    ("answer", "names", "driver"),
+    [
+        (TABLE, ["Tesla T4"], "550.54.15"),
+        ("GPU 0: Tesla T4 (UUID: GPU-1)\nGPU 1: NVIDIA A100 80GB (UUID: GPU-2)", ["Tesla T4", "NVIDIA A100 80GB"], None),
+        ("GPU 0: NVIDIA H100 (UUID: GPU-1)\n  MIG 1g.10gb Device 0: (UUID: MIG-3)", ["NVIDIA H100"], None),
+        ("Tesla T4, 550.54.15", ["Tesla T4, 550.54.15"], "550.54.15"),
+        ("No devices were found", [], None),
+        ("", [], None),
+    ],
+)
+def test_whatever_nvidia_smi_answers_is_understood(tmp_path, answer, names, driver):
+    put_program(tmp_path / "bin", f"cat <<'END'\n{answer}\nEND")
+    evidence = look_for_gpus(System(tmp_path, {"PATH": f"{tmp_path}/bin:/usr/bin:/bin"}))
+    assert (evidence.names, evidence.driver) == (names, driver)
+
+
+def test_a_card_without_a_driver(machine):
+    assert only_cause_of(machine()) == ("NVIDIA's driver is not loaded", INSTALL_DRIVER)
+
+
+def test_a_card_whose_driver_is_installed_but_not_loaded(machine):
+    failure = "NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver."
+    assert only_cause_of(machine(failure=failure)) == ("NVIDIA's driver is not loaded", "sudo modprobe nvidia")
+
+
+@pytest.mark.parametrize("other", ["nouveau", "vfio-pci"])
+def test_a_card_in_the_hands_of_another_driver(machine, other):
+    reason, _ = only_cause_of(machine(bound_to=other))
+    assert other in reason
+
+
+@pytest.mark.parametrize("smi", [False, True])
+@pytest.mark.parametrize(
+    ("driver", "cuda", "least"),
+    [("550.54.15", "13.0", 580), ("470.256.02", "13.0", 580), ("470.256.02", "12.8", 525), ("418.87", "11.8", 450)],
+)
+def test_a_driver_that_is_too_old_for_pytorchs_cuda(machine, driver, cuda, least, smi):
+    reason, cure = only_cause_of(machine(driver, smi), TorchBuild("2.14.1", cuda))
+    assert driver in reason and f"CUDA {cuda}" in reason and f"{least} or newer" in reason
+    assert INSTALL_DRIVER in cure
+    assert ("cu126" in cure) == (driver == "550.54.15")  # which that driver runs
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda"), [("580.65.06", "13.0"), ("595.10", "13.1"), ("550.54.15", "12.8"), ("600.1", "14.0")]
+)
+def test_a_driver_that_is_new_enough_is_not_accused(machine, driver, cuda):
+    assert causes_of(machine(driver, smi=True), TorchBuild("2.14.1", cuda)) == []
+
+
+def test_a_pytorch_without_cuda(machine):
+    reason, cure = only_cause_of(machine("580.65.06", smi=True), TorchBuild("2.14.1+cpu", None))
+    assert (reason, cure) == ("PyTorch 2.14.1+cpu is no CUDA build", INSTALL_TORCH)
+
+
+@pytest.mark.parametrize("visible", ["", "-1", "1", "1,0", "NoDevFiles", "GPU-99999999", "none"])
+def test_a_gpu_that_cuda_visible_devices_hides(machine, visible):
+    reason, cure = only_cause_of(machine("580.65.06", smi=True, CUDA_VISIBLE_DEVICES=visible))
+    assert reason.startswith("CUDA_VISIBLE_DEVICES") and (visible in reason)
+    assert cure == "unset CUDA_VISIBLE_DEVICES"
+
+
+@pytest.mark.parametrize("visible", ["0", "0,1", " 0", UUID, "GPU-1111"])
+def test_a_gpu_that_cuda_visible_devices_shows(machine, visible):
+    assert causes_of(machine("580.65.06", smi=True, CUDA_VISIBLE_DEVICES=visible)) == []
+
+
+def test_all_that_is_wrong_is_said_at_once(machine):
+    system = machine("550.54.15", smi=True, CUDA_VISIBLE_DEVICES="")
+    assert [reason[:20] for reason, _ in causes_of(system)] == ["CUDA_VISIBLE_DEVICES", "NVIDIA's driver 550."]
+
+
+@pytest.mark.parametrize(("mark", "cure"), [("", "sudo nvidia-modprobe -u -c 0"), (".dockerenv", "docker run --gpus all ...")])
+def test_a_driver_whose_device_files_are_missing(machine, mark, cure):
+    system = machine("580.65.06")
+    (system.root / "dev/nvidia0").unlink()
+    if mark:
+        (system.root / mark).touch()
+    assert only_cause_of(system)[1] == cure
+
+
+def test_without_nvidia_uvm_cuda_does_not_start(machine):
+    system = machine("580.65.06", smi=True)
+    (system.root / "dev/nvidia-uvm").unlink()
+    assert only_cause_of(system)[1] == "sudo nvidia-modprobe -u -c 0"
+
+
+def test_device_files_that_this_user_may_not_open(machine, tmp_path):
+    made = machine("580.65.06", smi=True)
+    for name, mode in (("nvidiactl", 0o666), ("nvidia-uvm", 0o666), ("nvidia0", 0o600)):
+        (made.root / "dev" / name).chmod(mode)
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)  # nobody may look into pytest's own
+        system = made._replace(root=shutil.copytree(made.root, f"{folder}/root"))
+        if user == 0:  # who may open everything
+            os.seteuid(65534)
+        else:
+            os.chmod(f"{folder}/root/dev/nvidia0", 0o000)
+        try:
+            causes = causes_of(system._replace(root=Path(system.root)))
+        finally:
+            os.seteuid(user)
+    assert causes == [("this user may not open /dev/nvidia0", "sudo chmod a+rw /dev/nvidia0")]
+
+
+def test_a_driver_that_was_updated_under_a_running_system(machine):
+    reason, cure = causes_of(machine("580.65.06", failure="Failed to initialize NVML: Driver/library version mismatch"))[0]
+    assert "version mismatch" in reason and cure == "sudo reboot"
+
+
+@pytest.mark.parametrize(
+    "complaint",
+    [
+        "The NVIDIA driver on your system is too old (found version 12040).",
+        "Found no NVIDIA driver on your system.",
+        "CUDA unknown error - this may be due to an incorrectly set up environment",
+        "something that nobody has seen",
+    ],
+)
+def test_every_complaint_of_pytorchs_has_a_cure(complaint):
+    assert cure_of(complaint) in CURES.values()
+
+
+# In the programs -----------------------------------------------------------------------------------------------------
+
+here = pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch sees a GPU here")
+
+
+@pytest.fixture
+def unused_gpu(tmp_path, monkeypatch):
+    """A nvidia-smi on the PATH of this process that lists a GPU, with a driver that is too old."""
+    put_nvidia_smi(tmp_path / "bin", "390.157")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=os.pathsep)
+
+
+@here
+def test_a_run_stops_instead_of_training_on_the_cpu_for_days(unused_gpu, tiny_arguments, tmp_path):
+    status, output = run_program("train.py", [*tiny_arguments, "--device=auto"])
+    assert status == 1
+    assert "train.py: device = 'auto': this machine has a GPU (nvidia-smi lists Tesla T4), but PyTorch sees none" in output
+    assert "Mend it with: " in output and "--device cpu does without a GPU" in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run").exists()
+
+
+@here
+def test_every_program_says_so(unused_gpu, image_tree, tmp_path):
+    arguments = tiny_run(image_tree, tmp_path / "run", device="auto")
+    for program in (
+        lambda: run_here([*arguments, "--plan"]),
+        lambda: lr_finder.main(parse_command_line(arguments, lr_finder.OWN_FLAGS)),
+        lambda: evaluate.main(evaluate.parse_arguments(["best.pt"])),
+        lambda: benchmark.main(benchmark.parse_arguments(["step", "--no-record"])),
+        lambda: choose_device({"device": "cuda"}),
+    ):
+        with pytest.raises(UserError, match="Tesla T4"):
+            program()
+
+
+@here
+def test_device_cpu_trains_all_the_same(unused_gpu, tiny_arguments):
+    assert run_here([*tiny_arguments, "--epochs=2", "--device=cpu"]) == 0
+
+
+@here
+def test_without_a_gpu_auto_is_the_cpu_and_cuda_an_error():
+    if absence_of_gpu(CUDA_13)[0]:
+        pytest.skip("this machine has a GPU")
+    assert choose_device({"device": "auto"}).type == "cpu"
+    with pytest.raises(UserError, match="shows none of NVIDIA's"):
+        choose_device({"device": "cuda"})

@@ -1,0 +1,144 @@
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from conftest import run_here, run_program, tiny_run
+
+import lr_finder
+from engine.cli.command_line import parse_command_line
+from engine.cli.keys import ConfigError
+from engine.data.demo import make_demo_data
+from engine.system.errors import TrainingStopped
+from engine.training.range_test import range_test, suggest
+
+
+def falling_and_rising(rates, best):
+    """A loss that falls most at `best` and explodes a decade later."""
+    return [2.3 / (1 + (rate / best) ** 1.5) + (rate / (10 * best)) ** 3 for rate in rates]
+
+
+def geometric(lowest=1e-5, highest=1.0, steps=100):
+    return np.geomspace(lowest, highest, steps).tolist()
+
+
+@pytest.mark.parametrize("best", [3e-4, 3e-3, 3e-2])
+def test_the_suggestion_lies_where_the_loss_falls_fastest(best):
+    rates = geometric()
+    found = suggest(rates, falling_and_rising(rates, best))
+    assert best / 2 < found["suggestion"] < best * 2
+    assert found["divergence"] > found["suggestion"]
+    assert found["reason"]
+
+
+def test_noise_between_batches_does_not_move_the_suggestion_far():
+    rates = geometric()
+    rng = np.random.default_rng(0)
+    clean = falling_and_rising(rates, 3e-3)
+    suggestions = [suggest(rates, clean + rng.normal(0, 0.1, 100))["suggestion"] for _ in range(20)]
+    assert max(suggestions) / min(suggestions) < 5
+
+
+def test_a_loss_that_never_rises_has_no_divergence_point():
+    rates = geometric()
+    found = suggest(rates, [2.3 / (1 + (rate / 1e-3)) for rate in rates])
+    assert found["divergence"] is None
+
+
+def test_the_suggestion_keeps_its_distance_from_the_cliff():
+    rates = geometric()
+    cliff = [2.3 if rate < 0.01 else 0.5 if rate < 0.06 else 3.0 for rate in rates]
+    found = suggest(rates, cliff)
+    assert found["suggestion"] <= found["divergence"] / 3.9
+    assert "quarter" in found["reason"]
+
+
+def test_the_rate_rises_exponentially_and_the_test_stops_on_divergence():
+    seen = []
+
+    def step(rate, batch):
+        seen.append(rate)
+        return (1.0 if rate < 0.01 else 1.0 + 500 * rate), True
+
+    result = range_test(step, range(1000), 1e-5, 1.0, 100)
+    assert seen[0] == pytest.approx(1e-5)
+    assert np.allclose(np.diff(np.log(seen)), math.log(1e5) / 99)
+    assert 0.01 < seen[-1] < 0.1
+    assert len(result["rates"]) == len(result["losses"]) == len(result["smoothed_losses"]) == len(seen)
+
+
+def test_steps_that_amp_skips_are_taken_again_at_the_same_rate():
+    seen = []
+
+    def step(rate, batch):
+        seen.append(rate)
+        return 1.0 / (1 + rate), len(seen) > 16  # a loss scale of 2**16 that has to come down first
+
+    result = range_test(step, range(1000), 1e-5, 1.0, 30)
+    assert seen[:17] == [1e-5] * 17
+    assert len(result["rates"]) == 30
+
+
+def test_a_loss_that_is_never_finite_stops_the_test_with_advice():
+    with pytest.raises(TrainingStopped, match="--precision fp32"):
+        range_test(lambda rate, batch: (math.nan, False), range(1000), 1e-5, 1.0, 100)
+
+
+def test_it_writes_picture_and_json_and_touches_no_run(image_tree, tmp_path):
+    arguments = [a for a in tiny_run(image_tree, tmp_path / "run") if "log_file" not in a]
+    status, output = run_program("lr_finder.py", [*arguments, "--steps=30", "--grad-clip-value=inf"], cwd=tmp_path)
+    assert status == 0, output
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["lr_finder.json", "lr_finder.png"]
+    found = json.loads((tmp_path / "lr_finder.json").read_text(), parse_constant=pytest.fail)
+    assert found["config"]["grad_clip_value"] == "inf"
+    assert f"suggested learning_rate: {found['suggestion']:g}" in output
+    for name in ("steepest descent", "valley", "divergence"):
+        assert name in output
+    assert (tmp_path / "lr_finder.png").read_bytes().startswith(b"\x89PNG")
+    assert len(found["rates"]) == len(found["losses"]) >= 10
+
+
+@pytest.mark.parametrize(
+    ("flag", "reason"),
+    [
+        ("--steps=3", "from 20 to 100000 steps"),
+        ("--lowest-rate=0", "must be above 0 and rise"),
+        ("--lowest-rate=2", "must be above 0 and rise"),
+        ("--highest-rate=x", "--highest-rate x: not a number"),
+    ],
+)
+def test_impossible_ranges_are_refused(flag, reason):
+    command = parse_command_line([flag], lr_finder.OWN_FLAGS)
+    with pytest.raises(ConfigError, match=re.escape(reason)):
+        lr_finder.range_from(command.options, command.config)
+
+
+def test_a_refusal_is_one_line_and_status_2(image_tree, tmp_path):
+    status, output = run_program("lr_finder.py", [*tiny_run(image_tree, tmp_path / "run"), "--steps=3"])
+    assert (status, output) == (2, "lr_finder.py: --steps 3: from 20 to 100000 steps tell a curve\n")
+
+
+def test_the_range_is_the_one_asked_for(image_tree, tmp_path):
+    flags = ["--lowest-rate=1e-4", "--highest-rate", "1e-3", "--steps=20", f"--output={tmp_path / 'found'}"]
+    status, output = run_program("lr_finder.py", [*tiny_run(image_tree, tmp_path / "run"), *flags])
+    assert status == 0, output
+    rates = json.loads((tmp_path / "found.json").read_text())["rates"]
+    np.testing.assert_allclose(rates, np.geomspace(1e-4, 1e-3, 20)[: len(rates)])
+
+
+@pytest.mark.slow
+def test_the_suggestion_trains_better_than_a_rate_30_times_smaller_or_larger(tmp_path):
+    make_demo_data(tmp_path / "images", 160, 20)
+    changes = {"train_resolution": 48, "min_crop_area": 0.6, "batch_size": 16, "swa_start_epoch": 0, "epochs": 5}
+    assert run_here(tiny_run(tmp_path / "images", tmp_path / "auto", **changes, learning_rate="auto")) == 0
+    suggestion = float((tmp_path / "auto.log").read_text().split("suggested learning_rate: ")[1].split()[0])
+    losses = [last_training_loss(tmp_path / "auto")]
+    for name, rate in (("smaller", suggestion / 30), ("larger", suggestion * 30)):
+        assert run_here(tiny_run(tmp_path / "images", tmp_path / name, **changes, learning_rate=rate)) == 0
+        losses.append(last_training_loss(tmp_path / name))
+    assert losses[0] < 0.9 * min(losses[1:])
+
+
+def last_training_loss(folder):
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["train_loss"]

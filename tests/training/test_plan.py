@@ -1,0 +1,260 @@
+"""What a run will take is said before it begins, and can be chosen."""
+
+import re
+import statistics
+import time
+
+import pytest
+import torch
+from conftest import REPOSITORY, run_here, run_program, tiny_run
+
+import train
+from config import CONFIG, RECIPES
+from engine.cli.command_line import parse_command_line
+from engine.cli.keys import config_problems
+from engine.data.demo import make_demo_data
+from engine.data.splits import open_splits
+from engine.run.monitor import Monitor
+from engine.run.records import read_records
+from engine.training.plan import PlanError, Rates, epochs_within, measure_machine, plan_run, rates_stated, steady_pace
+
+FAST = CONFIG | RECIPES["fast"]
+IMAGENET = (1_281_167, 50_000)
+
+
+def sound(config):
+    return not config_problems(config)
+
+
+@pytest.mark.parametrize(("epochs", "hours"), [(16, 11.4), (32, 22.6), (88, 61.4)])
+def test_the_fast_recipe_takes_the_hours_that_its_pixels_amount_to(epochs, hours):
+    plan = plan_run(FAST | {"epochs": epochs}, rates_stated(282, FAST), *IMAGENET)
+    assert sum(phase.hours for phase in plan.phases) == pytest.approx(hours, rel=0.01)
+    assert [phase.resolution for phase in plan.phases] == [160, 192]
+    assert plan.phases[-1].last_epoch == epochs
+
+
+def test_between_two_measured_sizes_the_time_is_linear_in_the_pixels():
+    rates = Rates({100: 1 / 3, 200: 1 / 9}, {1: 1.0}, 0.0, "")  # 1 + 2 (px / 100)^2 seconds an image
+    assert rates.training_at(100) == pytest.approx(1 / 3)
+    assert rates.training_at(200) == pytest.approx(1 / 9)
+    assert rates.training_at(150) == pytest.approx(1 / 5.5)
+
+
+def test_validation_is_counted_once_for_each_kind_of_weights_and_twice_with_flip():
+    config = CONFIG | {"epochs": 10, "swa_start_epoch": 0, "warmup_epochs": 1}
+    rates = rates_stated(1000 / 3, config)
+    plain = plan_run(config, rates, 1000, 3600).validation_hours
+    assert plain == pytest.approx(10 / 1000)
+    flipped = config | {"val_flip": True}
+    assert plan_run(flipped, rates_stated(1000 / 3, flipped), 1000, 3600).validation_hours == pytest.approx(2 * plain)
+    assert plan_run(config | {"swa_start_epoch": 6}, rates, 1000, 3600).validation_hours == pytest.approx(1.5 * plain)
+    both = config | {"swa_start_epoch": 6, "ema_half_life_steps": 9, "val_flip": True}
+    assert plan_run(both, rates_stated(1000 / 3, both), 1000, 3600).validation_hours == pytest.approx(5 * plain)
+
+
+def test_reading_the_validation_images_is_counted_once_for_all_kinds_of_weights():
+    config = CONFIG | {"epochs": 10, "swa_start_epoch": 6, "warmup_epochs": 1}
+    rates = Rates({224: 1000.0}, {1: 1000.0, 2: 800.0}, 1000.0, "")
+    assert plan_run(config, rates, 1000, 3600).validation_hours == pytest.approx(5 / 1000 + 5 / 800)
+    assert plan_run(config | {"more_val_resolutions": [448]}, rates, 1000, 3600).validation_hours == pytest.approx(
+        5 / 1000 + 5 / 800 + 4 / 800
+    )
+
+
+def test_a_plan_counts_statistics_saves_first_steps_and_start_up():
+    config = CONFIG | {"batch_size": 10, "epochs": 6, "swa_start_epoch": 5, "warmup_epochs": 1, "checkpoint_minutes": 0.5}
+    config |= {"start_resolution": 112, "train_resolution": 224, "resolution_step": 112, "swa_batch_norm_batches": 36}
+    rates = Rates({112: 40.0, 224: 10.0}, {1: 1e9}, 30.0, "", 7.0, 3.0, 0.5, 2.0, 1.0)
+    plan = plan_run(config, rates, 364, 1)  # 36 steps; epochs of 9, 9, 9, 9, 36 and 36 s
+    assert [phase.resolution for phase in plan.phases] == [112, 224]
+    assert sum(phase.hours for phase in plan.phases) * 3600 == pytest.approx(4 * 9 + 2 * 36)
+    assert plan.statistics_hours * 3600 == pytest.approx(2 * 360 / 30)
+    assert plan.start_hours * 3600 == pytest.approx(7 + 2 * 3 + 6 * 0.5)
+    assert plan.saves == 6 + 2
+    assert plan.keeping_hours * 3600 == pytest.approx(8 * 2 + 6 * 1)
+    assert plan.hours * 3600 == pytest.approx(108 + 24 + 16 + 22, abs=0.1)
+
+
+# Measuring -----------------------------------------------------------------------------------------------------------
+
+
+class Simulation:
+    """A clock, workers that make a batch of 10 images in turn, each in `making` seconds, and a device that takes `working`.
+
+    As a DataLoader hands them out: in order, each worker having been asked for two beforehand.
+    """
+
+    def __init__(self, workers, making, working, first_step):
+        self.now, self.workers, self.making, self.working, self.first_step = 0.0, workers, making, working, first_step
+
+    def clock(self):
+        return self.now
+
+    def batches(self):
+        free, asked = [0.0] * max(self.workers, 1), []  # when each worker is done; when each batch was asked for
+        ahead = 2 * self.workers
+        asked = [0.0] * ahead
+        number = 0
+        while True:
+            if not self.workers:
+                self.now += self.making
+            else:
+                worker = number % self.workers
+                free[worker] = max(free[worker], asked[number]) + self.making
+                self.now = max(self.now, free[worker])
+                asked.append(self.now)
+            number += 1
+            yield None, range(10)
+
+    def work(self, images, labels):
+        self.now += self.first_step or self.working
+        self.first_step = 0.0
+        return torch.zeros(())
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 8, 32])
+@pytest.mark.parametrize("working", [0.02, 0.05, 0.09, 0.11, 0.4])
+@pytest.mark.parametrize("first_step", [0.4, 60.0])
+def test_a_machine_is_measured_at_the_speed_that_it_keeps_up(workers, working, first_step):
+    """However full the queue was: batches can be made at 10 a second, or one after the other without workers."""
+    machine = Simulation(workers, making=0.1 * max(workers, 1), working=working, first_step=first_step)
+    pace = steady_pace(machine.batches(), machine.work, workers, 2 * workers, 1.1, machine.clock)
+    kept_up = 10 / (0.1 + working) if not workers else 10 / max(0.1, working)
+    assert pace.images_per_s == pytest.approx(kept_up, rel=0.02)
+    assert pace.first_work == pytest.approx(max(first_step - working, 0), abs=0.01)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("hours", [5, 12, 70, 200])
+def test_the_epochs_chosen_fit_and_one_more_would_not(recipe, hours):
+    config = CONFIG | RECIPES[recipe]
+    rates = rates_stated(282, config)
+    epochs = epochs_within(hours, lambda epochs: config | {"epochs": epochs}, rates, *IMAGENET, sound)
+
+    def fits(epochs):
+        stretched = config | {"epochs": epochs}
+        return sound(stretched) and plan_run(stretched, rates, *IMAGENET).hours <= hours
+
+    assert not fits(epochs + 1)
+    assert fits(epochs) if epochs else not any(map(fits, range(1, 40)))
+
+
+def test_the_readme_shows_the_plan_as_it_is_printed(tmp_path):
+    readme = (REPOSITORY / "README.md").read_text()
+    (command,) = re.findall(r"^    python train\.py (.*--plan .*)$", readme, flags=re.MULTILINE)
+    status, output = run_program("train.py", command.split(), cwd=tmp_path)
+    assert status == 0, output
+    for line in output.splitlines()[1:]:
+        assert f"    {line.split('; begun now')[0]}" in readme
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_machines_rates_are_measured_at_the_smallest_and_largest_size_and_in_validation(image_tree, tmp_path):
+    arguments = tiny_run(image_tree, tmp_path / "run", start_resolution=32, train_resolution=96, epochs=8)
+    config = parse_command_line(arguments).config
+    splits = open_splits(image_tree)
+    state = train.state_to_forget(config, splits["train"], torch.device("cpu"), "fp32")
+
+    def step(state, images, labels):
+        return train.train_step(state, images, labels, config)
+
+    with Monitor(config | {"log_file": None}, torch.device("cpu")) as monitor:
+        rates = measure_machine(config, splits, state, step, monitor, time.perf_counter(), seconds=0.5)
+    assert list(rates.training) == [32, 96]
+    assert rates.training[32] > rates.training[96] > 0
+    assert list(rates.validation) == [1, 2]  # raw weights, and averaged ones beside them
+    assert rates.validation[1] > rates.training[96]
+    assert rates.statistics > rates.training[96]
+    assert rates.start_seconds > 0 and rates.save_seconds > 0 and rates.drawing_seconds > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_plan_is_right_when_held_against_the_run_that_follows(tmp_path):
+    """In seconds of CPU time, which other processes disturb little: a plan, a run, a plan and so on, beside each other."""
+    make_demo_data(tmp_path / "images", 480, 160)
+    growing = {"start_resolution": 64, "train_resolution": 96, "val_resolution": 96, "val_flip": "true"}
+    averaged = {"epochs": 5, "swa_start_epoch": 3, "swa_batch_norm_batches": 10, "batch_size": 16}
+    arguments = tiny_run(tmp_path / "images", tmp_path / "run", **growing, **averaged)
+    config = parse_command_line(arguments).config
+    splits, cpu = open_splits(config["data_dir"]), torch.device("cpu")
+
+    def step(state, *batch):
+        return train.adapting_train_step(state, *batch, config, print)
+
+    def planned():
+        begun = time.process_time()
+        state = train.state_to_forget(config, splits["train"], cpu, "fp32")
+        with Monitor(config | {"log_file": None}, cpu) as monitor:
+            rates = measure_machine(config, splits, state, step, monitor, begun, seconds=4, clock=time.process_time)
+        return 3600 * plan_run(config, rates, 480, 160).hours
+
+    plans, runs = [planned()], []
+    for number in range(3):
+        begun = time.process_time()
+        assert run_here([*arguments, f"--checkpoint-dir={tmp_path / str(number)}"]) == 0
+        runs.append(time.process_time() - begun)
+        plans.append(planned())
+    assert statistics.median(plans) / statistics.median(runs) == pytest.approx(1, abs=0.07), (plans, runs)
+
+
+@pytest.mark.slow
+def test_plan_measures_this_machine_and_writes_nothing(image_tree, tmp_path):
+    arguments = [*tiny_run(image_tree, tmp_path / "run", start_resolution=32, train_resolution=64), "--plan"]
+    status, output = run_program("train.py", arguments, cwd=tmp_path)
+    assert status == 0, output
+    assert "plan: 3 epochs of 60 images in batches of 8 (measured on CPU" in output
+    assert "data included" in output
+    assert re.search(r"epochs 1 to 2: 32 px, [\d,]+ images/s", output)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hours_chooses_the_epochs_and_trains(image_tree, tmp_path):
+    flags = [
+        "--hours",
+        "0.0001",
+        "--price-per-hour=100",
+        "--images-per-s",
+        "25",
+    ]  # 0.36 s, at 25 images/s at 224 px: 1,225 at 32 px
+    arguments = tiny_run(image_tree, tmp_path / "run", swa_start_epoch=0)
+    status, output = run_program("train.py", [*arguments, *flags], cwd=tmp_path)
+    assert status == 0, output
+    epochs = int(re.search(r"plan: (\d+) epochs", output)[1])
+    assert epochs > 3
+    assert "0.01 at 100 per hour" in output
+    assert len(read_records(tmp_path / "run/metrics.jsonl")) == epochs
+    assert f"epoch {epochs}/{epochs}: " in output
+    status, output = run_program("train.py", ["--resume", tmp_path / "run/last.pt", "--hours=1"], cwd=tmp_path)
+    assert status == 2
+    assert "a plan is made for a new run" in output
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--hours=-1"], "--hours -1: must be a number above 0"),
+        (["--hours=1e-9"], "too short for this recipe"),
+        (["--price-per-hour=much"], "--price-per-hour much: must be a number"),
+    ],
+)
+def test_impossible_budgets_are_refused(flags, reason, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = parse_command_line(["--plan", "--images-per-s=282", *flags], train.OWN_FLAGS)
+    with pytest.raises(PlanError, match=re.escape(reason)):
+        train.main(command)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_is_measured_with_the_convolutions_of_a_run(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    assert train.main(parse_command_line(["--plan", "--images-per-s=282"], train.OWN_FLAGS)) == 0
+    assert torch.backends.cudnn.benchmark  # cuDNN tries its algorithms, as in a run
+
+
+def test_a_flag_of_the_plan_without_a_plan_is_refused(tmp_path):
+    status, output = run_program("train.py", ["--price-per-hour=0.752", "--images-per-s=282"], cwd=tmp_path)
+    assert status == 2, output
+    assert output.count("belongs to a plan; add --plan or --hours") == 2
