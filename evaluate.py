@@ -24,7 +24,7 @@ import torch
 
 from config import CONFIG
 from engine.data.batches import training_requests
-from engine.data.loader import BatchServer
+from engine.data.loader import BatchLoader
 from engine.data.splits import open_splits
 from engine.inference import classify
 from engine.inference.class_matching import match_classes, read_class_file
@@ -40,7 +40,7 @@ from engine.system.distributed import refuse_several
 from engine.system.environment import commit
 from engine.system.errors import DataError, UserError, run_program
 from engine.system.files import path_argument, replacing
-from engine.system.gpu_memory import pass_in_parts_that_fit, stop_on_oom
+from engine.system.gpu_memory import retry_pass_on_oom, stop_on_oom
 from engine.system.interruption import StopRequest
 from engine.training import averaging
 from model import build_model
@@ -53,7 +53,7 @@ def averaged_network(networks, batches, context):
 
     Args:
         networks: what refuse_to_average() has let through.
-        batches: BatchServer whose training images give the statistics, as the last epoch of the networks saw them.
+        batches: BatchLoader whose training images give the statistics, as the last epoch of the networks saw them.
     """
     first = networks[0]
     states = [network.model.state_dict() for network in networks]
@@ -68,8 +68,8 @@ def averaged_network(networks, batches, context):
         requests = training_requests(batches.splits["train"], first.config, epoch)
         return batches.training(itertools.islice(requests, first.config["swa_batch_norm_batches"]), set())
 
-    refresh = functools.partial(averaging.refresh_batch_norm, first.model, autocast=context)
-    pass_in_parts_that_fit(refresh, some_batches, first.config["batch_size"], batches.device)
+    refresh = functools.partial(averaging.recompute_bn_stats, first.model, autocast=context)
+    retry_pass_on_oom(refresh, some_batches, first.config["batch_size"], batches.device)
     return first._replace(name=f"mean of the weights of {' and '.join(network.name for network in networks)}", kind="mean")
 
 
@@ -154,8 +154,8 @@ def score(networks, arguments, device):
 
 @contextlib.contextmanager
 def served(splits, config, device):
-    """Give a BatchServer of the splits; its workers end with the block."""
-    server = BatchServer(splits, config, device, AUTOCAST_DTYPES[config["precision"]], StopRequest(), say=print)
+    """Give a BatchLoader of the splits; its workers end with the block."""
+    server = BatchLoader(splits, config, device, AUTOCAST_DTYPES[config["precision"]], StopRequest(), log=print)
     try:
         yield server
     finally:

@@ -20,7 +20,7 @@ if __name__ == "__main__":  # before torch is imported: --help and typing errors
 
 from pathlib import Path
 
-from engine.data.loader import BatchServer
+from engine.data.loader import BatchLoader
 from engine.run.curves import draw_range_test
 from engine.system.device import (
     AUTOCAST_DTYPES,
@@ -69,14 +69,14 @@ def main(command):
     precision = choose_precision(config, device)
     set_up_arithmetic(config, device)
     with Monitor(config | {"log_file": None}, device) as monitor, StopRequest() as stop:
-        splits = open_images(config, None, monitor.say)
+        splits = open_images(config, None, monitor.log)
         start = f"range test from {lowest:g} to {highest:g} in {steps} steps; {describe_device(device)}, {precision}"
-        monitor.say("\n".join([start, *precision_remarks(precision, device)]))
-        batches = BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.say)
+        monitor.log("\n".join([start, *precision_remarks(precision, device)]))
+        batches = BatchLoader(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.log)
         try:
             result = find_learning_rate(config, batches, precision, monitor, lowest, highest, steps)
         except Interrupted as cause:
-            monitor.say(f"stopped by {cause}; nothing was written")
+            monitor.log(f"stopped by {cause}; nothing was written")
             return cause.exit_code
         finally:
             batches.close()
@@ -89,7 +89,7 @@ def main(command):
             written += f" and {prefix}.png"
         else:
             written += "; matplotlib is not installed, so no picture"
-        monitor.say(f"{describe_rates(result)}\nwrote {written}")
+        monitor.log(f"{describe_rates(result)}\nwrote {written}")
     return 0
 
 

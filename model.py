@@ -9,7 +9,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import stochastic_depth
 
 from engine.system.device import choose_device
-from engine.training.activation_checkpointing import recomputing
+from engine.training.activation_checkpointing import with_activation_checkpointing
 from engine.training.loss import start_bias_for
 from engine.training.sync_batch_norm import synced_batch_norm
 
@@ -29,7 +29,7 @@ def build_model(config, num_classes):
     With `blur_pool` the strided convolutions blur their input; the state-dict keys stay the same.
     """
     block, layers = LAYERS[config["architecture"]]
-    block = recomputing(block, config["memory"])
+    block = with_activation_checkpointing(block, config["memory"])
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(config["seed"])
         zero_init, norm = config["zero_init_residual"], None

@@ -42,14 +42,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from engine.training import averaging
 from engine.run import checkpoint_files
 from engine.data.batches import resolution_of_epoch, training_requests
-from engine.data.loader import BatchServer
-from engine.data.splits import open_splits, say_packing_gain
+from engine.data.loader import BatchLoader
+from engine.data.splits import open_splits, log_packing_gain
 from engine.preparation.trees import IMAGENET_COUNTS
 from engine.system.errors import DataError
 from engine.system import distributed
 from engine.inference.scoring import topk_correct
-from engine.training.metrics import TrainingSums
-from engine.training.compiling import choose_compile, choose_compiled, compile_network, keep_compiled_code_in, uncompiled
+from engine.training.metrics import MetricAccumulator
+from engine.training.compiling import choose_compile, choose_compiled, compile_network, keep_compiled_code_in, eager_mode
 from engine.data.demo import make_demo_data
 from engine.system.device import (
     AUTOCAST_DTYPES,
@@ -71,15 +71,15 @@ from engine.system.interruption import Interrupted, StopRequest, watch_spot_noti
 from engine.training.loss import build_mixing, main_class, training_loss
 from engine.system.micro_batches import enough_for_batch_norm, num_micro_batches
 from engine.run.monitor import Monitor, Throughput
-from engine.training.optim import build_optimizer, build_schedule, rate_factor
-from engine.system.gpu_memory import pass_in_parts_that_fit, stop_on_oom
+from engine.training.optim import build_optimizer, build_schedule, lr_scale
+from engine.system.gpu_memory import retry_pass_on_oom, stop_on_oom
 from engine.training.out_of_memory import retry_on_oom
 from engine.system.plain_json import to_json
 from engine.training.plan import measure_machine, plan_new_run, positive
 from engine.system.random_state import random_state, random_state_restored_on_error, set_random_state
 from engine.training.range_test import BATCHES_IN_CYCLE, USUAL_RANGE, describe_rates, range_test
-from engine.training.activation_checkpointing import statistics_untouched
-from engine.training.sync_batch_norm import norms_alone
+from engine.training.activation_checkpointing import frozen_bn_stats
+from engine.training.sync_batch_norm import local_batch_norm
 from engine.system.workers import WorkerDied
 from evaluate import evaluate
 from model import build_model
@@ -100,13 +100,13 @@ class TrainState:
     scaler: torch.amp.GradScaler
     precision: str
     micro_batch_size: int  # images per forward pass
-    sums: TrainingSums  # of the epoch in progress
+    sums: MetricAccumulator  # of the epoch in progress
     speed: Throughput  # of the same
     epoch: int = 0  # whole epochs done
     batch: int = 0  # batches of the next one done
     best: dict = field(default_factory=lambda: {"top1": 0.0, "epoch": 0, "weights": "raw"})
     bad_images: set = field(default_factory=set)  # indices of training images that could not be read
-    rehearsed: set = field(default_factory=set)  # resolutions that each process has tried out alone
+    probed_resolutions: set = field(default_factory=set)  # resolutions that each process has tried out alone
     is_whole: bool = True  # not in the middle of a step
 
     @contextlib.contextmanager
@@ -127,7 +127,7 @@ class TrainState:
         """
         for model in (self.model, self.ema_model):
             if model is not None:
-                distributed.average_statistics(model)
+                distributed.average_bn_stats(model)
         return {
             "epoch": self.epoch,
             "batch": self.batch,
@@ -142,7 +142,7 @@ class TrainState:
             "speed": self.speed.state(),
             "micro_batch_size": self.micro_batch_size,
             "bad_images": sorted(self.bad_images),
-            "rng": distributed.gathered(random_state(self.device)),  # one for each process
+            "rng": distributed.all_gather_object(random_state(self.device)),  # one for each process
         }
 
     def load_state_dict(self, saved, config, steps_per_epoch):
@@ -175,14 +175,14 @@ class TrainState:
 def new_state(config, num_classes, steps_per_epoch, device, precision):
     """Return the TrainState at the start of a run."""
     model = build_model(config, num_classes).to(device)
-    averaged_model = averaging.build_average(model) if config["swa_start_epoch"] else None
-    ema_model = averaging.build_running_average(model, config)
+    averaged_model = averaging.build_swa_model(model) if config["swa_start_epoch"] else None
+    ema_model = averaging.build_ema_model(model, config)
     if config["compile"] == "on":
         compile_network(model, config["memory"])  # in place, after the averages were copied from it
     optimizer = build_optimizer(model, config)
     return TrainState(
         model=model,
-        network=distributed.parallel(model),
+        network=distributed.wrap_ddp(model),
         averaged_model=averaged_model,
         ema_model=ema_model,
         optimizer=optimizer,
@@ -190,12 +190,12 @@ def new_state(config, num_classes, steps_per_epoch, device, precision):
         scaler=build_scaler(device, precision),
         precision=precision,
         micro_batch_size=config["micro_batch_size"] or config["batch_size"],
-        sums=TrainingSums(device),
+        sums=MetricAccumulator(device),
         speed=Throughput(device, config["batch_size"]),
     )
 
 
-def state_to_forget(config, images, device, precision):
+def scratch_state(config, images, device, precision):
     """Return a TrainState for trying out steps: fresh weights, and a rate that stays where it is set."""
     state = new_state(config, len(images.classes), len(images) // config["batch_size"], device, precision)
     state.schedule = LambdaLR(state.optimizer, lambda step: 1.0)
@@ -242,9 +242,9 @@ def add_gradients(state, images, targets, config, alone=False):
     parts = num_micro_batches(config["batch_size"], state.micro_batch_size, distributed.size())
     micro_batches = zip(images.tensor_split(parts), targets.tensor_split(parts), strict=True)
     for number, (some_images, some_targets) in enumerate(micro_batches, 1):
-        with distributed.exchanging(state.network, now=number == parts and not alone):
+        with distributed.gradient_sync(state.ddp_model, now=number == parts and not alone):
             with autocast(images.device, state.precision):
-                logits = state.network(some_images)
+                logits = state.ddp_model(some_images)
                 part = training_loss(logits.float(), some_targets, config) * (len(some_targets) / config["batch_size"])
             state.scaler.scale(part * distributed.size()).backward()  # the exchange takes the mean over the processes
         loss += part.detach()
@@ -252,28 +252,28 @@ def add_gradients(state, images, targets, config, alone=False):
     return loss, correct
 
 
-def adapting_train_step(state, images, targets, config, say):
+def adapting_train_step(state, images, targets, config, log):
     """Take a train_step; where the GPU's memory or the compiler fails, say so, adapt and take it again (see retry_on_oom).
 
     Several processes try out each resolution alone, since a step whose gradients are half exchanged cannot be taken again.
     """
     if distributed.size() == 1:
         step = functools.partial(train_step, state, images, targets, config)
-        return retry_on_oom(step, state, len(targets), images.shape[3], config, say)
-    if images.shape[3] not in state.rehearsed:
-        state.rehearsed.add(images.shape[3])
-        rehearse(state, images, targets, config, say)
+        return retry_on_oom(step, state, len(targets), images.shape[3], config, log)
+    if images.shape[3] not in state.probed_resolutions:
+        state.probed_resolutions.add(images.shape[3])
+        rehearse(state, images, targets, config, log)
     with stop_on_oom(f"in a step that had fitted before; {cure(state, len(targets))}"):
         return train_step(state, images, targets, config)
 
 
-def rehearse(state, images, targets, config, say):
+def rehearse(state, images, targets, config, log):
     """Adapt to the memory and the compiler by a step that leaves no trace, then agree on the smallest micro-batch."""
     device = [state.device] if state.device.type == "cuda" else []
     add_alone = functools.partial(add_gradients, state, images, targets, config, alone=True)
-    with torch.random.fork_rng(device), statistics_untouched(state.model), norms_alone(state.model):
-        retry_on_oom(add_alone, state, len(targets), images.shape[3], config, say)
-    state.micro_batch_size = min(distributed.gathered(state.micro_batch_size))
+    with torch.random.fork_rng(device), frozen_bn_stats(state.model), local_batch_norm(state.model):
+        retry_on_oom(add_alone, state, len(targets), images.shape[3], config, log)
+    state.micro_batch_size = min(distributed.all_gather_object(state.micro_batch_size))
 
 
 def cure(state, images):
@@ -309,17 +309,17 @@ def train(state, config, batches, checkpoints, monitor):
 @stop_on_oom(BETWEEN_STEPS)
 def train_one_epoch(state, device_batches, config, checkpoints, monitor):
     """Train on the batches, the rest of the epoch in progress; return its figures."""
-    state.network.train()
+    state.ddp_model.train()
     state.speed.start()
     if state.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # gpu_memory_peak_mib is each epoch's own
     mix = build_mixing(config, state.model.fc.out_features)
     for images, labels in state.speed.watch(device_batches):
         with state.changing():
-            result = adapting_train_step(state, *mix(images, labels), config, monitor.say)
+            result = adapting_train_step(state, *mix(images, labels), config, monitor.log)
             state.sums.add(result.loss, result.correct, result.grad_norm, config["batch_size"])
             state.batch += 1
-            averaging.follow(state.ema_model, state.model, config, steps_done=state.schedule.last_epoch)
+            averaging.update_ema(state.ema_model, state.model, config, steps_done=state.schedule.last_epoch)
         figures = None
         if state.batch % config["log_every_steps"] == 0:
             figures = state.sums.read()  # here, and only here, the host waits for the device
@@ -341,30 +341,30 @@ def average_and_validate(state, batches, config, monitor):
         more_val_resolutions, before that {}.
     """
     checkpoint_files.require_finite(state.model.state_dict(), config["checkpoint_dir"])
-    distributed.average_statistics(state.model)
+    distributed.average_bn_stats(state.model)
     models = {"raw": state.model}
     context = autocast(state.device, state.precision)
     with state.changing():
-        averages = averaging.bring_average_up_to_date(state.averaged_model, state.model, config, state.epoch + 1)
+        averages = averaging.update_swa(state.averaged_model, state.model, config, state.epoch + 1)
     if averages:
 
         def some_batches():
             requests = training_requests(batches.splits["train"], config, state.epoch)
             return batches.training(itertools.islice(requests, config["swa_batch_norm_batches"]), state.bad_images)
 
-        refresh = functools.partial(averaging.refresh_batch_norm, state.averaged_model, autocast=context)
-        pass_in_parts_that_fit(refresh, some_batches, config["batch_size"], state.device)
-        distributed.average_statistics(state.averaged_model)
+        refresh = functools.partial(averaging.recompute_bn_stats, state.averaged_model, autocast=context)
+        retry_pass_on_oom(refresh, some_batches, config["batch_size"], state.device)
+        distributed.average_bn_stats(state.averaged_model)
         models["averaged"] = state.averaged_model
     if state.ema_model is not None and state.ema_model.n_averaged:
-        distributed.average_statistics(state.ema_model)
+        distributed.average_bn_stats(state.ema_model)
         models["ema"] = state.ema_model
     num_images = len(batches.splits["val"])
 
     def validated_at(resolution):
         what = f"epoch {state.epoch + 1}: validation at {resolution} px"
         monitor.start(what, math.ceil(num_images / config["batch_size"]))
-        with uncompiled():  # a last batch of its own size would be compiled for one use
+        with eager_mode():  # a last batch of its own size would be compiled for one use
             return evaluate(models, monitor.watch(batches.validation(resolution)), num_images, context, config["val_flip"])
 
     is_last = state.epoch + 1 == config["epochs"]
@@ -408,7 +408,7 @@ def epoch_record(state, config, trained, validated, elsewhere):
     record |= {"images_per_s": speed.overall(), "seconds": speed.seconds(), "time": time.time()}
     record["data_wait_share"] = speed.waited() / max(speed.seconds(), 1e-9)
     if state.device.type == "cuda":
-        record["gpu_memory_peak_mib"] = max(distributed.gathered(torch.cuda.max_memory_allocated())) / 2**20
+        record["gpu_memory_peak_mib"] = max(distributed.all_gather_object(torch.cuda.max_memory_allocated())) / 2**20
     if distributed.size() > 1:
         record["processes"] = distributed.size()
     return record
@@ -432,14 +432,14 @@ def stop_if_diverged(figures, state, config):
 def find_learning_rate(config, batches, precision, monitor, lowest, highest, steps):
     """Return the result of a range test with this run's own step, on weights of its own that are then forgotten."""
     images = batches.splits["train"]
-    state = state_to_forget(config | {"learning_rate": lowest}, images, batches.device, precision)
-    state.network.train()
+    state = scratch_state(config | {"learning_rate": lowest}, images, batches.device, precision)
+    state.ddp_model.train()
 
     def step(rate, batch):
         for group in state.optimizer.param_groups:
-            group["lr"] = rate * rate_factor(config)  # the rates of the test are those that the configuration names
-        result = adapting_train_step(state, *batch, config, monitor.say)
-        return distributed.summed(result.loss).item(), math.isfinite(result.grad_norm.item())
+            group["lr"] = rate * lr_scale(config)  # the rates of the test are those that the configuration names
+        result = adapting_train_step(state, *batch, config, monitor.log)
+        return distributed.all_reduce_sum(result.loss).item(), math.isfinite(result.grad_norm.item())
 
     requests = itertools.cycle(itertools.islice(training_requests(images, config, epoch=0), BATCHES_IN_CYCLE))
     monitor.start("learning-rate range test", steps)
@@ -456,7 +456,7 @@ def prepare(command, config, contents, splits, device, precision, monitor, begun
     images, remarks = splits["train"], []
 
     def scratch_state(config):
-        return state_to_forget(config | {"learning_rate": 1e-6}, images, device, precision)
+        return scratch_state(config | {"learning_rate": 1e-6}, images, device, precision)
 
     def step(state, *batch):
         return adapting_train_step(state, *batch, config, remarks.append)
@@ -470,7 +470,7 @@ def prepare(command, config, contents, splits, device, precision, monitor, begun
     )
     if {"plan", "hours"} & set(command.options) and contents is None:
         settled = config | {"compile": "on" if choice["compiled"] else "off"}
-        config, planned = distributed.as_the_first(
+        config, planned = distributed.broadcast_from_rank0(
             plan_new_run(
                 config,
                 command.options,
@@ -492,17 +492,17 @@ def print_plan(command, begun):
     with Monitor(config | {"log_file": None}, device) as monitor:
         if "images_per_s" in options:
             try:
-                splits = open_images(config, None, monitor.say)
+                splits = open_images(config, None, monitor.log)
                 counts = len(splits["train"]), len(splits["val"])
             except DataError:
                 counts = IMAGENET_COUNTS
-                monitor.say(f"no images in {config['data_dir']}: planned for ImageNet-1K")
+                monitor.log(f"no images in {config['data_dir']}: planned for ImageNet-1K")
             stretch = lambda epochs: config | command.durations(epochs)  # noqa: E731
             _, lines = plan_new_run(config, options, counts, None, stretch, lambda stretched: not config_problems(stretched))
         else:
-            splits = open_images(config, None, monitor.say)
+            splits = open_images(config, None, monitor.log)
             _, _, lines = prepare(command, config, None, splits, device, choose_precision(config, device), monitor, begun)
-        monitor.say("\n".join(lines))
+        monitor.log("\n".join(lines))
     return 0
 
 
@@ -570,19 +570,19 @@ def open_checkpoint(command, source, folder):
     return config, contents["recipe"], contents, remarks
 
 
-def open_images(config, contents, say):
+def open_images(config, contents, log):
     """Return the splits; raise DataError if they are not those of the checkpoint, or too few for a batch."""
     if config["make_demo_data"]:
-        made = distributed.by_each(lambda: distributed.local_rank() == 0 and make_demo_data(config["data_dir"]))
+        made = distributed.run_on_all_ranks(lambda: distributed.local_rank() == 0 and make_demo_data(config["data_dir"]))
         if made:
-            say(f"made the demo's pictures in {config['data_dir']}")
-    splits = distributed.by_each(lambda: open_splits(config["data_dir"], say=say))
+            log(f"made the demo's pictures in {config['data_dir']}")
+    splits = distributed.run_on_all_ranks(lambda: open_splits(config["data_dir"], log=log))
     images = splits["train"]
     if contents is not None and sorted(images.classes) == sorted(contents["classes"]) and images.classes != contents["classes"]:
-        say("note: the classes stay in the order that the run recorded when it began")
+        log("note: the classes stay in the order that the run recorded when it began")
         for split in splits.values():
             split.relabel(contents["classes"])
-    seen = distributed.gathered((images.classes, len(images), len(splits["val"])))
+    seen = distributed.all_gather_object((images.classes, len(images), len(splits["val"])))
     if seen.count(seen[0]) < len(seen):
         raise DataError(f"{config['data_dir']} holds other images on one machine than on another")
     if contents is not None and (images.classes, len(images)) != (contents["classes"], contents["train_images"]):
@@ -602,7 +602,7 @@ def open_images(config, contents, say):
     if config["batch_size"] < distributed.size():
         raise ConfigError([f"batch_size = {config['batch_size']}: too few for {distributed.size()} processes"])
     if contents is None and distributed.rank() == 0:
-        say_packing_gain(images, config, say)
+        log_packing_gain(images, config, log)
     return splits
 
 
@@ -619,20 +619,20 @@ def main(command, begun=None):
     device = choose_device(command.config)
     if device.type == "cpu":
         keep_freed_memory()
-    with distributed.joined(device):
+    with distributed.process_group(device):
         return print_plan(command, begun) if "plan" in planning else start(command, begun)
 
 
 def start(command, begun=None):
     """Start or go on with the run that the command asks for; return the exit status."""
-    source, folder = distributed.by_first(source_of_run, command)
+    source, folder = distributed.run_on_rank0(source_of_run, command)
     with folder_lock(folder, "checkpoint_dir", print, "train elsewhere: --checkpoint-dir OTHER") as lock:
         return start_in(folder, source, command, lock, begun)
 
 
 def start_in(folder, source, command, lock, begun):
     """Do so in a folder whose lock is held; return the exit status."""
-    config, recipe, contents, remarks = distributed.by_first(open_checkpoint, command, source, folder)
+    config, recipe, contents, remarks = distributed.run_on_rank0(open_checkpoint, command, source, folder)
     if lock.note:
         remarks.insert(0, lock.note)
     device = choose_device(config)
@@ -640,7 +640,7 @@ def start_in(folder, source, command, lock, begun):
     set_up_arithmetic(config, device)
     remarks += precision_remarks(precision, device)
     with Monitor(config, device) as monitor:
-        splits = open_images(config, contents, monitor.say)
+        splits = open_images(config, contents, monitor.log)
         config, compile_choice, lines = prepare(command, config, contents, splits, device, precision, monitor, begun)
         remarks, monitor.epochs = lines + remarks, config["epochs"]
         return run(config, recipe, contents, compile_choice, remarks, splits, device, precision, monitor, lock)
@@ -657,27 +657,27 @@ def run(config, recipe, contents, compile_choice, remarks, splits, device, preci
         images = splits["train"]
         steps_per_epoch = len(images) // config["batch_size"]
         if contents is None:  # refused above unless it is asked for or there is none
-            distributed.by_first(checkpoint_files.delete_run, config["checkpoint_dir"])
-        monitor.log(f"environment: {to_json(environment())}")
-        monitor.log(f"configuration: {to_json(config)}")
-        monitor.say(
+            distributed.run_on_rank0(checkpoint_files.delete_run, config["checkpoint_dir"])
+        monitor.log_to_file(f"environment: {to_json(environment())}")
+        monitor.log_to_file(f"configuration: {to_json(config)}")
+        monitor.log(
             f"recipe {recipe}: {config['architecture']} on {len(images):,} images of {len(images.classes)} classes, "
             f"{steps_per_epoch} steps an epoch; {describe_device(device)}, {precision}, PyTorch {torch.__version__}"
         )
         if distributed.launched():
-            monitor.say(f"{distributed.describe()}; batches of {config['batch_size']} over all of them")
+            monitor.log(f"{distributed.describe()}; batches of {config['batch_size']} over all of them")
         for remark in remarks:
-            monitor.say(remark)
-        batches = BatchServer(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.say)
+            monitor.log(remark)
+        batches = BatchLoader(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.log)
         if config["spot_notice"] and distributed.local_rank() == 0:
-            watch_spot_notice(stop, config["spot_notice_url"], monitor.say)
+            watch_spot_notice(stop, config["spot_notice_url"], monitor.log)
         checkpoints, resumed = None, contents and (contents["best"], contents["path"])
         try:
             if config["learning_rate"] == "auto":
                 found = find_learning_rate(config, batches, precision, monitor, *USUAL_RANGE[config["optimizer"]])
-                monitor.say(describe_rates(found))
-                config = config | {"learning_rate": distributed.as_the_first(found["suggestion"])}
-                monitor.log(f"configuration: {to_json(config)}")  # the final one
+                monitor.log(describe_rates(found))
+                config = config | {"learning_rate": distributed.broadcast_from_rank0(found["suggestion"])}
+                monitor.log_to_file(f"configuration: {to_json(config)}")  # the final one
             torch.manual_seed(config["seed"] + distributed.rank())
             compiled = {"compile": "on" if compile_choice["compiled"] else "off"}
             state = new_state(config | compiled, len(images.classes), steps_per_epoch, device, precision)
@@ -690,26 +690,26 @@ def run(config, recipe, contents, compile_choice, remarks, splits, device, preci
             several = f"{distributed.size()} times " if distributed.size() > 1 else ""
             facts["hardware"] = several + describe_device(device)
             facts["class_names"] = getattr(images, "class_names", {})  # what people call them, where a packed file knows
-            checkpoints = checkpoint_files.CheckpointFolder(config, facts, lock, stop, monitor.say)
+            checkpoints = checkpoint_files.CheckpointFolder(config, facts, lock, stop, monitor.log)
             if resumed:
                 checkpoints.find_best(*resumed)
             monitor.open_records(checkpoints.folder, state.epoch, Path(resumed[1]).parent if resumed else None)
-            with distributed.noticing_losses():  # here already, so that the log says it, too
+            with distributed.detect_lost_ranks():  # here already, so that the log says it, too
                 train(state, config, batches, checkpoints, monitor)
             if not (checkpoints.is_saved or checkpoints.save(state)):
                 raise TrainingStopped(f"the run has ended, but its result could NOT be saved to {checkpoints.folder}")
             conditions = f"{config['val_resolution']} px, no test-time augmentation"
-            monitor.say(f"finished {config['epochs']} epochs: {checkpoints.best_in_words(state.best, conditions)}")
+            monitor.log(f"finished {config['epochs']} epochs: {checkpoints.best_in_words(state.best, conditions)}")
         except (Interrupted, WorkerDied, DataError) as cause:
             exit_code = save_and_leave(cause, checkpoints, state if checkpoints else None, monitor)
             if stop.machine_goes_away:
                 distributed.end_launcher()
             return exit_code
         except UserError as error:
-            monitor.log(f"stopped: {error}")
+            monitor.log_to_file(f"stopped: {error}")
             raise
         except Exception as error:
-            monitor.log(traceback.format_exc())
+            monitor.log_to_file(traceback.format_exc())
             cause = f"{type(error).__name__}: {first_line(error)}"
             with contextlib.suppress(Exception):  # the first error is the one to show
                 save_and_leave(cause, checkpoints, state if checkpoints else None, monitor)
@@ -723,22 +723,22 @@ def save_and_leave(cause, checkpoints, state, monitor):
     """Save the state of a run that is asked to stop, say how to go on, and return the exit status."""
     exit_code = getattr(cause, "exit_code", 1)
     if checkpoints is None:
-        monitor.say(f"stopped by {cause}, before the training began")
+        monitor.log(f"stopped by {cause}, before the training began")
         return exit_code
     where = f"in epoch {state.epoch + 1} after {state.batch} batches"
     program = "torchrun ... train.py" if distributed.launched() else "python train.py"
     alone = isinstance(cause, str) and distributed.size() > 1  # an error of this process: the others do not save with it
     if not state.is_whole or alone:
-        monitor.say(
+        monitor.log(
             f"stopped by {cause} {where}; NOT saved, {'alone with it' if alone else 'in the middle of a step'}. "
             f"Go on from the last save with: {program} --resume {checkpoints.folder / checkpoint_files.LAST}"
         )
     elif checkpoints.save(state):
-        monitor.say(
+        monitor.log(
             f"stopped by {cause} {where}; saved. Go on with: {program} --resume {checkpoints.folder / checkpoint_files.LAST}"
         )
     else:
-        monitor.say(f"stopped by {cause} {where}; NOT saved, an earlier checkpoint may be in {checkpoints.folder}")
+        monitor.log(f"stopped by {cause} {where}; NOT saved, an earlier checkpoint may be in {checkpoints.folder}")
     return exit_code
 
 

@@ -22,7 +22,7 @@ from benchmarks.measuring import cpus_granted, in_processes, installed_timm, mea
 from config import CONFIG
 from engine.data import images
 from engine.data.batches import training_requests
-from engine.data.loader import IMAGENET_MEAN, IMAGENET_STD, BatchServer
+from engine.data.loader import IMAGENET_MEAN, IMAGENET_STD, BatchLoader
 from engine.data.splits import open_splits
 from engine.preparation import finding
 from engine.preparation.packed import PackedSplit, write_split
@@ -171,8 +171,8 @@ def loader_contenders(folder, resolution, workers):
         return lambda: in_processes(train_views, [(split, resolution, part) for part in parts])
 
     def ours(split):
-        server = BatchServer({"train": split}, settings, CPU, torch.float32, StopRequest(), print)
-        return lambda: collections.deque(server.serve(training_requests(split, settings, epoch=0)), maxlen=0)
+        server = BatchLoader({"train": split}, settings, CPU, torch.float32, StopRequest(), print)
+        return lambda: collections.deque(server.iterate(training_requests(split, settings, epoch=0)), maxlen=0)
 
     def theirs(loader):
         return lambda: collections.deque(loader, maxlen=0)

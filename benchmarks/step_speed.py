@@ -120,7 +120,7 @@ def our_step(job, device, precision):
     state.model.train()
 
     def step(images, labels):
-        distributed.news_of_all(None)
+        distributed.gather_events(None)
         result = train_step(state, images, labels, config)
         distributed.any_process(False)
         state.sums.add(result.loss, result.correct, result.grad_norm, len(labels))

@@ -84,7 +84,7 @@ class WithoutBatchNorm(torch.nn.Module):
 def state_of(network, config):
     """The state at the start of a run of another network, 10 steps an epoch on a CPU in fp32."""
     state = train.new_state(config, 5, 10, torch.device("cpu"), "fp32")
-    state.model, state.network = network, distributed.parallel(network)
+    state.model, state.ddp_model = network, distributed.wrap_ddp(network)
     state.optimizer = train.build_optimizer(network, config)
     state.schedule = train.build_schedule(state.optimizer, config, 10)
     return state

@@ -20,11 +20,11 @@ import train
 from config import CONFIG
 from engine.cli.command_line import parse_command_line
 from engine.data.batches import Batch
-from engine.data.loader import BatchServer
+from engine.data.loader import BatchLoader
 from engine.system import distributed
 from engine.system.errors import TrainingStopped, UserError
 from engine.system.interruption import Interrupted, StopRequest
-from engine.training.metrics import TrainingSums
+from engine.training.metrics import MetricAccumulator
 from engine.training.sync_batch_norm import CpuSyncBatchNorm2d
 
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ def the_whole_batch(dtype=torch.float32):
 
 
 def my_part(*tensors):
-    places = distributed.share(np.arange(BATCH))
+    places = distributed.shard(np.arange(BATCH))
     return [tensor[places] for tensor in tensors]
 
 
@@ -66,9 +66,9 @@ class Tight(WithoutBatchNorm):
 @claim
 def the_shares_are_disjoint_and_leave_nothing_out():
     for count in (1, 2, 3, 7, 8, 256):
-        shares = distributed.gathered(distributed.share(np.arange(count)).tolist())
-        assert [index for share in shares for index in share] == list(range(count))
-        assert max(map(len, shares)) == distributed.largest_share(count)
+        shares = distributed.all_gather_object(distributed.shard(np.arange(count)).tolist())
+        assert [index for shard in shares for index in shard] == list(range(count))
+        assert max(map(len, shares)) == distributed.largest_shard(count)
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
@@ -84,9 +84,9 @@ def gradients_are_those_of_the_whole_batch_in_one_process():
         loss.backward()
         for ours, theirs in zip(network.parameters(), alone.parameters(), strict=True):
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-8)
-        torch.testing.assert_close(distributed.summed(result[0]), loss.detach(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(distributed.all_reduce_sum(result[0]), loss.detach(), rtol=1e-6, atol=1e-6)
         hits = (alone(images).argmax(1) == labels).sum()
-        assert distributed.summed(result[1]) == hits
+        assert distributed.all_reduce_sum(result[1]) == hits
 
 
 @claim
@@ -105,7 +105,7 @@ def synced_batch_norm_is_batch_norm_over_the_whole_batch():
             (expected * weights).sum().backward()
             torch.testing.assert_close(mine, *my_part(expected), rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(part.grad, *my_part(batch.grad), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(distributed.summed(ours.weight.grad), theirs.weight.grad, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(distributed.all_reduce_sum(ours.weight.grad), theirs.weight.grad, rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(ours.running_mean, theirs.running_mean)
         torch.testing.assert_close(ours.running_var, theirs.running_var)
         assert ours.num_batches_tracked == theirs.num_batches_tracked == 2
@@ -117,7 +117,7 @@ def a_process_out_of_memory_makes_all_halve_their_micro_batches():
     state, alone = state_of(Tight(), QUICK), WithoutBatchNorm()
     images, labels = the_whole_batch()
     train.adapting_train_step(state, *my_part(images, labels), QUICK, said.append)
-    assert distributed.gathered(state.micro_batch_size) == [2] * distributed.size()
+    assert distributed.all_gather_object(state.micro_batch_size) == [2] * distributed.size()
     assert len(said) == (1 if distributed.rank() == 1 else 0)
     optimizer = torch.optim.SGD(alone.parameters(), lr=0.05 / 25, momentum=0.9)
     F.cross_entropy(alone(images), labels).backward()
@@ -132,10 +132,10 @@ def under_synced_norms_all_take_as_many_micro_batches_and_stay_in_step():
     network[0].norm = CpuSyncBatchNorm2d(8)
     state = state_of(network, QUICK)
     train.adapting_train_step(state, *my_part(*the_whole_batch()), QUICK, lambda text: None)
-    assert distributed.gathered(state.micro_batch_size) == [2] * distributed.size()
+    assert distributed.all_gather_object(state.micro_batch_size) == [2] * distributed.size()
     assert network[0].norm.num_batches_tracked == 2
     assert network[0].norm.training
-    weights = distributed.gathered(network[0].conv.weight.detach())
+    weights = distributed.all_gather_object(network[0].conv.weight.detach())
     assert all(torch.equal(weight, weights[0]) for weight in weights)
     state.micro_batch_size = 1  # 3, 3 and 2 images: not in three parts, of which one would have none
     train.adapting_train_step(state, *my_part(*the_whole_batch()), QUICK, lambda text: None)
@@ -145,7 +145,7 @@ def under_synced_norms_all_take_as_many_micro_batches_and_stay_in_step():
 @claim
 def out_of_memory_in_a_common_step_stops_and_names_the_micro_batch():
     state = state_of(Tight(), QUICK)
-    state.rehearsed.add(32)
+    state.probed_resolutions.add(32)
     if distributed.rank() == 1:
         with pytest.raises(TrainingStopped, match="--micro-batch-size 2 --resume auto"):
             train.adapting_train_step(state, *my_part(*the_whole_batch()), QUICK, print)
@@ -162,7 +162,7 @@ def a_rehearsal_leaves_no_trace():
         for _ in range(2):
             train.adapting_train_step(state, *my_part(*the_whole_batch()), QUICK, print)
     assert len(steps) == 2
-    assert state.rehearsed == {32}
+    assert state.probed_resolutions == {32}
     assert all(torch.equal(tensor, before[key]) for key, tensor in state.model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), rng)
 
@@ -174,7 +174,7 @@ def statistics_become_their_mean():
     norm.running_mean.fill_(distributed.rank())
     norm.running_var.fill_(10 + distributed.rank())
     weights = state.model.conv1.weight.clone()
-    distributed.average_statistics(state.model)
+    distributed.average_bn_stats(state.model)
     assert norm.running_mean.tolist() == [1.0] * 64
     assert norm.running_var.tolist() == [11.0] * 64
     assert torch.equal(state.model.conv1.weight, weights)
@@ -182,13 +182,13 @@ def statistics_become_their_mean():
 
 @claim
 def sums_of_an_epoch_are_of_all_processes_and_survive_another_number_of_them():
-    sums, rank = TrainingSums(CPU), distributed.rank()
+    sums, rank = MetricAccumulator(CPU), distributed.rank()
     sums.add(torch.tensor(0.5), torch.tensor(float(rank)), torch.tensor(3.0), 8)  # each has a loss of 0.5 of the mean
     sums.add(torch.tensor(math.nan), torch.tensor(8.0), torch.tensor(math.nan), 8)
     figures = sums.read()
     assert (figures.loss, figures.top1, figures.grad_norm) == (1.5, 100 * 3 / 8, 3.0)
     assert (figures.images, figures.skipped_steps) == (16, 1)
-    again = TrainingSums(CPU)
+    again = MetricAccumulator(CPU)
     again.load(sums.state())
     assert again.read() == figures
 
@@ -202,10 +202,10 @@ def an_error_of_the_first_ends_all_and_only_the_first_says_why():
         raise error
 
     with pytest.raises(UserError) as caught:
-        distributed.by_first(fail)
+        distributed.run_on_rank0(fail)
     assert caught.value.exit_code == 2
     assert str(caught.value) == ("the reason" if distributed.rank() == 0 else "")
-    assert distributed.by_first(lambda: [1, "two"]) == [1, "two"]
+    assert distributed.run_on_rank0(lambda: [1, "two"]) == [1, "two"]
 
 
 @claim
@@ -216,9 +216,9 @@ def an_error_of_any_ends_all_and_only_that_one_says_why():
         return distributed.rank()
 
     with pytest.raises(UserError) as caught:
-        distributed.by_each(fail_on_one)
+        distributed.run_on_all_ranks(fail_on_one)
     assert str(caught.value) == ("the reason" if distributed.rank() == 1 else "")
-    assert distributed.by_each(distributed.rank) == distributed.rank()
+    assert distributed.run_on_all_ranks(distributed.rank) == distributed.rank()
 
 
 @claim
@@ -236,8 +236,8 @@ def all_train_the_epochs_that_the_first_has_planned():
 
 @claim
 def news_reaches_all_and_no_news_costs_no_gathering():
-    assert distributed.news_of_all(None) == {}
-    assert distributed.news_of_all("here" if distributed.rank() == 2 else None) == {2: "here"}
+    assert distributed.gather_events(None) == {}
+    assert distributed.gather_events("here" if distributed.rank() == 2 else None) == {2: "here"}
 
 
 @claim
@@ -245,20 +245,20 @@ def each_process_draws_from_a_stream_of_its_own_and_keeps_it():
     state = train.new_state(QUICK, 5, 10, CPU, "fp32")
     torch.manual_seed(QUICK["seed"] + distributed.rank())
     saved = state.state_dict() | {"config": QUICK}
-    expected = distributed.gathered(torch.rand(3).tolist())
+    expected = distributed.all_gather_object(torch.rand(3).tolist())
     assert len({tuple(numbers) for numbers in expected}) == distributed.size()
     torch.manual_seed(99)
     state.load_state_dict(saved, QUICK, 10)
-    assert distributed.gathered(torch.rand(3).tolist()) == expected
+    assert distributed.all_gather_object(torch.rand(3).tolist()) == expected
     state.load_state_dict(saved | {"rng": saved["rng"][:1]}, QUICK, 10)  # of a run in one process
-    drawn = distributed.gathered(torch.rand(3).tolist())
+    drawn = distributed.all_gather_object(torch.rand(3).tolist())
     assert drawn[0] == expected[0]
     assert len({tuple(numbers) for numbers in drawn}) == distributed.size()
 
 
 @claim
 def a_request_to_one_stops_all_before_the_same_batch():
-    server = BatchServer.__new__(BatchServer)  # the agreement alone, without its workers
+    server = BatchLoader.__new__(BatchLoader)  # the agreement alone, without its workers
     server.stop = StopRequest()
     seen = []
 
@@ -276,7 +276,7 @@ def a_request_to_one_stops_all_before_the_same_batch():
 
 
 if __name__ == "__main__":
-    with distributed.joined(CPU):
+    with distributed.process_group(CPU):
         for function in CLAIMS:
             place = Path(sys.argv[1]) / f"{function.__name__}.{distributed.rank()}"
             try:

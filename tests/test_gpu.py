@@ -9,13 +9,13 @@ from conftest import figures, run_program, run_torchrun, tiny_run
 from config import CONFIG
 from engine.data.batches import Batch, training_requests
 from engine.data.demo import make_demo_data
-from engine.data.loader import IMAGENET_MEAN, IMAGENET_STD, BatchServer, to_device
+from engine.data.loader import IMAGENET_MEAN, IMAGENET_STD, BatchLoader, to_device
 from engine.data.splits import open_splits
 from engine.run import checkpoint_files
 from engine.run.monitor import Throughput
 from engine.system.device import AUTOCAST_DTYPES, build_scaler
 from engine.system.interruption import StopRequest
-from engine.training.metrics import TrainingSums
+from engine.training.metrics import MetricAccumulator
 from train import adapting_train_step, new_state, train_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -38,7 +38,7 @@ def random_batch(config, dtype, resolution=64):
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
 def test_train_step_never_waits_for_the_device(precision, optimizer):
     config, state = small_state(precision, optimizer=optimizer, micro_batch_size=8)
-    sums = TrainingSums(torch.device("cuda"))
+    sums = MetricAccumulator(torch.device("cuda"))
     images, labels = random_batch(config, AUTOCAST_DTYPES[precision])
     train_step(state, images, labels, config)  # the first step allocates and loads
     torch.cuda.synchronize()
@@ -200,8 +200,8 @@ def test_batches_from_workers_arrive_pinned_and_whole(tmp_path):
     requests = [r for epoch in range(3) for r in training_requests(splits["train"], config, epoch)]
     said, seen = [], {}
     for name in ("cpu", "cuda"):
-        server = BatchServer(splits, config, torch.device(name), torch.float32, StopRequest(), said.append)
-        assert name == "cpu" or next(server.serve(requests[:1])).images.is_pinned()
+        server = BatchLoader(splits, config, torch.device(name), torch.float32, StopRequest(), said.append)
+        assert name == "cpu" or next(server.iterate(requests[:1])).images.is_pinned()
         seen[name] = [(images.cpu(), labels.cpu()) for images, labels in server.training(requests, set())]
         server.close()
     assert said == []

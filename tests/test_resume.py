@@ -50,7 +50,7 @@ def reference(image_tree, tmp_path_factory):
 
 MOMENTS = {  # function of a module, its n-th call, and where the run then says that it stopped
     "a training step": ("train", "train_step", 11, "in epoch 2 after 4 batches"),
-    "the recomputation of batch norm": ("engine.training.averaging", "refresh_batch_norm", 1, "in epoch 2 after 7 batches"),
+    "the recomputation of batch norm": ("engine.training.averaging", "recompute_bn_stats", 1, "in epoch 2 after 7 batches"),
     "validation": ("train", "evaluate", 3, "in epoch 3 after 7 batches"),
     "the writing of a checkpoint": ("engine.run.checkpoint_files", "write", 2, "in epoch 3 after 0 batches"),
     "the writing of the records": ("engine.run.monitor", "append_record", 2, "in epoch 3 after 0 batches"),
@@ -105,11 +105,11 @@ def then_sigterm(batches, after):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("where", ["engine.training.averaging.refresh_batch_norm", "train.evaluate"])
+@pytest.mark.parametrize("where", ["engine.training.averaging.recompute_bn_stats", "train.evaluate"])
 def test_a_stop_between_an_epochs_last_step_and_its_record_is_resumed_bit_by_bit(where, image_tree, tmp_path, monkeypatch):
     changes = {"stochastic_depth": 0.5, "swa_start_epoch": 2, "epochs": 3}  # the recomputation draws random numbers
     assert run_here(tiny_run(image_tree, tmp_path / "whole", **changes)) == 0
-    original, calls = {"train.evaluate": train.evaluate}.get(where, averaging.refresh_batch_norm), []
+    original, calls = {"train.evaluate": train.evaluate}.get(where, averaging.recompute_bn_stats), []
 
     def interrupted(model, batches, *others, **options):
         calls.append(model)
@@ -263,7 +263,7 @@ def test_a_run_goes_on_with_a_full_disk_and_says_that_its_result_is_not_saved(im
 
 def test_a_full_disk_does_not_end_the_log(tmp_path):
     with Monitor(CONFIG | {"log_file": "/dev/full"}, torch.device("cpu")) as monitor:
-        monitor.say("said all the same")
+        monitor.log("said all the same")
 
 
 # SIGKILL at random instants ------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ MAY_IMPORT = {  # of the project's own; engine, config and model import no scrip
     "engine": {"engine"},
     "model.py": {"engine"},
 }
-SOURCES = sorted(path for folder in (".", "engine", "benchmarks") for path in (REPOSITORY / folder).glob("*.py"))
+SOURCES = sorted([*REPOSITORY.glob("*.py"), *(REPOSITORY / "engine").rglob("*.py"), *(REPOSITORY / "benchmarks").glob("*.py")])
 
 
 def imports_of(path):

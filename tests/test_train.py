@@ -16,7 +16,7 @@ import report
 import train
 from config import CONFIG
 from engine.cli.keys import ConfigError
-from engine.data.loader import BatchServer
+from engine.data.loader import BatchLoader
 from engine.data.splits import open_splits
 from engine.run import checkpoint_files
 from engine.system.device import autocast, build_scaler, choose_precision, load_scaler, set_up_arithmetic
@@ -338,7 +338,7 @@ def test_evaluation_counts_every_image_exactly_once_whatever_the_batch_size(imag
     results = []
     for batch_size in (1, 7, 64):
         config = QUICK | {"batch_size": batch_size, "val_resolution": 32, "num_workers": 0}
-        batches = BatchServer(splits, config, CPU, torch.float32, StopRequest(), print)
+        batches = BatchLoader(splits, config, CPU, torch.float32, StopRequest(), print)
         results.append(train.evaluate({"raw": model}, batches.validation(), 20, autocast(CPU, "fp32"))["raw"])
     assert all(result["images"] == 20 for result in results)
     assert results[0] == pytest.approx(results[1], rel=1e-4)

@@ -112,7 +112,7 @@ class BatchMaker(Dataset):
         raise DataError(f"{TRIES_TO_REPLACE} images in a row could not be read, the last: {bad_images[-1]}")
 
 
-def report_bad_images(batches, split, known, limit, say):
+def report_bad_images(batches, split, known, limit, log):
     """Yield the training batches; say each unreadable image's name once.
 
     Args:
@@ -123,7 +123,7 @@ def report_bad_images(batches, split, known, limit, say):
         for index, reason in batch.bad_images:
             if index not in known:
                 known.add(index)
-                say(f"bad image {split.name(index)} ({reason}): another one takes its place; {len(known)} so far")
+                log(f"bad image {split.name(index)} ({reason}): another one takes its place; {len(known)} so far")
         if len(known) > limit:
             raise DataError(f"{len(known)} training images cannot be read, more than max_bad_images = {limit}: see the log")
         yield batch

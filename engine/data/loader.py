@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from engine.data.batches import Batch, BatchMaker, largest_resolution, refuse_bad_images, report_bad_images, validation_requests
 from engine.data.buffers import BATCHES_HELD, BatchBuffers
-from engine.system.distributed import largest_share, local_size, news_of_all, share, size
+from engine.system.distributed import gather_events, largest_shard, local_size, shard, size
 from engine.system.errors import UserError
 from engine.system.interruption import Interrupted, ignore_signals
 from engine.system.workers import WorkerDied, available_cores
@@ -19,7 +19,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 BATCHES_AHEAD = 2  # that each worker has been asked for
 
 
-class BatchServer:
+class BatchLoader:
     """Serves batches on the device, made by one pool of worker processes that lives as long as the run.
 
     The workers are forked at once and then only told what to make, so that nothing is reloaded between epochs, and so that
@@ -30,18 +30,18 @@ class BatchServer:
         splits: {'train': ..., 'val': ...}.
         device, dtype: of the images handed out, see to_device.
         stop: StopRequest, heeded between two batches.
-        say: called with each message for the user.
+        log: called with each message for the user.
     """
 
-    def __init__(self, splits, config, device, dtype, stop, say):
+    def __init__(self, splits, config, device, dtype, stop, log):
         workers = worker_count(config, device)
         ahead = workers * BATCHES_AHEAD
         self.splits = splits
         self.config = config
         self.workers, self.queued = workers, ahead  # processes, and batches that they have been asked for beforehand
         self.device, self.dtype = device, dtype
-        self.stop, self.say = stop, say
-        images = largest_share(config["batch_size"])
+        self.stop, self.log = stop, log
+        images = largest_shard(config["batch_size"])
         self._buffers = BatchBuffers(ahead + BATCHES_HELD, images, largest_resolution(config))
         self._queue = _Requests(len(self._buffers))
         self._loader = DataLoader(
@@ -58,18 +58,18 @@ class BatchServer:
         )
         self._iterator = iter(self._loader) if workers else None  # forks
         if device.type == "cuda" and not self._buffers.pin():
-            say("note: the batches' memory could not be pinned; copies to the GPU will not overlap with its work")
+            log("note: the batches' memory could not be pinned; copies to the GPU will not overlap with its work")
 
     def training(self, requests, bad_images):
         """Yield (images, labels) of each training request; unreadable images are replaced, named and added to bad_images."""
-        batches, limit = self._in_step(self.serve(requests)), self.config["max_bad_images"]
-        batches = report_bad_images(batches, self.splits["train"], bad_images, limit, self.say)
+        batches, limit = self._in_step(self.iterate(requests)), self.config["max_bad_images"]
+        batches = report_bad_images(batches, self.splits["train"], bad_images, limit, self.log)
         return to_device(batches, self.device, self.dtype)
 
     def validation(self, resolution=None):
         """Yield (images, labels) of every validation image, each exactly once; at val_resolution, or another one in px."""
         requests = validation_requests(self.splits["val"], self.config, resolution or self.config["val_resolution"])
-        batches = self._in_step(refuse_bad_images(self.serve(requests), self.splits["val"]))
+        batches = self._in_step(refuse_bad_images(self.iterate(requests), self.splits["val"]))
         return to_device(batches, self.device, self.dtype)
 
     def _in_step(self, batches):
@@ -89,7 +89,7 @@ class BatchServer:
             if self.stop.cause is not None:
                 stopped = self.stop.cause, self.stop.exit_code
             bad_images = batch.bad_images if batch is not None else []
-            news = news_of_all((stopped, bad_images) if stopped or bad_images else None)
+            news = gather_events((stopped, bad_images) if stopped or bad_images else None)
             if error is not None:
                 raise error
             for number, (why, _) in news.items():
@@ -100,7 +100,7 @@ class BatchServer:
                 return
             yield batch._replace(bad_images=[each for _, of_one in news.values() for each in of_one])
 
-    def serve(self, requests):
+    def iterate(self, requests):
         """Yield a Batch for each request, in main memory; it is overwritten once the next batch but one is asked for.
 
         Of several processes each gets its share of every batch, be it none of a small one.
@@ -110,7 +110,7 @@ class BatchServer:
         """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # of an earlier pass, broken off, the last copies may still be under way
-        self._queue.requests = (request._replace(indices=share(request.indices)) for request in requests)
+        self._queue.requests = (request._replace(indices=shard(request.indices)) for request in requests)
         try:
             self._iterator = iter(self._loader)
             # The DataLoader's handler of a worker's death would raise in the middle of a training step. Without it the death

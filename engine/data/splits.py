@@ -14,12 +14,12 @@ from engine.preparation.trees import SPLITS, all_names, open_folders
 from engine.system.errors import DataError
 
 
-def open_splits(data_dir, needed=SPLITS, say=print):
+def open_splits(data_dir, needed=SPLITS, log=print):
     """Return {'train': ..., 'val': ...} of the images in data_dir: each a packed file, or else images in folders.
 
     Args:
         needed: those to open. 'val' alone may also be a folder that holds the class folders themselves.
-        say: called with each line on what was chosen or left out.
+        log: called with each line on what was chosen or left out.
     Raises:
         DataError: with what is wrong with the folder, and what to run instead.
     """
@@ -34,7 +34,7 @@ def open_splits(data_dir, needed=SPLITS, say=print):
         folders, remarks = opened
         splits = {split: splits.get(split) or folders[split] for split in needed}
         for remark in remarks:
-            say(remark)
+            log(remark)
     if "train" in splits and "val" in splits:
         _let_classes_agree(splits, data_dir)
     for split, images in splits.items():
@@ -42,7 +42,7 @@ def open_splits(data_dir, needed=SPLITS, say=print):
         if not counts.any():
             raise DataError(f"{data_dir} holds no {split} images")
         if empty := [images.classes[label] for label in np.flatnonzero(counts == 0)]:
-            say(f"WARNING: {split} has no images of {len(empty):,} of the {len(counts):,} classes: {some(empty)}")
+            log(f"WARNING: {split} has no images of {len(empty):,} of the {len(counts):,} classes: {some(empty)}")
     return splits
 
 
@@ -85,7 +85,7 @@ def _nothing_there(data_dir, splits):
     return f"{what}. {no_form(data_dir)} {advice}"
 
 
-def say_packing_gain(split, config, say):
+def log_packing_gain(split, config, log):
     """Say how much faster training views come from packed images on this machine, measured on a few of the originals.
 
     Nothing is said where there is nothing to gain: the images are packed already, or small.
@@ -108,7 +108,7 @@ def say_packing_gain(split, config, say):
             training_view(content, config["train_resolution"], config["min_crop_area"], np.random.default_rng(number))
         times.append(1000 * (time.process_time() - started) / len(contents))
     original, small = times[2:]
-    say(
+    log(
         f"note: these images are read as they lie, in {original:.1f} ms each on one core; packed by python prepare_data.py it "
         f"would be {small:.1f} ms, {original / small:.1f} times as fast (measured here on {len(originals)} of them)"
     )

@@ -26,7 +26,7 @@ def read_class_file(path, outputs):
     return classes
 
 
-def match_classes(images, known, outputs, weights, where, say):
+def match_classes(images, known, outputs, weights, where, log):
     """Let the labels of a split count in the order of a network's outputs.
 
     Certain are: classes of the same names; 1000 wnids, whose order is that of all who train on ImageNet; and the numbers of
@@ -37,7 +37,7 @@ def match_classes(images, known, outputs, weights, where, say):
         known: the network's classes in the order of its outputs, or None.
         outputs: their number.
         weights, where: the network's file and the images' folder, for messages.
-        say: called with a line where the order had to be found.
+        log: called with a line where the order had to be found.
     Raises:
         DataError: the order is not certain; says how to state it.
     """
@@ -46,12 +46,12 @@ def match_classes(images, known, outputs, weights, where, say):
         if set(there) <= set(known):
             images.relabel(known)
             if len(there) < len(known):
-                say(f"note: {where} holds images of {len(there):,} of the {len(known):,} classes that {weights} tells apart")
+                log(f"note: {where} holds images of {len(there):,} of the {len(known):,} classes that {weights} tells apart")
             return
         if all_of_imagenet(known) and all_of_imagenet(images.classes):  # one by wnids, the other by numbers
             images.relabel(class_order(images.classes))
             images.classes = known
-            say(f"note: the classes in {where} are matched to those of {weights}: number n is the n-th wnid, counted from 0")
+            log(f"note: the classes in {where} are matched to those of {weights}: number n is the n-th wnid, counted from 0")
             return
         unknown = some(sorted(set(there) - set(known)))
         raise DataError(f"the classes in {where} are not the {len(known):,} of {weights} (unknown: {unknown}); {WAY_OUT}")
@@ -63,10 +63,10 @@ def match_classes(images, known, outputs, weights, where, say):
         )
     if are_numbers(images.classes) and {int(name) for name in images.classes} == set(range(outputs)):
         images.relabel(class_order(images.classes))
-        say(f"note: {weights} does not name its classes; the numbers in {where} are taken as those of its outputs, from 0 on")
+        log(f"note: {weights} does not name its classes; the numbers in {where} are taken as those of its outputs, from 0 on")
     elif all_of_imagenet(images.classes):
         images.relabel(class_order(images.classes))
-        say(f"note: {weights} does not name its classes; its outputs are taken to be the sorted wnids in {where}")
+        log(f"note: {weights} does not name its classes; its outputs are taken to be the sorted wnids in {where}")
     else:
         raise DataError(f"{weights} does not name its {outputs:,} classes; those in {where} ({names}) do not tell: {WAY_OUT}")
 

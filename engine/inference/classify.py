@@ -12,7 +12,7 @@ from engine.data.images import decode_rgb, validation_view
 from engine.data.loader import build_normalise
 from engine.preparation.finding import FolderTree, LeftOut, files_below, joined, text_of
 from engine.system.files import replacing
-from engine.system.gpu_memory import in_parts_that_fit
+from engine.system.gpu_memory import retry_in_parts_on_oom
 
 IMAGES_AT_ONCE = 64
 THUMBNAIL = 168  # px
@@ -26,14 +26,14 @@ class Prediction(NamedTuple):
     best: list  # (class, probability from 0 to 1), the most probable first
 
 
-def image_files(paths, skip, say):
+def image_files(paths, skip, log):
     """Yield the paths, bytes, of the files named, and of folders every file in and below them, in order.
 
     What is no image is found out when it is read.
 
     Args:
         skip: called with (text of the path, reason) for each path that is no file and no folder.
-        say: called with a line for each kind of things in the folders that were left out.
+        log: called with a line for each kind of things in the folders that were left out.
     """
     for path in paths:
         if os.path.isdir(path):
@@ -41,7 +41,7 @@ def image_files(paths, skip, say):
             for folder, files in files_below(tree, "", left_out):
                 yield from (tree.path(joined(folder, name)) for name in files)
             for line in left_out.lines(shown(os.fsencode(path))):
-                say(line)
+                log(line)
         elif os.path.exists(path) and not os.path.isfile(path):
             skip(shown(os.fsencode(path)), "no regular file")  # reading a pipe would wait for ever
         else:
@@ -70,7 +70,7 @@ def classify(paths, probabilities, classes, config, device, dtype, skip, k=5):
         skip: called with (text of the path, reason) for each file that cannot be read.
     """
     views, files = [], []
-    normalise, in_parts = build_normalise(device, dtype), in_parts_that_fit(probabilities)
+    normalise, in_parts = build_normalise(device, dtype), retry_in_parts_on_oom(probabilities)
 
     def predictions():
         batch = torch.from_numpy(np.stack(views)).to(device).permute(0, 3, 1, 2)

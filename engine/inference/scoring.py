@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from engine.inference.confusion import count_confusions
-from engine.system.distributed import summed
+from engine.system.distributed import all_reduce_sum
 from engine.system.errors import DataError
-from engine.system.gpu_memory import in_parts_that_fit
+from engine.system.gpu_memory import retry_in_parts_on_oom
 
 ENSEMBLE = "ensemble"
 
@@ -46,18 +46,18 @@ def evaluate(models, device_batches, num_images, context, flip=False, ensemble=F
                 confused = count_confusions(logits_of[confusions_of], labels)
         return sums, confused
 
-    scored = in_parts_that_fit(scores)
+    scored = retry_in_parts_on_oom(scores)
     for images, labels in device_batches:
         for sums, confused in scored(images, labels):
             totals = {key: totals.get(key, 0) + value for key, value in sums.items()}
             confusions = confusions + confused
         count += len(labels)
-    count = int(summed(torch.tensor(count)))
+    count = int(all_reduce_sum(torch.tensor(count)))
     if count != num_images:
         raise DataError(f"{count} images evaluated, {num_images} expected: an accuracy is never that of fewer or more images")
     results = {}
     for (name, view), total in totals.items():
-        loss, top1, top5 = (summed(total) / count).tolist()
+        loss, top1, top5 = (all_reduce_sum(total) / count).tolist()
         results.setdefault(name, {"images": count})
         results[name] |= {f"{view}loss": loss, f"{view}top1": 100 * top1, f"{view}top5": 100 * top5}
     if confusions_of is not None:

@@ -202,7 +202,7 @@ def opener_of_compressed(path):
     return next((opener for magic, opener in COMPRESSED.items() if beginning.startswith(magic)), None)
 
 
-def uncompressed(path, scratch, say):
+def uncompressed(path, scratch, log):
     """Return the path of the tar in a compressed file, uncompressed in the folder `scratch` unless it lies there already.
 
     Raises:
@@ -221,7 +221,7 @@ def uncompressed(path, scratch, say):
             f"{path} is compressed; uncompressed it takes more than its {status.st_size / 1e9:,.1f} GB, which are not free in "
             f"{scratch}: name a folder on another disk"
         )
-    say(f"{path.name} is compressed: it is uncompressed to {scratch} first, and that file is deleted at the end")
+    log(f"{path.name} is compressed: it is uncompressed to {scratch} first, and that file is deleted at the end")
     try:
         with opener_of_compressed(path)(path) as file, replacing(target) as whole:
             shutil.copyfileobj(file, whole, 2**24)

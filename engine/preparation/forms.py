@@ -66,7 +66,7 @@ class Options(NamedTuple):
     scratch: Path | None = None  # folder for uncompressed archives
     image_column: str | None = None  # of parquet files
     label_column: str | None = None
-    say: Callable = print
+    log: Callable = print
 
 
 class Form(NamedTuple):
@@ -160,7 +160,7 @@ def _open_archive(path, options):
     elif path.name.endswith(".zip"):
         raise DataError(f"{path} is damaged or cut off: the list of its files, at its end, is missing; download it again")
     elif opener_of_compressed(path) is not None:
-        listing, kind = tar_listing(uncompressed(path, options.scratch, options.say), what=str(path)), "tar file"
+        listing, kind = tar_listing(uncompressed(path, options.scratch, options.log), what=str(path)), "tar file"
     else:
         listing, kind = tar_listing(path), "tar file"
     found = trees.open_tree(ArchiveTree(listing), str(path), path.parent)
@@ -265,7 +265,7 @@ def _open_old_hub(path, options):
     images, left_out = {split: [] for split in SPLITS}, {split: LeftOut() for split in SPLITS}
     for split, paths in archives.items():
         for archive in paths:
-            listing = tar_listing(uncompressed(archive, options.scratch, options.say), what=str(archive))
+            listing = tar_listing(uncompressed(archive, options.scratch, options.log), what=str(archive))
             left_out[split].add_refused(listing)
             for name, place in listing.files.items():
                 wnid = trees.stem(name).rpartition("_")[2]  # n01440764_10026_n01440764.JPEG

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from engine.system.distributed import any_process, by_first, rank
+from engine.system.distributed import any_process, rank, run_on_rank0
 from engine.system.errors import CheckpointError, TrainingStopped, first_line
 from engine.system.files import copy_file, delete_leftovers, keep_as, replacing, sync
 
@@ -291,7 +291,7 @@ class CheckpointFolder:
         self.best = {"top1": 0.0, "epoch": 0, "weights": "raw"}  # of the weights in best.pt
         self.is_saved = True  # whether the last attempt to save succeeded
         self._next_save = time.monotonic() + self.interval_seconds
-        by_first(self._delete_leftovers)
+        run_on_rank0(self._delete_leftovers)
 
     def _delete_leftovers(self):
         try:
@@ -309,7 +309,7 @@ class CheckpointFolder:
             resumed_from: path of its checkpoint, whose folder may be another one.
         """
         self.is_saved = Path(resumed_from).resolve() == (self.folder / LAST).resolve()
-        self.best = by_first(self._find_best, best, Path(resumed_from).parent)
+        self.best = run_on_rank0(self._find_best, best, Path(resumed_from).parent)
 
     def _find_best(self, best, other_folder):
         there, problem = self.folder / BEST, "it is not there"
@@ -362,7 +362,7 @@ class CheckpointFolder:
         self.stop.save_asked = False
         contents = self.facts | state.state_dict()
         require_finite(contents, self.folder)
-        self.is_saved, self.best = by_first(self._write, contents)
+        self.is_saved, self.best = run_on_rank0(self._write, contents)
         return self.is_saved
 
     def _write(self, contents):

@@ -16,7 +16,7 @@ from engine.run.records import append_record, keep_records_up_to, read_records
 from engine.run.telemetry import GpuFigures, GpuSampler, summary_of_all
 from engine.run.tensorboard import open_tensorboard
 from engine.system.console import lost_output
-from engine.system.distributed import gathered, rank
+from engine.system.distributed import all_gather_object, rank
 from engine.system.errors import UserError, first_line
 from engine.system.files import copy_file
 
@@ -43,9 +43,9 @@ class Monitor:
         self._unwritten = []
         self._output_was_lost = False
         self._next_drawing = -math.inf
-        self._speaks = rank() == 0
+        self._is_main = rank() == 0
         self._log = logging.Logger("training")  # not from the registry: each run has its own file
-        if self._speaks and config["log_file"] is not None:
+        if self._is_main and config["log_file"] is not None:
             try:
                 Path(config["log_file"]).parent.mkdir(parents=True, exist_ok=True)
                 handler = logging.FileHandler(config["log_file"], encoding="utf-8", errors="backslashreplace")
@@ -54,7 +54,7 @@ class Monitor:
             handler.handleError = _complain_of_the_log
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S%z"))
             self._log.addHandler(handler)
-        self._terminal = self._speaks and sys.stderr.isatty()
+        self._terminal = self._is_main and sys.stderr.isatty()
         self._bar = None
         self._next_plain_line = 0.0
 
@@ -66,24 +66,26 @@ class Monitor:
         self.finish()
         self._sampler.stop()
         if self._board is not None:
-            with self._at_the_cost_of_a_warning("TensorBoard's file could not be closed"):
+            with self._warn_on_error("TensorBoard's file could not be closed"):
                 self._board.close()
         for handler in self._log.handlers:
             with contextlib.suppress(OSError):  # what a full disk did not take has been complained of
                 handler.close()
 
-    def say(self, text):
+    def log(self, text):
         """Print a line above the bar, if there is one, and log it."""
-        if not self._speaks:
+        if not self._is_main:
             return
-        self.log(text)
+        self.log_to_file(text)
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
         if not self._output_was_lost and (reason := lost_output()):
             self._output_was_lost = True
-            self.log(f"note: standard output cannot be written to ({reason}); the run goes on, and this log has everything")
+            self.log_to_file(
+                f"note: standard output cannot be written to ({reason}); the run goes on, and this log has everything"
+            )
 
-    def log(self, text):
+    def log_to_file(self, text):
         """Write a line to the log file alone."""
         for line in text.splitlines():
             self._log.info(line)
@@ -116,8 +118,8 @@ class Monitor:
             self._next_plain_line = time.monotonic() + PLAIN_LINE_SECONDS
             shown = ", ".join(f"{name} {text}" for name, text in figures.items())
             line = f"{self._what}: batch {self._done}/{self._total}, {shown}"
-            self.log(line)
-            if self._speaks and self._bar is None:
+            self.log_to_file(line)
+            if self._is_main and self._bar is None:
                 print(line, flush=True)
 
     def watch(self, batches):
@@ -139,16 +141,16 @@ class Monitor:
         Args:
             resumed_from: folder of the checkpoint that the run goes on from; its records come along where there are none here.
         """
-        if not self._speaks:
+        if not self._is_main:
             return
         self._folder = folder
-        with self._at_the_cost_of_a_warning(f"{RECORDS} could not be written"):
+        with self._warn_on_error(f"{RECORDS} could not be written"):
             if resumed_from and (resumed_from / RECORDS).is_file() and not (folder / RECORDS).exists():
                 copy_file(resumed_from / RECORDS, folder / RECORDS)
             if unreadable := keep_records_up_to(folder / RECORDS, epochs_done):
-                self.say(f"WARNING: {unreadable} lines of {folder / RECORDS} could not be read and are dropped")
+                self.log(f"WARNING: {unreadable} lines of {folder / RECORDS} could not be read and are dropped")
         if self._config["tensorboard"]:
-            with self._at_the_cost_of_a_warning("TensorBoard's file could not be opened"):
+            with self._warn_on_error("TensorBoard's file could not be opened"):
                 self._board = open_tensorboard(folder, epochs_done)
 
     def write_record(self, record):
@@ -157,12 +159,12 @@ class Monitor:
         What cannot be written now is written with the next record.
         """
         gpus = {}
-        with self._at_the_cost_of_a_warning("the GPU's figures are not known"):
-            gpus = summary_of_all(gathered(self._sampler.summary()))
+        with self._warn_on_error("the GPU's figures are not known"):
+            gpus = summary_of_all(all_gather_object(self._sampler.summary()))
         record = {name: None if value != value else value for name, value in record.items()} | gpus  # JSON knows no NaN
-        if self._speaks:
+        if self._is_main:
             self._unwritten.append(record)
-            with self._at_the_cost_of_a_warning(f"the record of epoch {record['epoch']} could not be written"):
+            with self._warn_on_error(f"the record of epoch {record['epoch']} could not be written"):
                 while self._unwritten:
                     append_record(self._folder / RECORDS, self._unwritten[0])
                     self._unwritten.pop(0)
@@ -171,24 +173,24 @@ class Monitor:
     def show_epoch(self, record):
         """Say the epoch's line, draw the curves anew and feed TensorBoard: what nothing depends on."""
         self.finish()
-        if not self._speaks:
+        if not self._is_main:
             return
-        self.say(epoch_line(record, self.epochs))
+        self.log(epoch_line(record, self.epochs))
         if self._board is not None:
-            with self._at_the_cost_of_a_warning("TensorBoard's file could not be written"):
+            with self._warn_on_error("TensorBoard's file could not be written"):
                 self._board.add(record)
-        with self._at_the_cost_of_a_warning(f"{CURVES} could not be drawn"):
+        with self._warn_on_error(f"{CURVES} could not be drawn"):
             self._draw_curves_if_due(read_records(self._folder / RECORDS), is_last=record["epoch"] == self.epochs)
 
     @contextlib.contextmanager
-    def _at_the_cost_of_a_warning(self, trouble):
+    def _warn_on_error(self, trouble):
         """Turn whatever goes wrong inside into a warning: the run is worth more."""
         try:
             yield
         except UserError:
             raise
         except Exception as error:
-            self.say(f"WARNING: {trouble}: {first_line(error)}. The run goes on")
+            self.log(f"WARNING: {trouble}: {first_line(error)}. The run goes on")
 
     def _draw_curves_if_due(self, records, is_last):
         """Draw the curves anew, unless that was done a moment ago: it takes about a second, more than a small epoch."""
@@ -196,7 +198,7 @@ class Monitor:
             return
         self._next_drawing = time.monotonic() + DRAWING_SECONDS
         if not draw_curves(records, self._folder / CURVES) and len(records) == 1:
-            self.say("matplotlib is not installed: no curves.png (pip install matplotlib)")
+            self.log("matplotlib is not installed: no curves.png (pip install matplotlib)")
 
 
 def _complain_of_the_log(record):

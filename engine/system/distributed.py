@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.wrap_ddp import DistributedDataParallel
 
 from engine.system.errors import UserError
 from engine.system.torchrun import check_launch, launch_number, launched
@@ -106,7 +106,7 @@ def refuse_several(program):
 
 
 @contextlib.contextmanager
-def joined(device):
+def process_group(device):
     """Join the processes that torchrun has started: gloo between CPUs, nccl between GPUs.
 
     Args:
@@ -124,7 +124,7 @@ def joined(device):
             raise UserError(f"{local_size()} processes on a machine with {there} GPUs: --nproc_per_node={there} gives each one")
         torch.cuda.set_device(local_rank())
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    with noticing_losses():
+    with detect_lost_ranks():
         store, number, count = next(dist.rendezvous("env://", timeout=ANSWER_WITHIN))
         store = dist.PrefixStore(_generation(store, number, count), store)
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=ANSWER_WITHIN)
@@ -155,7 +155,7 @@ def _generation(store, number, count):
 
 
 @contextlib.contextmanager
-def noticing_losses():
+def detect_lost_ranks():
     """Turn the errors of a broken connection into ProcessLost."""
     try:
         yield
@@ -182,7 +182,7 @@ def any_process(flag):
     return bool(flags)
 
 
-def gathered(value):
+def all_gather_object(value):
     """Return the list of every process's value, by rank; values are pickled."""
     values = [value] * size()
     if dist.is_initialized():
@@ -190,26 +190,26 @@ def gathered(value):
     return values
 
 
-def as_the_first(value):
+def broadcast_from_rank0(value):
     """Return the first process's value: what was measured differs, what follows from it must not."""
-    return gathered(value)[0]
+    return all_gather_object(value)[0]
 
 
-def news_of_all(news):
+def gather_events(news):
     """Return {rank: news} of the processes that have any; None is none. Costs one small message while there is none."""
     if not any_process(news is not None):
         return {}
-    return {number: told for number, told in enumerate(gathered(news)) if told is not None}
+    return {number: told for number, told in enumerate(all_gather_object(news)) if told is not None}
 
 
-def summed(tensor):
+def all_reduce_sum(tensor):
     """Return the sum of the processes' tensors, computed in place and the same to the last bit everywhere."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
-def by_first(function, *arguments):
+def run_on_rank0(function, *arguments):
     """Return what function(*arguments) returns in the process of rank 0, the only one that calls it.
 
     Raises:
@@ -232,7 +232,7 @@ def by_first(function, *arguments):
     return told[0]
 
 
-def by_each(function, *arguments):
+def run_on_all_ranks(function, *arguments):
     """Return function(*arguments); where it fails in any process, all of them end.
 
     Raises:
@@ -243,7 +243,7 @@ def by_each(function, *arguments):
         answer = function(*arguments)
     except UserError as caught:
         error = caught
-    failed = news_of_all(error.exit_code if error else None)
+    failed = gather_events(error.exit_code if error else None)
     if not failed:
         return answer
     first, exit_code = next(iter(failed.items()))
@@ -259,20 +259,20 @@ def _ended_elsewhere(exit_code):
 # Who does what -------------------------------------------------------------------------------------------------------
 
 
-def share(indices):
+def shard(indices):
     """Return this process's part of an array: the parts are disjoint, contiguous, and differ in length by one at most."""
     return np.array_split(indices, size())[rank()]
 
 
-def largest_share(count):
+def largest_shard(count):
     """Return the length of the largest part of so many."""
     return -(-count // size())
 
 
-def parallel(model):
+def wrap_ddp(model):
     """Return the model as it is to be called in training: its gradients become the mean over the processes.
 
-    The batch-norm statistics stay each process's own, see average_statistics.
+    The batch-norm statistics stay each process's own, see average_bn_stats.
     """
     if not dist.is_initialized():
         return model
@@ -281,7 +281,7 @@ def parallel(model):
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def exchanging(network, now):
+def gradient_sync(network, now):
     """Return a context for a forward and backward pass of parallel()'s network whose gradients are exchanged, or only kept."""
     if now or not isinstance(network, DistributedDataParallel):
         return contextlib.nullcontext()
@@ -289,7 +289,7 @@ def exchanging(network, now):
 
 
 @torch.no_grad()
-def average_statistics(model):
+def average_bn_stats(model):
     """Set the model's batch-norm statistics to their mean over the processes.
 
     A running mean is linear in what enters it, so it does not matter how often and when this is done.
@@ -298,6 +298,6 @@ def average_statistics(model):
         return
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     statistics = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
-    mean = summed(torch.cat(statistics)) / size()
+    mean = all_reduce_sum(torch.cat(statistics)) / size()
     for buffer, values in zip(statistics, mean.split([len(buffer) for buffer in statistics]), strict=True):
         buffer.copy_(values)

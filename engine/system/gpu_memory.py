@@ -57,7 +57,7 @@ def stop_on_oom(what):
 # The step ------------------------------------------------------------------------------------------------------------
 
 
-def in_parts_that_fit(work):
+def retry_in_parts_on_oom(work):
     """Return a function of tensors [B, ...] that gives the list of work's results, one for each of the parts that fit.
 
     That is one part, the whole batch, until the memory does not suffice: from then on twice as many. An image's result must
@@ -85,7 +85,7 @@ def in_parts_that_fit(work):
     return work_in_parts
 
 
-def pass_in_parts_that_fit(run_pass, batches, batch_size, device):
+def retry_pass_on_oom(run_pass, batches, batch_size, device):
     """Return run_pass(batches()), a pass that a network learns from; where whole batches do not fit, begun anew with parts.
 
     Args:

@@ -24,7 +24,7 @@ class StopRequest:
 
     Inside `with StopRequest() as stop:` SIGTERM, SIGINT and SIGHUP raise a flag instead of ending the process; a second SIGINT
     ends it at once. SIGUSR1 raises another flag, which asks for a save alone. A SIGHUP that nohup has switched off stays so.
-    `stop.between(items)` yields the items and raises Interrupted once the flag is up; a BatchServer does so in all processes
+    `stop.between(items)` yields the items and raises Interrupted once the flag is up; a BatchLoader does so in all processes
     of a job.
     """
 
@@ -82,13 +82,13 @@ def ignore_signals():
         signal.signal(number, signal.SIG_IGN)
 
 
-def watch_spot_notice(stop, url, say, poll_seconds=SPOT_POLL_SECONDS):
+def watch_spot_notice(stop, url, log, poll_seconds=SPOT_POLL_SECONDS):
     """Start a daemon thread that turns an EC2 spot termination notice into a stop request, exit code 143.
 
     Args:
         stop: the StopRequest.
         url: root of the instance metadata service, e.g. http://169.254.169.254; IMDSv2 tokens are used.
-        say: called with a text when the service cannot be reached, once.
+        log: called with a text when the service cannot be reached, once.
     Returns:
         the thread's stop event.
     """
@@ -102,7 +102,7 @@ def watch_spot_notice(stop, url, say, poll_seconds=SPOT_POLL_SECONDS):
             except (OSError, ValueError) as error:
                 notice = None
                 if not complained:
-                    say(f"spot_notice: the instance metadata service at {url} does not answer ({error}); still polling")
+                    log(f"spot_notice: the instance metadata service at {url} does not answer ({error}); still polling")
                     complained = True
             if notice:
                 stop.machine_goes_away = True

@@ -15,7 +15,7 @@ import uuid
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.system.distributed import by_first
+from engine.system.distributed import run_on_rank0
 from engine.system.errors import CheckpointError, TrainingStopped
 
 LOCK = "run.lock"
@@ -87,7 +87,7 @@ def folder_lock(folder, name, log, cure):
     """
     folder = Path(folder)
     lock = FolderLock(folder / LOCK, name, cure)
-    by_first(lock.acquire, log)
+    run_on_rank0(lock.acquire, log)
     try:
         yield lock
     finally:

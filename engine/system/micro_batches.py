@@ -8,8 +8,8 @@ def num_micro_batches(batch_size, micro_batch_size, processes):
 
     Synchronised batch norms wait for each other in each of them. Where a share has fewer images than that, they get larger.
     """
-    largest_share = -(-batch_size // processes)
-    return min(-(-largest_share // micro_batch_size), batch_size // processes)
+    largest_shard = -(-batch_size // processes)
+    return min(-(-largest_shard // micro_batch_size), batch_size // processes)
 
 
 def fewest_images(batch_size, micro_batch_size, processes):

@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 
-def recomputing(block_class, memory):
+def with_activation_checkpointing(block_class, memory):
     """Return the residual block's class as config['memory'] wants it, with the same parameters, keys and results.
 
     fast: everything is kept. low: norms, activations and the convolutions that widen are computed again from the outputs of
@@ -32,9 +32,9 @@ def recomputing(block_class, memory):
 def _contexts(block, memory):
     """Return the contexts of the first and of the second computation."""
     if memory == "lowest":
-        return contextlib.nullcontext(), statistics_untouched(block)
+        return contextlib.nullcontext(), frozen_bn_stats(block)
     first, second = create_selective_checkpoint_contexts(_keeps)
-    return first, _both(statistics_untouched(block), second)  # in this order: `second` knows the block's own operations alone
+    return first, _both(frozen_bn_stats(block), second)  # in this order: `second` knows the block's own operations alone
 
 
 def _keeps(context, operation, *arguments, **options):
@@ -47,7 +47,7 @@ def _keeps(context, operation, *arguments, **options):
 
 
 @contextlib.contextmanager
-def statistics_untouched(network):
+def frozen_bn_stats(network):
     """Keep the network's batch norms from counting the same batch twice (pytorch issue 96136); they normalise as before."""
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.training]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]

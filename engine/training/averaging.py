@@ -14,12 +14,12 @@ def epochs_to_average(config, epochs_trained):
     return max(0, epochs_trained - config["swa_start_epoch"] + 1)
 
 
-def build_average(model):
+def build_swa_model(model):
     """Return an empty equal-weight average of the model's parameters, on its device."""
     return AveragedModel(model)
 
 
-def build_running_average(model, config):
+def build_ema_model(model, config):
     """Return an empty exponential moving average of the model's parameters and batch-norm statistics, or None for none."""
     if config["ema_half_life_steps"] == 0:
         return None
@@ -28,7 +28,7 @@ def build_running_average(model, config):
 
 
 @torch.no_grad()
-def follow(running_average, model, config, steps_done):
+def update_ema(running_average, model, config, steps_done):
     """Take the model's weights into the running average if that is due after so many steps of the run.
 
     As AveragedModel.update_parameters does it, which copies its counter to the device and makes the host wait there.
@@ -52,7 +52,7 @@ def _tensors(model):
     return itertools.chain(model.parameters(), model.buffers())
 
 
-def bring_average_up_to_date(averaged_model, model, config, epochs_trained):
+def update_swa(averaged_model, model, config, epochs_trained):
     """Take the model's weights into the average, unless this epoch's are in it already (after a resumption).
 
     Returns:
@@ -65,7 +65,7 @@ def bring_average_up_to_date(averaged_model, model, config, epochs_trained):
 
 
 @torch.no_grad()
-def refresh_batch_norm(averaged_model, device_batches, autocast):
+def recompute_bn_stats(averaged_model, device_batches, autocast):
     """Recompute the batch-norm statistics of the averaged weights, as the plain mean over the batches.
 
     Averaged weights need statistics of their own; a few hundred batches are enough. The same as swa_utils.update_bn, whose

@@ -12,7 +12,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from engine.data.batches import resolution_of_epoch
 from engine.system.device import AUTOCAST_DTYPES, describe_device
-from engine.system.distributed import any_process, as_the_first, gathered, largest_share, rank, size
+from engine.system.distributed import all_gather_object, any_process, broadcast_from_rank0, largest_shard, rank, size
 
 LEAST_CAPABILITY = (7, 0)  # that Inductor compiles for: torch/_dynamo/device_interface.py, torch 2.11 to 2.14
 SHAPES = 64  # that may be compiled: a run's resolutions, each with its micro-batches
@@ -61,12 +61,12 @@ def is_compiled(model):
     return model._compiled_call_impl is not None
 
 
-def uncompiled():
+def eager_mode():
     """Return a context in which compiled networks run as written: for passes that are too short or too varied."""
     return torch.compiler.set_stance("force_eager")
 
 
-def give_up_compiling(model):
+def fall_back_to_eager(model):
     """Let a compiled network run as written from now on."""
     model._compiled_call_impl = None
 
@@ -160,7 +160,7 @@ def measured_choice(
                 step()
             wait()
             groups.append((clock() - started) / STEPS_AT_ONCE)
-        return max(gathered(statistics.median(groups)))
+        return max(all_gather_object(statistics.median(groups)))
 
     as_written = seconds_of_a_step()
     figures = {"compiled": False, "step_as_written": as_written, "step_compiled": None, "compilation": None}
@@ -171,7 +171,7 @@ def measured_choice(
     start_compiling()
     step()
     wait()
-    compilation = max(gathered(clock() - started))
+    compilation = max(all_gather_object(clock() - started))
     if any_process(not compiled_still()):
         return figures | {"why": "it could not be compiled"}
     compiled = seconds_of_a_step()
@@ -201,11 +201,11 @@ def choose_compiled(config, contents, own_step, train_images, hours, device, pre
         choice: dict of plain values with at least `compiled`; for the checkpoints.
     """
     coarse = config if own_step else config | {"resolution_step": coarser_step(config)}
-    how, why = as_the_first(choose_compile(config, device))
+    how, why = broadcast_from_rank0(choose_compile(config, device))
     choice = {"compiled": how == "on"}
     if how == "measure":
         circumstances = {
-            "hardware": as_the_first(f"{size()} times {describe_device(device)}"),
+            "hardware": broadcast_from_rank0(f"{size()} times {describe_device(device)}"),
             "torch": str(torch.__version__),  # itself a class of its own, which no checkpoint may hold
             "precision": precision,
             "batch_size": config["batch_size"],
@@ -234,16 +234,16 @@ def _measured(config, device, precision, work, seconds_left, new_state, train_st
     if rank() == 0:
         print(f"measuring the step at {resolution} px as written and compiled, which takes minutes ...", flush=True)
     state = new_state(config | {"compile": "off"})
-    state.network.train()
+    state.ddp_model.train()
     generator = torch.Generator(device).manual_seed(0)
-    shape = largest_share(config["batch_size"]), 3, resolution, resolution
+    shape = largest_shard(config["batch_size"]), 3, resolution, resolution
     images = torch.randn(shape, device=device, generator=generator).to(AUTOCAST_DTYPES[precision])
     images = images.to(memory_format=torch.channels_last)
     labels = torch.zeros(len(images), dtype=torch.int64, device=device)
 
     def start_compiling():
         compile_network(state.model, config["memory"])
-        state.rehearsed.clear()  # what was tried out was not compiled
+        state.probed_resolutions.clear()  # what was tried out was not compiled
 
     def wait():
         if device.type == "cuda":
@@ -259,7 +259,7 @@ def _measured(config, device, precision, work, seconds_left, new_state, train_st
         seconds_left,
         however_short=config["compile"] == "measure",
     )
-    give_up_compiling(state.model)
+    fall_back_to_eager(state.model)
     state = images = labels = None  # the memory is the run's from here on
     torch._dynamo.reset()
     if device.type == "cuda":

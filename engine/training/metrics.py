@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from engine.system.distributed import rank, summed
+from engine.system.distributed import all_reduce_sum, rank
 
 
 class TrainingMetrics(NamedTuple):
@@ -19,7 +19,7 @@ class TrainingMetrics(NamedTuple):
     longest_skipped_row: int
 
 
-class TrainingSums:
+class MetricAccumulator:
     """Sums over the epoch's steps, kept on the device and read by the host only when asked.
 
     `values` is float64 [8]. The first two, of losses and hits, are this process's own; the others are the same in all.
@@ -61,7 +61,7 @@ class TrainingSums:
 
     def state(self):
         """Return the sums over all processes, for a checkpoint: a resumed epoch ends with the figures of the whole epoch."""
-        return torch.cat([summed(self.values[:2].clone()), self.values[2:]])
+        return torch.cat([all_reduce_sum(self.values[:2].clone()), self.values[2:]])
 
     def load(self, state):
         """Go on from a checkpoint's sums, whatever the number of processes was."""

@@ -17,7 +17,7 @@ def parameter_groups(model, weight_decay, decay_norms_and_biases):
     ]
 
 
-def rate_factor(config):
+def lr_scale(config):
     """Return what the configured rates are multiplied by: with `scale_learning_rate` they are meant per 256 images."""
     return config["batch_size"] / 256 if config["scale_learning_rate"] else 1.0
 
@@ -28,7 +28,7 @@ def build_optimizer(model, config):
     Fused optimizers take the GradScaler's verdict on the device; the others make the host wait for it at each step.
     """
     groups = parameter_groups(model, config["weight_decay"], config["decay_norms_and_biases"])
-    rate = config["learning_rate"] * rate_factor(config)
+    rate = config["learning_rate"] * lr_scale(config)
     if config["optimizer"] == "sgd":
         optimizer = torch.optim.SGD(groups, lr=rate, momentum=config["momentum"], nesterov=config["nesterov"], fused=True)
         # If the first step overflows, fused SGD leaves its new momentum as uninitialised memory (torch 2.11 to 2.14).
@@ -102,13 +102,13 @@ def build_schedule(optimizer, config, steps_per_epoch):
     averages = config["swa_start_epoch"] > 0 and config["swa_learning_rate"] > 0
     passage = {
         "constant_from_step": (config["swa_start_epoch"] - 1) * steps_per_epoch if averages else math.inf,
-        "constant_rate": config["swa_learning_rate"] * rate_factor(config),
+        "constant_rate": config["swa_learning_rate"] * lr_scale(config),
         "passage_steps": config["swa_anneal_epochs"] * steps_per_epoch,
     }
     if config["schedule"] != "onecycle":
         share_after = _share_after_warmup(config, total_steps, warmup_steps, steps_per_epoch)
         for group in optimizer.param_groups:  # a resumed optimizer brings its rate of that moment along
-            group["lr"] = group["initial_lr"] = config["learning_rate"] * rate_factor(config)
+            group["lr"] = group["initial_lr"] = config["learning_rate"] * lr_scale(config)
         return LambdaThenConstantLR(
             optimizer,
             lr_lambda=lambda step: (step + 1) / warmup_steps if step < warmup_steps else share_after(step),
@@ -118,7 +118,7 @@ def build_schedule(optimizer, config, steps_per_epoch):
         warmup_steps = min(max(warmup_steps, 2), total_steps - 1) if total_steps > 2 else 0
     return OneCycleThenConstantLR(
         optimizer,
-        max_lr=config["learning_rate"] * rate_factor(config),
+        max_lr=config["learning_rate"] * lr_scale(config),
         total_steps=total_steps,
         pct_start=warmup_steps / total_steps,
         anneal_strategy=config["onecycle_anneal"],

@@ -11,7 +11,7 @@ from engine.system.errors import TrainingStopped
 from engine.system.gpu_memory import _reason, is_out_of_memory
 from engine.system.micro_batches import enough_for_batch_norm
 from engine.system.random_state import random_state, set_random_state
-from engine.training.compiling import COMPILE_ERRORS, give_up_compiling
+from engine.training.compiling import COMPILE_ERRORS, fall_back_to_eager
 from engine.training.sync_batch_norm import SYNCED_NORMS
 
 
@@ -77,7 +77,7 @@ def retry_on_oom(attempt, state, images, resolution, config, log):
             parts = f"the batch of {images} now goes in micro-batches of {state.micro_batch_size}"
             log(f"out of GPU memory ({reason}){hint}: {parts}")
         else:
-            give_up_compiling(state.model)
+            fall_back_to_eager(state.model)
             log(f"WARNING: the network could not be compiled ({reason}); it runs as written from now on, more slowly")
 
 

@@ -10,17 +10,17 @@ from typing import NamedTuple
 import torch
 
 from engine.data.batches import resolution_of_epoch, training_requests
-from engine.data.loader import BatchServer
+from engine.data.loader import BatchLoader
 from engine.run import checkpoint_files
 from engine.run.curves import draw_curves
 from engine.run.monitor import DRAWING_SECONDS
 from engine.system.device import AUTOCAST_DTYPES, autocast, describe_device
-from engine.system.distributed import any_process, as_the_first, by_first, summed
+from engine.system.distributed import all_reduce_sum, any_process, broadcast_from_rank0, run_on_rank0
 from engine.system.errors import UserError
-from engine.system.gpu_memory import in_parts_that_fit, stop_on_oom
+from engine.system.gpu_memory import retry_in_parts_on_oom, stop_on_oom
 from engine.system.interruption import StopRequest
 from engine.training import averaging
-from engine.training.compiling import uncompiled
+from engine.training.compiling import eager_mode
 from engine.training.loss import build_mixing
 
 MEASURED_LAPS = 2  # at least, of a batch from each worker
@@ -119,7 +119,7 @@ def steady_pace(batches, work, workers, queued, seconds, clock=time.perf_counter
         result.item()  # what was begun counts, so wait for its end
         laps += 1
     took, steps = clock() - started, laps * lap
-    counted = int(summed(torch.tensor(counted)))
+    counted = int(all_reduce_sum(torch.tensor(counted)))
     first_batch = max(there - asked - waited / steps, 0.0)  # the steady waiting is in the rate
     return Pace(counted / took, first_batch, max(first_work - (took - waited) / steps, 0.0))
 
@@ -135,7 +135,7 @@ def measure_machine(config, splits, state, step, monitor, begun, seconds=20.0, c
         seconds: of measuring each: training at the smallest and the largest resolution of the run, validation, statistics.
         clock: time.perf_counter; or time.process_time for the CPU time of a run without workers, which others do not disturb.
     """
-    batches = BatchServer(splits, config, state.device, AUTOCAST_DTYPES[state.precision], StopRequest(), monitor.say)
+    batches = BatchLoader(splits, config, state.device, AUTOCAST_DTYPES[state.precision], StopRequest(), monitor.log)
     try:
         return measure_with(batches, config, state, step, monitor, begun, seconds, clock)
     finally:
@@ -144,26 +144,26 @@ def measure_machine(config, splits, state, step, monitor, begun, seconds=20.0, c
 
 @stop_on_oom("outside of a training step: make room in the GPU's memory")
 def measure_with(batches, config, state, step, monitor, begun, seconds, clock):
-    """Return measure_machine's Rates, with a BatchServer."""
+    """Return measure_machine's Rates, with a BatchLoader."""
     start_seconds = clock() - begun
     mix = build_mixing(config, state.model.fc.out_features)
     context = autocast(state.device, state.precision)
     views = 2 if config["val_flip"] else 1
 
     def train_on(images, labels):
-        state.network.train()
+        state.ddp_model.train()
         result = step(state, *mix(images, labels))
         state.sums.add(result.loss, result.correct, result.grad_norm, config["batch_size"])
-        averaging.follow(state.ema_model, state.model, config, steps_done=state.schedule.last_epoch)
+        averaging.update_ema(state.ema_model, state.model, config, steps_done=state.schedule.last_epoch)
         return result.loss
 
-    forward = in_parts_that_fit(lambda images: [state.model(view) for view in (images, images.flip(3))[:views]][0].sum())
+    forward = retry_in_parts_on_oom(lambda images: [state.model(view) for view in (images, images.flip(3))[:views]][0].sum())
 
     def score_with(networks):
         @torch.inference_mode()
         def score(images, labels):
             state.model.eval()
-            with uncompiled(), context:
+            with eager_mode(), context:
                 for _ in range(networks):
                     sums = forward(images)
             return sums[-1]
@@ -173,7 +173,7 @@ def measure_with(batches, config, state, step, monitor, begun, seconds, clock):
     @torch.no_grad()
     def recompute(images, labels):
         state.model.train()
-        with uncompiled(), context:
+        with eager_mode(), context:
             return state.model(images).sum()
 
     def endless(epoch_of):
@@ -196,7 +196,7 @@ def measure_with(batches, config, state, step, monitor, begun, seconds, clock):
         networks: pace(score_with(networks), endless(lambda epoch: batches.validation())) for networks in sorted({1, most})
     }
     statistics = pace(recompute, training(sizes[-1])).images_per_s if config["swa_start_epoch"] else 0.0
-    save_seconds, first_drawing, drawing_seconds = seconds_to_keep(config, state, monitor.say, clock)
+    save_seconds, first_drawing, drawing_seconds = seconds_to_keep(config, state, monitor.log, clock)
     return Rates(
         training={size: measured.images_per_s for size, measured in at.items()},
         validation={networks: measured.images_per_s for networks, measured in scoring.items()},
@@ -210,7 +210,7 @@ def measure_with(batches, config, state, step, monitor, begun, seconds, clock):
     )
 
 
-def seconds_to_keep(config, state, say, clock):
+def seconds_to_keep(config, state, log, clock):
     """Return the seconds of a checkpoint of the state, of the first drawing of the curves and of another one.
 
     They go to the disk of checkpoint_dir, into a folder that is then deleted; where nothing can be written, that is said, and
@@ -233,13 +233,13 @@ def seconds_to_keep(config, state, say, clock):
                     seconds.append(clock() - started)
             return seconds
         except OSError as error:
-            say(f"WARNING: saving could not be measured and is not in the plan: {place} cannot be written to: {error}")
+            log(f"WARNING: saving could not be measured and is not in the plan: {place} cannot be written to: {error}")
             return 0.0, 0.0, 0.0
 
     started = clock()
     contents = state.state_dict()
     checkpoint_files.all_finite(contents)
-    return as_the_first(by_first(kept, contents, started))
+    return broadcast_from_rank0(run_on_rank0(kept, contents, started))
 
 
 # Planning ------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import contextlib
 import torch
 import torch.distributed as dist
 
-from engine.system.distributed import summed
+from engine.system.distributed import all_reduce_sum
 
 
 def synced_batch_norm(device):
@@ -21,7 +21,7 @@ class CpuSyncBatchNorm2d(torch.nn.BatchNorm2d):
         if not (self.training and dist.is_initialized()):
             return super().forward(images)
         pixels = images.float()
-        count = summed(torch.tensor(float(pixels.numel() / pixels.shape[1])))
+        count = all_reduce_sum(torch.tensor(float(pixels.numel() / pixels.shape[1])))
         mean = _SumOverProcesses.apply(pixels.sum((0, 2, 3))) / count
         centred = pixels - mean[:, None, None]
         variance = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / count
@@ -42,7 +42,7 @@ SYNCED_NORMS = (torch.nn.SyncBatchNorm, CpuSyncBatchNorm2d)
 
 
 @contextlib.contextmanager
-def norms_alone(model):
+def local_batch_norm(model):
     """Let the model's synchronised norms ask no other process: they use their running statistics for the time being."""
     norms = [module for module in model.modules() if isinstance(module, SYNCED_NORMS) and module.training]
     for norm in norms:
@@ -59,8 +59,8 @@ class _SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def forward(context, tensor):
-        return summed(tensor.clone())
+        return all_reduce_sum(tensor.clone())
 
     @staticmethod
     def backward(context, gradient):
-        return summed(gradient.clone())
+        return all_reduce_sum(gradient.clone())

@@ -117,7 +117,7 @@ def steps(precision="fp16", resolutions=(32, 64), **changes):
     images = config["batch_size"]
     with fake_cuda():
         state = new_state(config, 1000, 50, CUDA, precision)
-        state.network.train()
+        state.ddp_model.train()
         mix = build_mixing(config, 1000)
         batches = [batch(images, resolution, precision) for resolution in resolutions]
         with Copies() as copies:
@@ -125,5 +125,5 @@ def steps(precision="fp16", resolutions=(32, 64), **changes):
                 mixed, targets = mix(pixels, labels)
                 result = adapting_train_step(state, mixed, targets, config, print)
                 state.sums.add(result.loss, result.correct, result.grad_norm, images)
-                averaging.follow(state.ema_model, state.model, config, steps_done=state.schedule.last_epoch)
+                averaging.update_ema(state.ema_model, state.model, config, steps_done=state.schedule.last_epoch)
     return state, copies.found, mixed

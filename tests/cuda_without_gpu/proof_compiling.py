@@ -36,10 +36,10 @@ def test_all_kernels_compile_for_the_card(tmp_path, monkeypatch):
     precision = choose_precision(config, CUDA)
     with fake_cuda():
         state = new_state(config, 1000, 50, CUDA, precision)
-        state.network.train()
+        state.ddp_model.train()
         images, labels = batch(16, 64, precision)
         with autocast(CUDA, precision):
-            logits = state.network(images)
+            logits = state.ddp_model(images)
         forward = len(compiled)
         with contextlib.suppress(torch._subclasses.fake_tensor.FakeTensorDeviceMismatchError):  # compiled, it is run, on fakes
             training_loss(logits.float(), labels, config).backward()

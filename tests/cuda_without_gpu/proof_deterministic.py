@@ -49,7 +49,7 @@ def deterministic():
 def test_no_operator_of_the_step_lacks_a_deterministic_form(deterministic, changes):
     config = CONFIG | QUICK | {"batch_size": 8} | changes
     state = new_state(config, 10, 50, CUDA, "fp16")
-    state.network.train()
+    state.ddp_model.train()
     torch.autograd.set_multithreading_enabled(False)
     with WithoutLibraries():
         result = train_step(state, *build_mixing(config, 10)(*batch(8, 32, "fp16", 10)), config)

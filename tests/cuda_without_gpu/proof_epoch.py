@@ -11,11 +11,11 @@ from fake_cuda import CUDA, QUICK, fake_cuda
 import train
 from config import CONFIG
 from engine.data.batches import training_requests
-from engine.data.loader import BatchServer
+from engine.data.loader import BatchLoader
 from engine.data.splits import open_splits
 from engine.inference.scoring import topk_correct
 from engine.system.interruption import StopRequest
-from engine.training.metrics import TrainingMetrics, TrainingSums
+from engine.training.metrics import MetricAccumulator, TrainingMetrics
 
 BATCHES, LOG_EVERY = 15, 5
 
@@ -45,14 +45,14 @@ def epoch(tmp_path, monkeypatch):
         note("step ends")
         return result
 
-    monkeypatch.setattr(TrainingSums, "read", read)  # fake tensors have no values
+    monkeypatch.setattr(MetricAccumulator, "read", read)  # fake tensors have no values
     monkeypatch.setattr(train, "train_step", step)
     checkpoints = SimpleNamespace(save_if_due=lambda state: None)
-    monitor = SimpleNamespace(say=print, advance=lambda figures, rate, speed: figures is not None and speed.recent())
+    monitor = SimpleNamespace(log=print, advance=lambda figures, rate, speed: figures is not None and speed.recent())
 
     def trained():
         said = []
-        server = BatchServer(splits, config, CUDA, torch.float16, StopRequest(), said.append)
+        server = BatchLoader(splits, config, CUDA, torch.float16, StopRequest(), said.append)
         assert said == []
         with fake_cuda():
             state = train.new_state(config, 10, BATCHES, CUDA, "fp16")

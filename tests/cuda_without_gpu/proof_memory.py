@@ -17,7 +17,7 @@ def peak_bytes(memory, optimizer):
     assert config["swa_start_epoch"] and config["batch_size"] == 256
     with fake_cuda():
         state = new_state(config, 1000, 5000, CUDA, "fp16")
-        state.network.train()
+        state.ddp_model.train()
         images, labels = batch(256, 224, "fp16")
         if optimizer == "adamw":
             train_step(state, images, labels, config)  # makes its moments

@@ -7,7 +7,7 @@ from conftest import make_demo_data
 from config import CONFIG
 from engine.data.batches import training_requests
 from engine.data.buffers import BatchBuffers
-from engine.data.loader import BatchServer
+from engine.data.loader import BatchLoader
 from engine.data.splits import open_splits
 from engine.system.interruption import StopRequest
 
@@ -29,7 +29,7 @@ def test_where_nothing_can_be_pinned_it_is_said_and_the_gpu_is_used_without(monk
     splits = open_splits(tmp_path / "images")
     config = CONFIG | {"batch_size": 8, "train_resolution": 32, "val_resolution": 32, "num_workers": 0}
     said = []
-    server = BatchServer(splits, config, torch.device("cuda"), torch.float16, StopRequest(), said.append)
+    server = BatchLoader(splits, config, torch.device("cuda"), torch.float16, StopRequest(), said.append)
     assert len(said) == 1 and "could not be pinned" in said[0]
     torch.empty(2**26, device="cuda").fill_(1.0)  # raises the error that an earlier call has left behind
     requests = training_requests(splits["train"], config, epoch=0)

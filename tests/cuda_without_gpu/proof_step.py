@@ -86,7 +86,7 @@ def test_recomputing_batch_norm_statistics_reads_nothing_on_the_host():
     with fake_cuda():
         state = new_state(CONFIG | QUICK, 1000, 50, torch.device("cuda"), "fp16")
         batches = (batch(16, 32, "fp16") for _ in range(3))
-        averaging.refresh_batch_norm(state.averaged_model, batches, autocast(state.device, "fp16"))
+        averaging.recompute_bn_stats(state.averaged_model, batches, autocast(state.device, "fp16"))
 
 
 @pytest.mark.parametrize("flip", [False, True])

@@ -9,7 +9,7 @@ from torchvision.transforms import InterpolationMode, v2
 from config import CONFIG
 from engine.data.augmentation import augmented, build_augmentation
 from engine.data.batches import training_requests
-from engine.data.loader import BatchServer
+from engine.data.loader import BatchLoader
 from engine.data.splits import open_splits
 from engine.system.interruption import StopRequest
 
@@ -82,9 +82,9 @@ def test_augmented_batches_do_not_depend_on_num_workers(image_tree):
     seen = []
     for workers in (0, 1, 2):
         config = CONFIG | changes | {"num_workers": workers}
-        server = BatchServer(open_splits(image_tree), config, torch.device("cpu"), torch.float32, StopRequest(), print)
+        server = BatchLoader(open_splits(image_tree), config, torch.device("cpu"), torch.float32, StopRequest(), print)
         requests = training_requests(server.splits["train"], config, epoch=1)
-        seen.append(torch.cat([batch.images.clone() for batch in server.serve(requests)]))
+        seen.append(torch.cat([batch.images.clone() for batch in server.iterate(requests)]))
         server.close()
     assert torch.equal(seen[0], seen[1])
     assert torch.equal(seen[0], seen[2])
@@ -94,6 +94,6 @@ def test_validation_is_not_augmented(image_tree):
     plain, changed = (CONFIG | {"val_resolution": 32, "num_workers": 0} | changes for changes in ({}, KINDS["everything"]))
     batches = []
     for config in (plain, changed):
-        server = BatchServer(open_splits(image_tree), config, torch.device("cpu"), torch.float32, StopRequest(), print)
+        server = BatchLoader(open_splits(image_tree), config, torch.device("cpu"), torch.float32, StopRequest(), print)
         batches.append(torch.cat([images for images, _ in server.validation()]))
     assert torch.equal(*batches)

@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from config import CONFIG
 from engine.data.batches import BatchRequest, training_requests, validation_requests
 from engine.data.demo import picture
-from engine.data.loader import IMAGENET_MEAN, IMAGENET_STD, BatchServer
+from engine.data.loader import IMAGENET_MEAN, IMAGENET_STD, BatchLoader
 from engine.data.splits import open_splits
 from engine.preparation import finding
 from engine.system.errors import DataError
@@ -24,14 +24,14 @@ SMALL = CONFIG | {"train_resolution": 32, "val_resolution": 32, "batch_size": 8,
 
 
 def server(splits, config=SMALL, said=None):
-    say = (said if said is not None else []).append
-    return BatchServer(splits, config, CPU, torch.float32, StopRequest(), say)
+    log = (said if said is not None else []).append
+    return BatchLoader(splits, config, CPU, torch.float32, StopRequest(), log)
 
 
 def served(splits, requests, config=SMALL):
     batches = server(splits, config)
     try:
-        return [batch.images.clone() for batch in batches.serve(requests)]
+        return [batch.images.clone() for batch in batches.iterate(requests)]
     finally:
         batches.close()
 
@@ -99,7 +99,7 @@ def test_persistent_workers_augment_each_epoch_anew_and_the_same_epoch_the_same(
     batches = server(splits, config)
     order = np.arange(8)
     requests = [BatchRequest("train", epoch, 32, order) for epoch in (0, 1, 0)]
-    first, second, again = (next(iter([*batches.serve([request])])).images.clone() for request in requests)
+    first, second, again = (next(iter([*batches.iterate([request])])).images.clone() for request in requests)
     batches.close()
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
@@ -145,7 +145,7 @@ def test_validation_requests_cover_every_image_exactly_once(image_tree, batch_si
 def test_batches_reach_the_network_normalised_and_channels_last(image_tree):
     splits = open_splits(image_tree)
     requests = list(training_requests(splits["train"], SMALL, 0))
-    (raw,) = server(splits).serve(requests[:1])
+    (raw,) = server(splits).iterate(requests[:1])
     ((images, labels),) = server(splits).training(requests[:1], set())
     assert raw.images.dtype == torch.uint8
     assert raw.images.shape == (8, 32, 32, 3)
@@ -172,7 +172,7 @@ def test_a_batch_stays_as_it_is_until_the_next_but_one_is_asked_for(image_tree, 
     expected = served(splits, requests)
     batches = server(splits, config)
     before = None
-    for number, batch in enumerate(batches.serve(requests)):
+    for number, batch in enumerate(batches.iterate(requests)):
         time.sleep(0.01)  # the workers run ahead as far as they may
         assert torch.equal(batch.images, expected[number])
         assert before is None or torch.equal(before.images, expected[number - 1])
@@ -187,9 +187,9 @@ def test_a_pass_broken_off_leaves_nothing_in_the_next_one(image_tree):
     expected = served(splits, requests)
     batches = server(splits, config)
     for taken in (1, 2, 3, 5):
-        for _ in itertools.islice(batches.serve(requests), taken):
+        for _ in itertools.islice(batches.iterate(requests), taken):
             pass
-        whole = [batch.images.clone() for batch in batches.serve(requests)]
+        whole = [batch.images.clone() for batch in batches.iterate(requests)]
         assert all(torch.equal(a, b) for a, b in zip(whole, expected, strict=True))
     batches.close()
 
@@ -198,7 +198,7 @@ def test_batches_need_no_room_in_dev_shm(image_tree):
     config = SMALL | {"num_workers": 2}
     splits = open_splits(image_tree)
     batches = server(splits, config)
-    for _ in batches.serve(training_requests(splits["train"], config, 0)):
+    for _ in batches.iterate(training_requests(splits["train"], config, 0)):
         worker = batches._iterator._workers[0].pid
         mapped = Path(f"/proc/{worker}/maps").read_text()
         assert "/dev/shm/torch" not in mapped and "/torch_" not in mapped

@@ -70,9 +70,9 @@ def test_all_programs_and_torchvision_see_the_same_images_labels_and_order(tree)
             for name, folder in zip(sorted(tree["names"]), tree[split], strict=False):
                 at = os.path.join(os.fsencode(root), split.encode(), os.fsencode(name))
                 write_tree(at, {"files": folder["files"] | {"0.jpg"}, "folders": folder["folders"]}, numbers)
-        trained_on = open_splits(root, say=lambda line: None)
+        trained_on = open_splits(root, log=lambda line: None)
         prepared = forms.open_source(root)
-        evaluated_on = open_splits(root, ("val",), say=lambda line: None)["val"]
+        evaluated_on = open_splits(root, ("val",), log=lambda line: None)["val"]
         for split, ours in trained_on.items():
             theirs = torchvision.datasets.ImageFolder(os.path.join(root, split))
             assert ours.classes == [text_of(name) for name in class_order(theirs.classes)]
@@ -156,7 +156,7 @@ def odd_tree(tmp_path):
 
 def test_what_is_no_image_is_left_out_and_counted_aloud_by_every_program(odd_tree):
     said = []
-    train = open_splits(odd_tree, say=said.append)["train"]
+    train = open_splits(odd_tree, log=said.append)["train"]
     assert [train.name(i) for i in range(len(train))] == ["cat/0.jpg", "cat/1.jpg", "dog/0.jpg", "dog/1.jpg"]
     lines = {line.split(": ")[2]: line for line in said}
     assert {reason: int(line.split(": ")[3].split(" ")[0]) for reason, line in lines.items()} == {
@@ -217,7 +217,7 @@ def test_two_trees_side_by_side_are_refused_and_a_single_one_is_found_below(tmp_
 def test_other_names_of_the_second_split_are_known_to_every_program_and_said(name, tmp_path):
     write_files(tmp_path, "train/cat/1.jpg", f"{name}/cat/2.jpg")
     said = []
-    assert open_splits(tmp_path, say=said.append)["val"].name(0) == "cat/2.jpg"
+    assert open_splits(tmp_path, log=said.append)["val"].name(0) == "cat/2.jpg"
     assert open_splits(tmp_path, ("val",))["val"].name(0) == "cat/2.jpg"
     assert forms.open_source(tmp_path).splits["val"][0].name == "2.jpg"
     assert said == [f"note: the validation images are those in {name}/"]
@@ -226,7 +226,7 @@ def test_other_names_of_the_second_split_are_known_to_every_program_and_said(nam
 def test_a_class_of_one_split_alone_is_said_and_met_the_same_way_by_every_program(tmp_path):
     write_files(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "val/cat/1.jpg", "val/emu/1.jpg")
     said = []
-    splits = open_splits(tmp_path, say=said.append)
+    splits = open_splits(tmp_path, log=said.append)
     assert splits["val"].classes == splits["train"].classes == ["cat", "dog"]
     assert [splits["val"].name(i) for i in range(len(splits["val"]))] == ["cat/1.jpg"]
     unknown = "WARNING: left out of val: of a class without training images: 1 (val/emu/1.jpg)"
@@ -239,7 +239,7 @@ def test_a_class_of_one_split_alone_is_said_and_met_the_same_way_by_every_progra
 def test_numbers_are_sorted_as_numbers_which_is_said(tmp_path):
     write_files(tmp_path, *(f"{split}/{n}/{n}.jpg" for split in ("train", "val") for n in range(12)))
     said = []
-    split = open_splits(tmp_path, say=said.append)["val"]
+    split = open_splits(tmp_path, log=said.append)["val"]
     assert split.classes == [str(n) for n in range(12)]
     assert [split.read(i) and split.name(i) for i in range(12)] == [f"{n}/{n}.jpg" for n in range(12)]
     assert said == ["note: the classes' names are numbers, in the order of numbers: 0, 1, ... 11"]

@@ -11,7 +11,7 @@ from conftest import encoded, photo, run_here, tiny_run
 
 from config import CONFIG
 from engine.data.batches import training_requests
-from engine.data.loader import BatchServer
+from engine.data.loader import BatchLoader
 from engine.data.splits import open_splits
 from engine.preparation import finding
 from engine.preparation.packed import END_OF_STREAM, PackedSplit, packed_rows, packed_schema, write_split
@@ -135,7 +135,7 @@ def test_a_packed_split_may_lack_a_class_which_is_said(tmp_path):
     pack(tmp_path / "train.arrow", [(b"a", "a", 0), (b"b", "b", 2)], ["cat", "dog", "emu"])
     pack(tmp_path / "val.arrow", [(b"a", "a", 0)], ["cat", "dog", "emu"])
     said = []
-    splits = open_splits(tmp_path, say=said.append)
+    splits = open_splits(tmp_path, log=said.append)
     assert splits["train"].labels.tolist() == [0, 2]
     assert said == [
         "WARNING: train has no images of 1 of the 3 classes: dog",
@@ -164,9 +164,9 @@ def test_a_workers_memory_does_not_grow_over_an_epoch(tmp_path):
     for name in ("train", "val"):
         pack(tmp_path / f"{name}.arrow", rows, ["cat", "dog"], rows_in_batch=512)
     config = CONFIG | {"batch_size": 50, "train_resolution": 64, "num_workers": 1}
-    batches = BatchServer(open_splits(tmp_path), config, torch.device("cpu"), torch.float32, StopRequest(), print)
+    batches = BatchLoader(open_splits(tmp_path), config, torch.device("cpu"), torch.float32, StopRequest(), print)
     memory = []
-    for _ in batches.serve(training_requests(batches.splits["train"], config, epoch=0)):
+    for _ in batches.iterate(training_requests(batches.splits["train"], config, epoch=0)):
         worker = batches._iterator._workers[0].pid
         memory.append(private_memory(worker))
     batches.close()

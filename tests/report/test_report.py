@@ -185,11 +185,11 @@ def test_progress_in_the_log_tells_how_far_a_killed_session_came(tmp_path, monke
     figures = TrainingMetrics(1.5, 25.0, 0.3, 64, 0, 0, 0)
     for start in ((0, 0), (2, 10)):
         with Monitor(CONFIG | {"log_file": str(log)}, torch.device("cpu")) as monitor:
-            monitor.log("environment: {}")
-            monitor.log(f"configuration: {json.dumps(CONFIG)}")
-            monitor.log("recipe seed: resnet50 on 25,600 images of 5 classes, 100 steps an epoch; CPU")
+            monitor.log_to_file("environment: {}")
+            monitor.log_to_file(f"configuration: {json.dumps(CONFIG)}")
+            monitor.log_to_file("recipe seed: resnet50 on 25,600 images of 5 classes, 100 steps an epoch; CPU")
             if start != (0, 0):
-                monitor.say(f"resumed last.pt, after epoch {start[0]} and {start[1]} batches (best so far 1.00 %)")
+                monitor.log(f"resumed last.pt, after epoch {start[0]} and {start[1]} batches (best so far 1.00 %)")
             monitor.start("epoch 3/100", 100, start[1])
             for _ in range(40 - start[1]):
                 monitor.advance(figures, 0.001, Throughput(torch.device("cpu"), 8))

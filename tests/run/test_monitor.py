@@ -74,8 +74,8 @@ def test_gpu_memory_and_utilisation_are_shown():
 
 def test_every_line_of_the_log_has_its_time(tmp_path):
     with Monitor(CONFIG | {"log_file": str(tmp_path / "deep/log")}, torch.device("cpu")) as monitor:
-        monitor.say("one\ntwo")
-        monitor.log("three")
+        monitor.log("one\ntwo")
+        monitor.log_to_file("three")
     lines = (tmp_path / "deep/log").read_text().splitlines()
     assert [line.split(" ", 1)[1] for line in lines] == ["one", "two", "three"]
     assert all(len(line.split(" ")[0]) == len("2026-01-31T12:34:56+0000") for line in lines)

@@ -7,12 +7,12 @@ from torch.optim.swa_utils import update_bn
 from config import CONFIG
 from engine.system.device import autocast
 from engine.training.averaging import (
-    bring_average_up_to_date,
-    build_average,
-    build_running_average,
+    build_ema_model,
+    build_swa_model,
     epochs_to_average,
-    follow,
-    refresh_batch_norm,
+    recompute_bn_stats,
+    update_ema,
+    update_swa,
 )
 
 CONFIG_FROM_2 = CONFIG | {"swa_start_epoch": 2}
@@ -36,11 +36,11 @@ def test_averaging_begins_with_the_final_weights_of_swa_start_epoch():
 
 def test_the_average_is_the_equal_mean_of_the_epochs_weights():
     model = network()
-    average = build_average(model)
+    average = build_swa_model(model)
     seen = []
     for epoch in range(1, 5):
         randomise(model)
-        holds = bring_average_up_to_date(average, model, CONFIG_FROM_2, epoch)
+        holds = update_swa(average, model, CONFIG_FROM_2, epoch)
         assert holds == (epoch >= 2)
         if holds:
             seen.append(copy.deepcopy(model))
@@ -50,19 +50,19 @@ def test_the_average_is_the_equal_mean_of_the_epochs_weights():
 
 def test_an_epoch_enters_the_average_once_even_if_the_run_is_resumed_after_it():
     model = network()
-    average = build_average(model)
+    average = build_swa_model(model)
     for epoch in (2, 3, 3, 3):
-        bring_average_up_to_date(average, model, CONFIG_FROM_2, epoch)
+        update_swa(average, model, CONFIG_FROM_2, epoch)
     assert average.n_averaged == 2
 
 
 def test_averaged_weights_get_batch_norm_statistics_of_their_own():
     model = network()
-    average = build_average(model)
+    average = build_swa_model(model)
     randomise(model)
-    bring_average_up_to_date(average, model, CONFIG_FROM_2, 2)
+    update_swa(average, model, CONFIG_FROM_2, 2)
     batches = [(torch.randn(8, 3, 8, 8) * 3 + 1, torch.zeros(8)) for _ in range(5)]
-    refresh_batch_norm(average, batches, autocast(torch.device("cpu"), "fp32"))
+    recompute_bn_stats(average, batches, autocast(torch.device("cpu"), "fp32"))
     with torch.no_grad():
         outputs = [average.module[0](images) for images, _ in batches]
     norm = average.module[1]
@@ -76,25 +76,25 @@ def test_averaged_weights_get_batch_norm_statistics_of_their_own():
 
 
 def test_refreshed_statistics_do_not_remember_earlier_ones():
-    average = build_average(network())
+    average = build_swa_model(network())
     batches = [(torch.randn(8, 3, 8, 8), torch.zeros(8))]
     context = autocast(torch.device("cpu"), "bf16")
-    refresh_batch_norm(average, batches, context)
+    recompute_bn_stats(average, batches, context)
     first = average.module[1].running_var.clone()
     average.module[1].running_var.fill_(1e6)
-    refresh_batch_norm(average, batches, context)
+    recompute_bn_stats(average, batches, context)
     assert torch.equal(average.module[1].running_var, first)
 
 
 def test_the_running_average_halves_a_steps_share_after_its_half_life():
     config = CONFIG | {"ema_half_life_steps": 12, "ema_every_steps": 3}
     model = network()
-    average = build_running_average(model, config)
+    average = build_ema_model(model, config)
     expected = None
     for step in range(1, 40):
         randomise(model)
         model[1].running_mean.normal_()
-        follow(average, model, config, step)
+        update_ema(average, model, config, step)
         if step % 3 == 0:
             now = [tensor.clone() for tensor in (*model.parameters(), model[1].running_mean)]
             decay = 0.5 ** (3 / 12)
@@ -105,15 +105,15 @@ def test_the_running_average_halves_a_steps_share_after_its_half_life():
 
 
 def test_without_a_half_life_there_is_no_running_average():
-    assert build_running_average(network(), CONFIG) is None
-    follow(None, network(), CONFIG, 20)
+    assert build_ema_model(network(), CONFIG) is None
+    update_ema(None, network(), CONFIG, 20)
 
 
 def test_refreshed_statistics_have_the_bits_of_torchs_own():
     ours, theirs = network(), network()
     generator = torch.Generator().manual_seed(1)
     batches = [(torch.randn(8, 3, 8, 8, generator=generator), torch.zeros(8)) for _ in range(7)]
-    refresh_batch_norm(ours, batches, autocast(torch.device("cpu"), "fp32"))
+    recompute_bn_stats(ours, batches, autocast(torch.device("cpu"), "fp32"))
     update_bn(batches, theirs)
     for name, tensor in ours.state_dict().items():
         assert torch.equal(tensor, theirs.state_dict()[name]), name
@@ -127,18 +127,18 @@ def test_statistics_that_could_not_be_finished_leave_the_norms_momentum_as_it_wa
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        refresh_batch_norm(model, broken_off(), autocast(torch.device("cpu"), "fp32"))
+        recompute_bn_stats(model, broken_off(), autocast(torch.device("cpu"), "fp32"))
     assert model[1].momentum == 0.1
 
 
 def test_the_running_average_has_the_bits_of_torchs_own():
     config = CONFIG | {"ema_half_life_steps": 7, "ema_every_steps": 1}
     model = network()
-    ours, theirs = build_running_average(model, config), build_running_average(model, config)
+    ours, theirs = build_ema_model(model, config), build_ema_model(model, config)
     for step in range(1, 9):
         randomise(model)
         model(torch.randn(8, 3, 8, 8))
-        follow(ours, model, config, step)
+        update_ema(ours, model, config, step)
         theirs.update_parameters(model)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     for name, tensor in ours.state_dict().items():

@@ -22,10 +22,10 @@ from engine.training.compiling import (
     choose_compiled,
     coarser_step,
     compile_network,
-    give_up_compiling,
+    eager_mode,
+    fall_back_to_eager,
     keep_compiled_code_in,
     measured_choice,
-    uncompiled,
     work_left,
 )
 
@@ -279,9 +279,9 @@ def test_what_cannot_be_compiled_as_a_whole_is_an_error_and_no_silent_detour():
     compile_network(model, "fast")
     with pytest.raises(COMPILE_ERRORS):
         model(torch.zeros(2))
-    with uncompiled():
+    with eager_mode():
         assert model(torch.zeros(2)).tolist() == [1, 1]
-    give_up_compiling(model)
+    fall_back_to_eager(model)
     assert model(torch.zeros(2)).tolist() == [1, 1]
 
 

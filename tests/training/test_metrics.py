@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from engine.inference.scoring import topk_correct
 from engine.run.records import append_record, keep_records_up_to, read_records
-from engine.training.metrics import TrainingSums
+from engine.training.metrics import MetricAccumulator
 
 
 @given(st.integers(1, 12), st.integers(1, 9), st.integers(1, 6), st.integers(0, 10_000))
@@ -28,7 +28,7 @@ def step(loss, correct=3.0, grad_norm=2.0):
 
 
 def test_sums_give_the_means_over_the_images():
-    sums = TrainingSums(torch.device("cpu"))
+    sums = MetricAccumulator(torch.device("cpu"))
     sums.add(*step(1.0, correct=1.0, grad_norm=1.0))
     sums.add(*step(3.0, correct=3.0, grad_norm=2.0))
     figures = sums.read()
@@ -37,7 +37,7 @@ def test_sums_give_the_means_over_the_images():
 
 
 def test_steps_that_are_not_finite_are_counted_and_kept_out_of_the_means():
-    sums = TrainingSums(torch.device("cpu"))
+    sums = MetricAccumulator(torch.device("cpu"))
     for loss, norm in ((1.0, 1.0), (math.nan, 1.0), (1.0, math.inf), (math.inf, math.nan), (2.0, 1.0), (1.0, math.nan)):
         sums.add(*step(loss, grad_norm=norm))
     figures = sums.read()
@@ -70,7 +70,7 @@ def test_a_resumed_run_leaves_no_double_and_no_missing_epoch_line(tmp_path):
 
 
 def test_sums_are_all_in_values():
-    first, second = TrainingSums(torch.device("cpu")), TrainingSums(torch.device("cpu"))
+    first, second = MetricAccumulator(torch.device("cpu")), MetricAccumulator(torch.device("cpu"))
     first.add(*step(1.25))
     first.add(*step(math.nan))
     second.values.copy_(first.values)
@@ -78,7 +78,7 @@ def test_sums_are_all_in_values():
 
 
 def test_a_row_of_skipped_steps_goes_on_across_epochs():
-    sums = TrainingSums(torch.device("cpu"))
+    sums = MetricAccumulator(torch.device("cpu"))
     for _ in range(3):
         sums.add(*step(math.nan))
     sums.reset()

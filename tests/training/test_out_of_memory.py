@@ -15,7 +15,7 @@ import train
 from config import CONFIG
 from engine.run import checkpoint_files
 from engine.system.errors import TrainingStopped
-from engine.system.gpu_memory import in_parts_that_fit, is_out_of_memory, pass_in_parts_that_fit
+from engine.system.gpu_memory import is_out_of_memory, retry_in_parts_on_oom, retry_pass_on_oom
 from model import build_model
 
 CPU = torch.device("cpu")
@@ -212,7 +212,7 @@ def test_a_pass_whose_batches_do_not_fit_is_done_in_parts_and_remembers_what_fit
             raise KINDS[2]
         return images.sum(0), labels.sum()
 
-    run = in_parts_that_fit(work)
+    run = retry_in_parts_on_oom(work)
     for _ in range(2):
         images, labels = some_batch(8, 4)
         results = run(images, labels)
@@ -220,7 +220,7 @@ def test_a_pass_whose_batches_do_not_fit_is_done_in_parts_and_remembers_what_fit
         assert sum(part for _, part in results) == labels.sum()
     assert sizes == [8, 4, *[2] * 8]
     with pytest.raises(TrainingStopped, match="with a single image"):
-        in_parts_that_fit(lambda images: (_ for _ in ()).throw(KINDS[0]))(images)
+        retry_in_parts_on_oom(lambda images: (_ for _ in ()).throw(KINDS[0]))(images)
 
 
 def test_validation_and_recomputed_statistics_that_do_not_fit_are_done_in_parts(image_tree, tmp_path, monkeypatch):
@@ -260,11 +260,11 @@ def test_a_pass_in_parts_draws_the_same_numbers_however_often_it_is_begun_anew()
             raise KINDS[0]
 
     torch.manual_seed(3)
-    pass_in_parts_that_fit(run_pass, lambda: [some_batch(8, 4)], 8, CPU)
+    retry_pass_on_oom(run_pass, lambda: [some_batch(8, 4)], 8, CPU)
     assert [[size for size, _ in attempt] for attempt in drawn] == [[8], [4, 4], [2, 2, 2, 2]]
     assert len({attempt[0][1] for attempt in drawn}) == 1
     with pytest.raises(TrainingStopped, match="lower --batch-size"):
-        pass_in_parts_that_fit(lambda batches: (_ for _ in ()).throw(KINDS[0]), lambda: [some_batch(8, 4)], 8, CPU)
+        retry_pass_on_oom(lambda batches: (_ for _ in ()).throw(KINDS[0]), lambda: [some_batch(8, 4)], 8, CPU)
 
 
 def test_what_does_not_fit_outside_of_a_step_ends_in_words(image_tree, tmp_path, monkeypatch):

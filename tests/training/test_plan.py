@@ -154,7 +154,7 @@ def test_a_machines_rates_are_measured_at_the_smallest_and_largest_size_and_in_v
     arguments = tiny_run(image_tree, tmp_path / "run", start_resolution=32, train_resolution=96, epochs=8)
     config = parse_command_line(arguments).config
     splits = open_splits(image_tree)
-    state = train.state_to_forget(config, splits["train"], torch.device("cpu"), "fp32")
+    state = train.scratch_state(config, splits["train"], torch.device("cpu"), "fp32")
 
     def step(state, images, labels):
         return train.train_step(state, images, labels, config)
@@ -185,7 +185,7 @@ def test_a_plan_is_right_when_held_against_the_run_that_follows(tmp_path):
 
     def planned():
         begun = time.process_time()
-        state = train.state_to_forget(config, splits["train"], cpu, "fp32")
+        state = train.scratch_state(config, splits["train"], cpu, "fp32")
         with Monitor(config | {"log_file": None}, cpu) as monitor:
             rates = measure_machine(config, splits, state, step, monitor, begun, seconds=4, clock=time.process_time)
         return 3600 * plan_run(config, rates, 480, 160).hours

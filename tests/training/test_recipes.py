@@ -11,7 +11,7 @@ from config import CONFIG, RECIPES
 from engine.cli.command_line import parse_command_line
 from engine.cli.keys import config_problems
 from engine.data.batches import resolution_of_epoch, training_requests
-from engine.data.loader import BatchServer
+from engine.data.loader import BatchLoader
 from engine.data.splits import open_splits
 from engine.run import checkpoint_files
 from engine.run.records import read_records
@@ -145,7 +145,7 @@ def test_a_growing_run_crops_at_each_epochs_size_and_records_it(image_tree, tmp_
     records = read_records(folder / "metrics.jsonl")
     assert [record["train_resolution"] for record in records] == [32, 64, 64]
     config = parse_command_line(tiny_run(image_tree, folder, **changes)).config
-    server = BatchServer(open_splits(image_tree), config, torch.device("cpu"), torch.float32, StopRequest(), print)
+    server = BatchLoader(open_splits(image_tree), config, torch.device("cpu"), torch.float32, StopRequest(), print)
     for epoch, size in enumerate((32, 64, 64)):
         requests = training_requests(server.splits["train"], config, epoch)
         assert {images.shape for images, _ in server.training(requests, set())} == {(8, 3, size, size)}
@@ -189,7 +189,7 @@ def test_the_finished_weights_are_scored_at_further_resolutions_as_evaluate_scor
         config = parse_command_line(tiny_run(image_tree, folder, val_resolution=size)).config
         model = build_model(config, 10)
         model.load_state_dict(checkpoint_files.read(folder / "last.pt")["model"])
-        server = BatchServer(open_splits(image_tree), config, torch.device("cpu"), torch.float32, StopRequest(), print)
+        server = BatchLoader(open_splits(image_tree), config, torch.device("cpu"), torch.float32, StopRequest(), print)
         expected = evaluate({"raw": model}, server.validation(), 20, torch.no_grad(), flip=True)["raw"]
         assert other["raw"] == pytest.approx(expected)
         assert set(other) == {"val_resolution", "raw", "averaged"}
