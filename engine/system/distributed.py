@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.wrap_ddp import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 from engine.system.errors import UserError
 from engine.system.torchrun import check_launch, launch_number, launched
