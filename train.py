@@ -92,7 +92,7 @@ class TrainState:
     """Exactly what a resumed run needs."""
 
     model: torch.nn.Module
-    network: torch.nn.Module  # the model as it is called in training: with several processes it exchanges gradients
+    ddp_model: torch.nn.Module  # the model as it is called in training: with several processes it exchanges gradients
     averaged_model: torch.nn.Module | None
     ema_model: torch.nn.Module | None
     optimizer: torch.optim.Optimizer
@@ -182,7 +182,7 @@ def new_state(config, num_classes, steps_per_epoch, device, precision):
     optimizer = build_optimizer(model, config)
     return TrainState(
         model=model,
-        network=distributed.wrap_ddp(model),
+        ddp_model=distributed.wrap_ddp(model),
         averaged_model=averaged_model,
         ema_model=ema_model,
         optimizer=optimizer,
