@@ -36,8 +36,11 @@ from engine.system.files import replacing
 from engine.system.interruption import Interrupted, StopRequest
 from engine.run.monitor import Monitor
 from engine.system.plain_json import to_json
-from engine.training.range_test import USUAL_RANGE, describe_rates
-from train import find_learning_rate, open_images
+from engine.training.images import open_images
+from engine.training.range_test import USUAL_RANGE, describe_rates, find_learning_rate
+from engine.training.trials import Trials
+from model import build_model
+from train import train_step
 
 
 def range_from(options, config):
@@ -72,9 +75,10 @@ def main(command):
         splits = open_images(config, None, monitor.log)
         start = f"range test from {lowest:g} to {highest:g} in {steps} steps; {describe_device(device)}, {precision}"
         monitor.log("\n".join([start, *precision_remarks(precision, device)]))
+        trials = Trials(train_step, build_model, len(splits["train"].classes), device, precision)
         batches = BatchLoader(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.log)
         try:
-            result = find_learning_rate(config, batches, precision, monitor, lowest, highest, steps)
+            result = find_learning_rate(trials, config, batches, monitor, lowest, highest, steps)
         except Interrupted as cause:
             monitor.log(f"stopped by {cause}; nothing was written")
             return cause.exit_code

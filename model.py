@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import stochastic_depth
 
-from engine.system.device import choose_device
 from engine.training.activation_checkpointing import with_activation_checkpointing
 from engine.training.loss import start_bias_for
 from engine.training.sync_batch_norm import synced_batch_norm
@@ -21,8 +20,8 @@ LAYERS = {
 }
 
 
-def build_model(config, num_classes):
-    """Return a freshly initialised network in channels-last format, on the CPU, its weights drawn from config['seed'].
+def build_model(config, num_classes, device="cpu"):
+    """Return a freshly initialised network in channels-last format on a device, its weights drawn from config['seed'].
 
     Convolutions get He initialisation (fan-out), norms weight 1 and bias 0; with `zero_init_residual` the last norm of
     each block starts at weight 0. Input: float [B, 3, H, W] of any size from 32 px; output: logits [B, num_classes].
@@ -34,7 +33,7 @@ def build_model(config, num_classes):
         torch.manual_seed(config["seed"])
         zero_init, norm = config["zero_init_residual"], None
         if config["sync_batch_norm"]:
-            norm = synced_batch_norm(choose_device(config))
+            norm = synced_batch_norm(torch.device(device))
         model = ResNet(block, layers, num_classes=num_classes, zero_init_residual=zero_init, norm_layer=norm)
     torch.nn.init.constant_(model.fc.bias, start_bias_for(config["loss"], num_classes))
     drop_blocks_by_chance(model, config["stochastic_depth"])
@@ -42,7 +41,7 @@ def build_model(config, num_classes):
         blur_before_strides(model)
     if config["blur_max_pool"]:
         model.maxpool = BlurredMaxPool2d(channels=64)
-    return model.to(memory_format=torch.channels_last)
+    return model.to(device, memory_format=torch.channels_last)
 
 
 def _blur_filter(channels):

@@ -104,7 +104,9 @@ def timm_step(job, device, precision):
 
 def our_step(job, device, precision):
     """Return train.py's own train_step, with clipping, schedule, sums, and what processes ask each other at each step."""
-    from train import new_state, train_step
+    from engine.training.state import new_state
+    from model import build_model
+    from train import train_step
 
     config = CONFIG | {
         "optimizer": "sgd",
@@ -116,7 +118,8 @@ def our_step(job, device, precision):
     }
     if device.type == "cpu":
         keep_freed_memory()  # as train.py does
-    state = new_state(config, NUM_CLASSES, 100_000, device, precision)
+    model = build_model(config, NUM_CLASSES, device)
+    state = new_state(model, config, 100_000, precision, compiled=config["compile"] == "on")
     state.model.train()
 
     def step(images, labels):

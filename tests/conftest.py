@@ -25,6 +25,9 @@ from engine.cli.command_line import parse_command_line
 from engine.data.demo import make_demo_data
 from engine.run import checkpoint_files
 from engine.system import distributed
+from engine.training.optim import build_optimizer, build_schedule
+from engine.training.state import new_state
+from model import build_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NOTICE = '{"action": "terminate", "time": "2026-01-01T00:00:00Z"}'  # a spot instance's
@@ -81,12 +84,18 @@ class WithoutBatchNorm(torch.nn.Module):
         return self.fc(F.relu(self.norm(self.conv(images))).mean((2, 3)))
 
 
+def fresh_state(config, precision="fp32", num_classes=5, steps_per_epoch=10, device="cpu"):
+    """The state at the start of a run."""
+    model = build_model(config, num_classes, device)
+    return new_state(model, config, steps_per_epoch, precision, compiled=config["compile"] == "on")
+
+
 def state_of(network, config):
     """The state at the start of a run of another network, 10 steps an epoch on a CPU in fp32."""
-    state = train.new_state(config, 5, 10, torch.device("cpu"), "fp32")
+    state = fresh_state(config)
     state.model, state.ddp_model = network, distributed.wrap_ddp(network)
-    state.optimizer = train.build_optimizer(network, config)
-    state.schedule = train.build_schedule(state.optimizer, config, 10)
+    state.optimizer = build_optimizer(network, config)
+    state.schedule = build_schedule(state.optimizer, config, 10)
     return state
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import WithoutBatchNorm, state_of
+from conftest import WithoutBatchNorm, fresh_state, state_of
 
 import train
 from config import CONFIG
@@ -24,8 +24,11 @@ from engine.data.loader import BatchLoader
 from engine.system import distributed
 from engine.system.errors import TrainingStopped, UserError
 from engine.system.interruption import Interrupted, StopRequest
+from engine.training import opening
 from engine.training.metrics import MetricAccumulator
+from engine.training.out_of_memory import take_step
 from engine.training.sync_batch_norm import CpuSyncBatchNorm2d
+from engine.training.trials import Trials
 
 CPU = torch.device("cpu")
 BATCH = 8  # over 3 processes: 3, 3, 2
@@ -79,14 +82,14 @@ def gradients_are_those_of_the_whole_batch_in_one_process():
         state = state_of(network, QUICK)
         state.micro_batch_size = micro_batch_size
         images, labels = the_whole_batch(torch.float64)
-        result = train.add_gradients(state, *my_part(images, labels), QUICK)
+        result = train.train_step(state, *my_part(images, labels), QUICK | {"grad_clip_value": math.inf})
         loss = F.cross_entropy(alone(images).float(), labels)
         loss.backward()
         for ours, theirs in zip(network.parameters(), alone.parameters(), strict=True):
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-8)
-        torch.testing.assert_close(distributed.all_reduce_sum(result[0]), loss.detach(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(distributed.all_reduce_sum(result.loss), loss.detach(), rtol=1e-6, atol=1e-6)
         hits = (alone(images).argmax(1) == labels).sum()
-        assert distributed.all_reduce_sum(result[1]) == hits
+        assert distributed.all_reduce_sum(result.correct) == hits
 
 
 @claim
@@ -116,7 +119,7 @@ def a_process_out_of_memory_makes_all_halve_their_micro_batches():
     said = []
     state, alone = state_of(Tight(), QUICK), WithoutBatchNorm()
     images, labels = the_whole_batch()
-    train.adapting_train_step(state, *my_part(images, labels), QUICK, said.append)
+    take_step(train.train_step, state, *my_part(images, labels), QUICK, said.append)
     assert distributed.all_gather_object(state.micro_batch_size) == [2] * distributed.size()
     assert len(said) == (1 if distributed.rank() == 1 else 0)
     optimizer = torch.optim.SGD(alone.parameters(), lr=0.05 / 25, momentum=0.9)
@@ -131,14 +134,14 @@ def under_synced_norms_all_take_as_many_micro_batches_and_stay_in_step():
     network = torch.nn.Sequential(Tight())
     network[0].norm = CpuSyncBatchNorm2d(8)
     state = state_of(network, QUICK)
-    train.adapting_train_step(state, *my_part(*the_whole_batch()), QUICK, lambda text: None)
+    take_step(train.train_step, state, *my_part(*the_whole_batch()), QUICK, lambda text: None)
     assert distributed.all_gather_object(state.micro_batch_size) == [2] * distributed.size()
     assert network[0].norm.num_batches_tracked == 2
     assert network[0].norm.training
     weights = distributed.all_gather_object(network[0].conv.weight.detach())
     assert all(torch.equal(weight, weights[0]) for weight in weights)
     state.micro_batch_size = 1  # 3, 3 and 2 images: not in three parts, of which one would have none
-    train.adapting_train_step(state, *my_part(*the_whole_batch()), QUICK, lambda text: None)
+    take_step(train.train_step, state, *my_part(*the_whole_batch()), QUICK, lambda text: None)
     assert network[0].norm.num_batches_tracked == 4
 
 
@@ -148,19 +151,24 @@ def out_of_memory_in_a_common_step_stops_and_names_the_micro_batch():
     state.probed_resolutions.add(32)
     if distributed.rank() == 1:
         with pytest.raises(TrainingStopped, match="--micro-batch-size 2 --resume auto"):
-            train.adapting_train_step(state, *my_part(*the_whole_batch()), QUICK, print)
+            take_step(train.train_step, state, *my_part(*the_whole_batch()), QUICK, print)
 
 
 @claim
 def a_rehearsal_leaves_no_trace():
-    state = train.new_state(QUICK | {"stochastic_depth": 0.5}, 5, 10, CPU, "fp32")
+    state = fresh_state(QUICK | {"stochastic_depth": 0.5})
     state.model.train()
     before = {key: tensor.clone() for key, tensor in state.model.state_dict().items()}
     rng, steps = torch.get_rng_state(), []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train_step", lambda *arguments: steps.append(arguments))
-        for _ in range(2):
-            train.adapting_train_step(state, *my_part(*the_whole_batch()), QUICK, print)
+
+    def step(*arguments, probe=False):
+        if probe:
+            train.train_step(*arguments, probe=True)
+        else:
+            steps.append(arguments)
+
+    for _ in range(2):
+        take_step(step, state, *my_part(*the_whole_batch()), QUICK, print)
     assert len(steps) == 2
     assert state.probed_resolutions == {32}
     assert all(torch.equal(tensor, before[key]) for key, tensor in state.model.state_dict().items())
@@ -169,7 +177,7 @@ def a_rehearsal_leaves_no_trace():
 
 @claim
 def statistics_become_their_mean():
-    state = train.new_state(QUICK, 5, 10, CPU, "fp32")
+    state = fresh_state(QUICK)
     norm = state.model.layer1[0].bn1
     norm.running_mean.fill_(distributed.rank())
     norm.running_var.fill_(10 + distributed.rank())
@@ -228,10 +236,10 @@ def all_train_the_epochs_that_the_first_has_planned():
 
     command = parse_command_line(["--hours=1", "--checkpoint-dir=nowhere", "--log-file=/dev/null", "--device=cpu"], ["hours H"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "open_images", lambda *arguments: {"train": range(256), "val": range(2)})
-        patch.setattr(train, "plan_new_run", plan)
-        patch.setattr(train, "run", lambda config, *arguments: config["epochs"])
-        assert train.start(command) == 50
+        patch.setattr(opening, "plan_new_run", plan)
+        trials = Trials(None, None, 1, CPU, "fp32")
+        config, *_ = opening.settle(command, command.config, None, {"train": range(256), "val": range(2)}, trials, None, 0.0)
+    assert config["epochs"] == 50
 
 
 @claim
@@ -242,7 +250,7 @@ def news_reaches_all_and_no_news_costs_no_gathering():
 
 @claim
 def each_process_draws_from_a_stream_of_its_own_and_keeps_it():
-    state = train.new_state(QUICK, 5, 10, CPU, "fp32")
+    state = fresh_state(QUICK)
     torch.manual_seed(QUICK["seed"] + distributed.rank())
     saved = state.state_dict() | {"config": QUICK}
     expected = distributed.all_gather_object(torch.rand(3).tolist())

@@ -27,6 +27,7 @@ from engine.cli.keys import ConfigError
 from engine.run import checkpoint_files
 from engine.system import console
 from engine.system.errors import CheckpointError, DataError, UserError
+from engine.training.validation import note_best
 
 ONE_EPOCH = {"epochs": 1, "warmup_epochs": 0, "swa_start_epoch": 0}
 
@@ -439,12 +440,12 @@ def test_of_equally_good_epochs_and_weights_the_first_stays_the_best():
         best, epoch = {"top1": 0.0, "epoch": 0, "weights": "raw"}, 0
 
     state = State()
-    train.note_best(state, {"raw": {"top1": 40.0}, "averaged": {"top1": 40.0}}, state.best)
+    note_best(state, {"raw": {"top1": 40.0}, "averaged": {"top1": 40.0}}, state.best)
     assert state.best == {"top1": 40.0, "epoch": 1, "weights": "raw"}
     state.epoch = 1
-    train.note_best(state, {"raw": {"top1": 40.0}}, state.best)
+    note_best(state, {"raw": {"top1": 40.0}}, state.best)
     assert state.best["epoch"] == 1
-    train.note_best(state, {"raw": {"top1": 40.1}}, state.best)
+    note_best(state, {"raw": {"top1": 40.1}}, state.best)
     assert state.best["epoch"] == 2
 
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from conftest import figures, run_program, run_torchrun, tiny_run
+from conftest import figures, fresh_state, run_program, run_torchrun, tiny_run
 
 from config import CONFIG
 from engine.data.batches import Batch, training_requests
@@ -16,7 +16,8 @@ from engine.run.monitor import Throughput
 from engine.system.device import AUTOCAST_DTYPES, build_scaler
 from engine.system.interruption import StopRequest
 from engine.training.metrics import MetricAccumulator
-from train import adapting_train_step, new_state, train_step
+from engine.training.out_of_memory import take_step
+from train import train_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -24,7 +25,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def small_state(precision, **changes):
     """Return (config, state) of a run of ResNet-50 as written: to compile it takes minutes, of which few tests need any."""
     config = CONFIG | {"batch_size": 16, "epochs": 4, "warmup_epochs": 1, "swa_start_epoch": 3, "compile": "off"} | changes
-    return config, new_state(config, 10, 50, torch.device("cuda"), precision)
+    return config, fresh_state(config, precision, 10, 50, "cuda")
 
 
 def random_batch(config, dtype, resolution=64):
@@ -105,7 +106,7 @@ def test_out_of_gpu_memory_halves_the_micro_batch_and_goes_on():
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(reserved / total)
     try:
-        result = adapting_train_step(state, images, labels, config, said.append)
+        result = take_step(train_step, state, images, labels, config, said.append)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert torch.isfinite(result.loss)

@@ -26,7 +26,6 @@ from conftest import (
     wait_for,
 )
 
-import train
 from config import CONFIG
 from engine.cli.keys import ConfigError
 from engine.data.loader import to_device
@@ -34,7 +33,7 @@ from engine.run import checkpoint_files
 from engine.run.monitor import Monitor
 from engine.run.records import read_records
 from engine.system.errors import CheckpointError, DataError
-from engine.training import averaging
+from engine.training import averaging, validation
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +104,11 @@ def then_sigterm(batches, after):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("where", ["engine.training.averaging.recompute_bn_stats", "train.evaluate"])
+@pytest.mark.parametrize("where", ["engine.training.averaging.recompute_bn_stats", "engine.training.validation.evaluate"])
 def test_a_stop_between_an_epochs_last_step_and_its_record_is_resumed_bit_by_bit(where, image_tree, tmp_path, monkeypatch):
     changes = {"stochastic_depth": 0.5, "swa_start_epoch": 2, "epochs": 3}  # the recomputation draws random numbers
     assert run_here(tiny_run(image_tree, tmp_path / "whole", **changes)) == 0
-    original, calls = {"train.evaluate": train.evaluate}.get(where, averaging.recompute_bn_stats), []
+    original, calls = {"engine.training.validation.evaluate": validation.evaluate}.get(where, averaging.recompute_bn_stats), []
 
     def interrupted(model, batches, *others, **options):
         calls.append(model)

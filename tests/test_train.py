@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import WithoutBatchNorm, run_here, run_program, state_of, tiny_run
+from conftest import WithoutBatchNorm, fresh_state, run_here, run_program, state_of, tiny_run
 from torch.optim.lr_scheduler import OneCycleLR
 
 import report
@@ -18,10 +18,15 @@ from config import CONFIG
 from engine.cli.keys import ConfigError
 from engine.data.loader import BatchLoader
 from engine.data.splits import open_splits
+from engine.inference.scoring import evaluate
 from engine.run import checkpoint_files
+from engine.run.throughput import Throughput
 from engine.system.device import autocast, build_scaler, choose_precision, load_scaler, set_up_arithmetic
 from engine.system.errors import CheckpointError, DataError, TrainingStopped, UserError
 from engine.system.interruption import StopRequest
+from engine.training import validation
+from engine.training.optim import build_optimizer
+from engine.training.out_of_memory import take_step
 from model import build_model
 
 CPU = torch.device("cpu")
@@ -29,7 +34,7 @@ QUICK = CONFIG | {"batch_size": 8, "epochs": 4, "warmup_epochs": 1, "swa_start_e
 
 
 def state_for(config, precision="fp32"):
-    return train.new_state(config, 5, 10, CPU, precision)
+    return fresh_state(config, precision)
 
 
 def some_batch(images=8, resolution=32, seed=1):
@@ -45,7 +50,7 @@ def test_the_step_is_the_plain_one_of_a_textbook(name):
     config = QUICK | {"optimizer": name, "grad_clip_value": 0.5, "label_smoothing": 0.1}
     state = state_for(config)
     twin = copy.deepcopy(state.model)
-    groups = train.build_optimizer(twin, config).param_groups
+    groups = build_optimizer(twin, config).param_groups
     kind = {"adamw": lambda: torch.optim.AdamW(groups, foreach=False, fused=False),
             "sgd": lambda: torch.optim.SGD(groups, momentum=0.9, foreach=False, fused=False)}[name]  # fmt: skip
     plain = kind()
@@ -197,7 +202,7 @@ def test_out_of_memory_halves_the_micro_batch_and_the_step_is_the_same(fails_in_
     tight.model.fails_in_backward = fails_in_backward
     said = []
     train.train_step(whole, *some_batch(), config)
-    train.adapting_train_step(tight, *some_batch(), config, said.append)
+    take_step(train.train_step, tight, *some_batch(), config, said.append)
     assert tight.micro_batch_size == 2
     assert [text[-16:] for text in said] == ["micro-batches of 4"[-16:], "micro-batches of 2"[-16:]]
     for ours, theirs in zip(tight.model.parameters(), whole.model.parameters(), strict=True):
@@ -210,7 +215,7 @@ def test_out_of_memory_with_a_single_image_stops_the_run():
     state.model.__class__ = NeedsMemory
     state.model.room = 0
     with pytest.raises(TrainingStopped, match="lower --train-resolution"):
-        train.adapting_train_step(state, *some_batch(), QUICK, lambda text: None)
+        take_step(train.train_step, state, *some_batch(), QUICK, lambda text: None)
 
 
 def test_the_micro_batch_is_remembered_in_the_checkpoint(tiny_arguments, tmp_path):
@@ -265,16 +270,14 @@ def test_a_run_leaves_checkpoints_records_log_and_curves(tiny_arguments, tmp_pat
 
 def test_the_recorded_speed_is_that_of_training_without_validation(tiny_arguments, tmp_path, monkeypatch):
     clock = []
-    original = train.evaluate
+    original = validation.evaluate
 
-    def validation(*arguments):
+    def noted(*arguments):
         clock.append("validation begins")
         return original(*arguments)
 
-    monkeypatch.setattr(train, "evaluate", validation)
-    monkeypatch.setattr(
-        train.Throughput, "stop", lambda speed, stop=train.Throughput.stop: clock.append("stopped") or stop(speed)
-    )
+    monkeypatch.setattr(validation, "evaluate", noted)
+    monkeypatch.setattr(Throughput, "stop", lambda speed, stop=Throughput.stop: clock.append("stopped") or stop(speed))
     assert run_here([*tiny_arguments, "--epochs=2"]) == 0
     assert clock == ["stopped", "validation begins"] * 2
 
@@ -339,12 +342,12 @@ def test_evaluation_counts_every_image_exactly_once_whatever_the_batch_size(imag
     for batch_size in (1, 7, 64):
         config = QUICK | {"batch_size": batch_size, "val_resolution": 32, "num_workers": 0}
         batches = BatchLoader(splits, config, CPU, torch.float32, StopRequest(), print)
-        results.append(train.evaluate({"raw": model}, batches.validation(), 20, autocast(CPU, "fp32"))["raw"])
+        results.append(evaluate({"raw": model}, batches.validation(), 20, autocast(CPU, "fp32"))["raw"])
     assert all(result["images"] == 20 for result in results)
     assert results[0] == pytest.approx(results[1], rel=1e-4)
     assert results[0] == pytest.approx(results[2], rel=1e-4)
     with pytest.raises(DataError, match="20 images evaluated, 21 expected"):
-        train.evaluate({"raw": model}, batches.validation(), 21, autocast(CPU, "fp32"))
+        evaluate({"raw": model}, batches.validation(), 21, autocast(CPU, "fp32"))
 
 
 def test_too_few_images_for_a_batch_are_said(tiny_arguments):

@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.system.errors import UserError
+from engine.system.interruption import RunEnded
 from engine.system.torchrun import check_launch, launch_number, launched
 
 ANSWER_WITHIN = timedelta(minutes=5)  # a process that does not is lost; one that has ended is noticed at once
@@ -128,8 +129,12 @@ def process_group(device):
         store, number, count = next(dist.rendezvous("env://", timeout=ANSWER_WITHIN))
         store = dist.PrefixStore(_generation(store, number, count), store)
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=ANSWER_WITHIN)
-        yield
-    dist.destroy_process_group()  # not after an exception: the others may be gone
+        try:
+            yield
+        except RunEnded:  # everywhere, in step
+            dist.destroy_process_group()
+            raise
+    dist.destroy_process_group()  # not after another exception: the others may be gone
 
 
 def _generation(store, number, count):

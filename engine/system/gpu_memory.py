@@ -34,7 +34,7 @@ def is_out_of_memory(error):
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS)
 
 
-def _reason(error):
+def reason_of(error):
     """Return what an error says, without the figures and the advice that follow in the allocator's."""
     return ". ".join(first_line(error).split(". ")[:2])
 
@@ -51,7 +51,7 @@ def stop_on_oom(what):
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise TrainingStopped(f"out of GPU memory {what} ({_reason(error)})") from None
+        raise TrainingStopped(f"out of GPU memory {what} ({reason_of(error)})") from None
 
 
 # The step ------------------------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def retry_in_parts_on_oom(work):
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                reason = _reason(error)
+                reason = reason_of(error)
             if parts >= len(tensors[0]):
                 raise TrainingStopped(f"out of GPU memory with a single image ({reason}): lower the resolution")
             parts *= 2
@@ -103,7 +103,7 @@ def retry_pass_on_oom(run_pass, batches, batch_size, device):
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            reason = _reason(error)
+            reason = reason_of(error)
         if size() > 1 or 2 * parts > batch_size // 2:  # batch norm may need two images
             raise TrainingStopped(f"out of GPU memory in recomputing batch-norm statistics ({reason}): lower --batch-size")
         parts *= 2

@@ -19,6 +19,14 @@ class Interrupted(Exception):
         self.exit_code = exit_code
 
 
+class RunEnded(Exception):
+    """The run has ended early: everything is saved and logged, and the program only has to end with the exit status."""
+
+    def __init__(self, exit_code):
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
 class StopRequest:
     """Remembers that somebody asked the run to stop.
 

@@ -184,39 +184,29 @@ def measured_choice(
     return figures | {"compiled": True, "why": "it is faster compiled"}
 
 
-def choose_compiled(config, contents, own_step, train_images, hours, device, precision, new_state, train_step):
+def choose_compiled(config, checkpoint, own_step, train_images, hours, trials):
     """Return (config, choice, remarks): whether the network of a run is compiled, and the sizes that this suits.
 
-    Measuring leaves no trace: the steps are taken on a state of their own and on random images, before the run's own random
-    numbers are drawn.
-
     Args:
-        contents: of the checkpoint to go on from, or None. Its choice holds as long as the circumstances are the same.
+        checkpoint: to go on from, or None. Its choice holds as long as the circumstances are the same.
         own_step: whether resolution_step must stay as it is.
         train_images: their number.
         hours: that the run may take.
-        new_state: config -> TrainState to train and forget.
-        train_step: (state, images, labels) -> anything; adapts to what fails as in the run.
+        trials: Trials, which take the steps that are measured: on random images, before the run's own random numbers are drawn.
     Returns:
         choice: dict of plain values with at least `compiled`; for the checkpoints.
     """
     coarse = config if own_step else config | {"resolution_step": coarser_step(config)}
-    how, why = broadcast_from_rank0(choose_compile(config, device))
+    how, why = broadcast_from_rank0(choose_compile(config, trials.device))
     choice = {"compiled": how == "on"}
     if how == "measure":
-        circumstances = {
-            "hardware": broadcast_from_rank0(f"{size()} times {describe_device(device)}"),
-            "torch": str(torch.__version__),  # itself a class of its own, which no checkpoint may hold
-            "precision": precision,
-            "batch_size": config["batch_size"],
-            "memory": config["memory"],
-        }
-        known = (contents or {}).get("compile_choice", {})
+        circumstances = circumstances_of(config, trials)
+        known = (checkpoint or {}).get("compile_choice", {})
         if known.get("step_compiled") and circumstances.items() <= known.items():
             choice, why = known, f"{in_words(known)} (measured when the run began)"
         else:
-            work = work_left(coarse, contents["epoch"] if contents else 0, train_images // config["batch_size"])
-            choice = circumstances | _measured(config, device, precision, work, 3600 * hours, new_state, train_step)
+            work = work_left(coarse, checkpoint["epoch"] if checkpoint else 0, train_images // config["batch_size"])
+            choice = circumstances | _measured(config, work, 3600 * hours, trials)
             why = in_words(choice)
     remarks = [f"the network is {'compiled' if choice['compiled'] else 'not compiled'}: {why}"]
     if choice["compiled"] and coarse != config:
@@ -228,18 +218,25 @@ def choose_compiled(config, contents, own_step, train_images, hours, device, pre
     return config, choice, remarks
 
 
-def _measured(config, device, precision, work, seconds_left, new_state, train_step):
-    """Return measured_choice's figures for the steps of this run."""
+def circumstances_of(config, trials):
+    """Return what a measurement holds for, as a dict of plain values."""
+    return {
+        "hardware": broadcast_from_rank0(f"{size()} times {describe_device(trials.device)}"),
+        "torch": str(torch.__version__),  # itself a class of its own, which no checkpoint may hold
+        "precision": trials.precision,
+        "batch_size": config["batch_size"],
+        "memory": config["memory"],
+    }
+
+
+def _measured(config, work, seconds_left, trials):
+    """Return measured_choice's figures for the steps of this run, of which work_left has told the `work`."""
     resolution, steps_left, sizes = work
     if rank() == 0:
         print(f"measuring the step at {resolution} px as written and compiled, which takes minutes ...", flush=True)
-    state = new_state(config | {"compile": "off"})
+    state, device = trials.scratch_state(config), trials.device
     state.ddp_model.train()
-    generator = torch.Generator(device).manual_seed(0)
-    shape = largest_shard(config["batch_size"]), 3, resolution, resolution
-    images = torch.randn(shape, device=device, generator=generator).to(AUTOCAST_DTYPES[precision])
-    images = images.to(memory_format=torch.channels_last)
-    labels = torch.zeros(len(images), dtype=torch.int64, device=device)
+    images, labels = random_batch(config, resolution, trials)
 
     def start_compiling():
         compile_network(state.model, config["memory"])
@@ -250,7 +247,7 @@ def _measured(config, device, precision, work, seconds_left, new_state, train_st
             torch.cuda.synchronize(device)
 
     figures = measured_choice(
-        lambda: train_step(state, images, labels),
+        lambda: trials.step(state, images, labels, config),
         start_compiling,
         lambda: is_compiled(state.model),
         wait,
@@ -266,6 +263,15 @@ def _measured(config, device, precision, work, seconds_left, new_state, train_st
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     return figures | {"resolution": resolution}
+
+
+def random_batch(config, resolution, trials):
+    """Return (images [B, 3, H, W] in the autocast dtype and channels-last, labels int64 [B]) of a rank's shard."""
+    generator = torch.Generator(trials.device).manual_seed(0)
+    shape = largest_shard(config["batch_size"]), 3, resolution, resolution
+    images = torch.randn(shape, device=trials.device, generator=generator).to(AUTOCAST_DTYPES[trials.precision])
+    labels = torch.zeros(len(images), dtype=torch.int64, device=trials.device)
+    return images.to(memory_format=torch.channels_last), labels
 
 
 def in_words(choice):

@@ -320,9 +320,9 @@ def plan_run(config, rates, train_images, val_images):
         phases.append(Phase(group[0] + 1, group[-1] + 1, resolution, rate, hours))
     fewest, most = (networks_scored(config, epoch) for epoch in (0, epochs))
     averaged = averaging.epochs_to_average(config, epochs)
-    elsewhere = sum((side / config["val_resolution"]) ** 2 for side in config["more_val_resolutions"])  # at the end
+    others = sum((side / config["val_resolution"]) ** 2 for side in config["more_val_resolutions"])  # at the end
     validation = (epochs - averaged) * val_images / rates.validation_of(fewest) if averaged < epochs else 0.0
-    validation += (averaged + elsewhere) * val_images / rates.validation_of(most)
+    validation += (averaged + others) * val_images / rates.validation_of(most)
     statistics = 0.0
     for phase in phases if averaged else ():
         count = averaging.epochs_to_average(config, phase.last_epoch)

@@ -5,11 +5,16 @@ than what a hundred steps can learn, and the reading is that of the noise; on BA
 whole height and shows where the rate begins to work, where it works best and where it breaks.
 """
 
+import itertools
 import math
 
 import numpy as np
 
+from engine.data.batches import training_requests
+from engine.system.distributed import all_reduce_sum
 from engine.system.errors import TrainingStopped
+from engine.system.gpu_memory import stop_on_oom
+from engine.training.optim import lr_scale
 
 DIVERGED = 2.0  # times the lowest smoothed loss: the test has seen enough
 LONGEST_SKIPPED_ROW = 30  # steps in a row without a finite gradient: diverged, and not a loss scale that is still falling
@@ -102,6 +107,34 @@ def _smoothed(values, width):
     steps = np.arange(len(values))
     weights = np.exp(-0.5 * ((steps[:, None] - steps[None]) / max(width, 1e-6)) ** 2)
     return (weights @ values) / weights.sum(axis=1)
+
+
+@stop_on_oom("outside of a training step: make room in the GPU's memory")
+def find_learning_rate(trials, config, batches, monitor, lowest, highest, steps):
+    """Return the result of a range test with a run's own step.
+
+    Args:
+        trials: Trials, which take the step.
+        batches: BatchLoader of the run's images.
+        lowest, highest, steps: as for range_test; rates as config['learning_rate'] states them.
+    """
+    images = batches.splits["train"]
+    state = trials.scratch_state(config, lowest, compiled=config["compile"] == "on")
+    state.ddp_model.train()
+
+    def step(rate, batch):
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate * lr_scale(config)
+        result = trials.step(state, *batch, config)
+        while trials.remarks:
+            monitor.log(trials.remarks.pop(0))
+        return all_reduce_sum(result.loss).item(), math.isfinite(result.grad_norm.item())
+
+    requests = itertools.cycle(itertools.islice(training_requests(images, config, epoch=0), BATCHES_IN_CYCLE))
+    monitor.start("learning-rate range test", steps)
+    result = range_test(step, monitor.watch(batches.training(requests, set())), lowest, highest, steps)
+    monitor.finish()
+    return result
 
 
 def describe_rates(result):

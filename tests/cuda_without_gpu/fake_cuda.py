@@ -9,6 +9,7 @@ import traceback
 import pytest
 import torch
 import torchvision.transforms.v2 as v2
+from conftest import fresh_state
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.optim import swa_utils
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +19,8 @@ from config import CONFIG
 from engine.system.device import AUTOCAST_DTYPES
 from engine.training import averaging
 from engine.training.loss import build_mixing
-from train import adapting_train_step, new_state
+from engine.training.out_of_memory import take_step
+from train import train_step
 
 CUDA = torch.device("cuda")
 QUICK = {"batch_size": 16, "epochs": 4, "warmup_epochs": 1, "swa_start_epoch": 3, "compile": "off", "architecture": "resnet18"}
@@ -116,14 +118,14 @@ def steps(precision="fp16", resolutions=(32, 64), **changes):
     config = CONFIG | QUICK | changes
     images = config["batch_size"]
     with fake_cuda():
-        state = new_state(config, 1000, 50, CUDA, precision)
+        state = fresh_state(config, precision, 1000, 50, CUDA)
         state.ddp_model.train()
         mix = build_mixing(config, 1000)
         batches = [batch(images, resolution, precision) for resolution in resolutions]
         with Copies() as copies:
             for pixels, labels in batches:
                 mixed, targets = mix(pixels, labels)
-                result = adapting_train_step(state, mixed, targets, config, print)
+                result = take_step(train_step, state, mixed, targets, config, print)
                 state.sums.add(result.loss, result.correct, result.grad_norm, images)
                 averaging.update_ema(state.ema_model, state.model, config, steps_done=state.schedule.last_epoch)
     return state, copies.found, mixed

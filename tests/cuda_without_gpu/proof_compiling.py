@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 import torch._inductor.runtime.triton_heuristics as heuristics
+from conftest import fresh_state
 from fake_cuda import CUDA, QUICK, batch, fake_cuda
 
 from config import CONFIG
 from engine.system.device import autocast, choose_precision
 from engine.training.loss import training_loss
-from train import new_state
 
 
 def test_all_kernels_compile_for_the_card(tmp_path, monkeypatch):
@@ -35,7 +35,7 @@ def test_all_kernels_compile_for_the_card(tmp_path, monkeypatch):
     config = CONFIG | QUICK | {"compile": "on", "optimizer": "sgd", "swa_start_epoch": 0}
     precision = choose_precision(config, CUDA)
     with fake_cuda():
-        state = new_state(config, 1000, 50, CUDA, precision)
+        state = fresh_state(config, precision, 1000, 50, CUDA)
         state.ddp_model.train()
         images, labels = batch(16, 64, precision)
         with autocast(CUDA, precision):

@@ -6,6 +6,7 @@ which need cuDNN and cuBLAS, are left out: the switches that proof_card.py looks
 
 import pytest
 import torch
+from conftest import fresh_state
 from fake_cuda import CUDA, QUICK, batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from config import CONFIG
 from engine.training.loss import build_mixing
-from train import new_state, train_step
+from train import train_step
 
 LIBRARIES = ("convolution", "mm", "addmm", "batch_norm")  # of cuDNN and cuBLAS; batch norm's own kernels have no atomics
 
@@ -48,7 +49,7 @@ def deterministic():
 )
 def test_no_operator_of_the_step_lacks_a_deterministic_form(deterministic, changes):
     config = CONFIG | QUICK | {"batch_size": 8} | changes
-    state = new_state(config, 10, 50, CUDA, "fp16")
+    state = fresh_state(config, "fp16", 10, 50, CUDA)
     state.ddp_model.train()
     torch.autograd.set_multithreading_enabled(False)
     with WithoutLibraries():

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_demo_data
+from conftest import fresh_state, make_demo_data
 from fake_cuda import CUDA, QUICK, fake_cuda
 
 import train
@@ -55,10 +55,14 @@ def epoch(tmp_path, monkeypatch):
         server = BatchLoader(splits, config, CUDA, torch.float16, StopRequest(), said.append)
         assert said == []
         with fake_cuda():
-            state = train.new_state(config, 10, BATCHES, CUDA, "fp16")
+            state = fresh_state(config, "fp16", 10, BATCHES, CUDA)
             monkeypatch.setenv("STANDIN_LOG", str(log))
             requests = training_requests(splits["train"], config, 0, 0)
-            train.train_one_epoch(state, server.training(requests, set()), config, checkpoints, monitor)
+            run = SimpleNamespace(
+                num_classes=10, training_batches=lambda state: batches, monitor=monitor, checkpoints=checkpoints
+            )
+            batches = server.training(requests, set())
+            train.train_one_epoch(state, run, config)
             monkeypatch.delenv("STANDIN_LOG")
         server.close()
         assert state.batch == BATCHES

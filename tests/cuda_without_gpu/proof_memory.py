@@ -2,11 +2,12 @@
 no CUDA context."""
 
 import pytest
+from conftest import fresh_state
 from fake_cuda import CUDA, batch, fake_cuda
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from config import CONFIG
-from train import new_state, train_step
+from train import train_step
 
 GIB = 2**30
 
@@ -16,7 +17,7 @@ def peak_bytes(memory, optimizer):
     config = CONFIG | {"optimizer": optimizer, "memory": memory, "compile": "off"}
     assert config["swa_start_epoch"] and config["batch_size"] == 256
     with fake_cuda():
-        state = new_state(config, 1000, 5000, CUDA, "fp16")
+        state = fresh_state(config, "fp16", 1000, 5000, CUDA)
         state.ddp_model.train()
         images, labels = batch(256, 224, "fp16")
         if optimizer == "adamw":

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from conftest import fresh_state
 from fake_cuda import QUICK, batch, fake_cuda, steps
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
@@ -12,7 +13,6 @@ from engine.inference.scoring import topk_correct
 from engine.system.device import autocast
 from engine.training import averaging
 from evaluate import evaluate
-from train import new_state
 
 NATIVE_BF16 = int(os.environ["STANDIN_CAPABILITY"]) >= 80
 VARIANTS = {
@@ -84,7 +84,7 @@ def test_control_a_copy_to_the_host_is_noticed(monkeypatch):
 
 def test_recomputing_batch_norm_statistics_reads_nothing_on_the_host():
     with fake_cuda():
-        state = new_state(CONFIG | QUICK, 1000, 50, torch.device("cuda"), "fp16")
+        state = fresh_state(CONFIG | QUICK, "fp16", 1000, 50, "cuda")
         batches = (batch(16, 32, "fp16") for _ in range(3))
         averaging.recompute_bn_stats(state.averaged_model, batches, autocast(state.device, "fp16"))
 
@@ -92,7 +92,7 @@ def test_recomputing_batch_norm_statistics_reads_nothing_on_the_host():
 @pytest.mark.parametrize("flip", [False, True])
 def test_scoring_reads_the_device_once_at_its_end(flip):
     with fake_cuda():
-        state = new_state(CONFIG | QUICK | {"ema_half_life_steps": 100}, 1000, 50, torch.device("cuda"), "fp16")
+        state = fresh_state(CONFIG | QUICK | {"ema_half_life_steps": 100}, "fp16", 1000, 50, "cuda")
         served = []
 
         def batches():

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch._inductor.config
 import torch.nn.functional as F
-from conftest import run_program, tiny_run
+from conftest import fresh_state, run_program, tiny_run
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 import train
@@ -28,6 +28,8 @@ from engine.training.compiling import (
     measured_choice,
     work_left,
 )
+from engine.training.out_of_memory import take_step
+from engine.training.trials import Trials
 
 CPU = torch.device("cpu")
 QUICK = CONFIG | {"batch_size": 8, "epochs": 4, "warmup_epochs": 1, "swa_start_epoch": 3, "architecture": "resnet18"}
@@ -174,7 +176,7 @@ def test_what_was_measured_before_holds_for_the_same_circumstances_only(monkeypa
 
     def chosen(contents, precision="fp32", **changes):
         config = QUICK | {"compile": "measure"} | changes
-        return choose_compiled(config, contents, False, 80, math.inf, CPU, precision, None, None)[1]
+        return choose_compiled(config, contents, False, 80, math.inf, Trials(None, None, 10, CPU, precision))[1]
 
     first = chosen(None)
     assert first.items() >= {"batch_size": 8, "precision": "fp32", "torch": torch.__version__}.items()
@@ -239,7 +241,7 @@ def test_a_run_says_whether_its_network_is_compiled(image_tree, tmp_path):
 
 
 def test_a_compiled_network_keeps_its_keys_and_so_do_its_averages():
-    compiled, plain = (train.new_state(QUICK | {"compile": kind}, 5, 10, CPU, "fp32") for kind in ("on", "off"))
+    compiled, plain = (fresh_state(QUICK | {"compile": kind}) for kind in ("on", "off"))
     for part in ("model", "averaged_model"):
         assert list(getattr(compiled, part).state_dict()) == list(getattr(plain, part).state_dict())
 
@@ -257,14 +259,14 @@ def test_without_a_compiler_a_run_that_asks_for_one_stops_and_says_why(image_tre
 def test_where_compiling_fails_under_auto_the_same_step_is_taken_as_written_and_it_is_said(monkeypatch, tmp_path):
     monkeypatch.setitem(os.environ, "TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     said = []
-    state = train.new_state(QUICK | {"compile": "on"}, 5, 10, CPU, "fp32")
+    state = fresh_state(QUICK | {"compile": "on"})
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
-        result = train.adapting_train_step(state, *some_batch(), QUICK, said.append)
-    plain = train.new_state(QUICK, 5, 10, CPU, "fp32")
+        result = take_step(train.train_step, state, *some_batch(), QUICK, said.append)
+    plain = fresh_state(QUICK)
     expected = train.train_step(plain, *some_batch(), QUICK)
     assert "could not be compiled" in said[0] and "as written from now on" in said[0]
     assert result.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
-    train.adapting_train_step(state, *some_batch(), QUICK, said.append)
+    take_step(train.train_step, state, *some_batch(), QUICK, said.append)
     assert len(said) == 1
 
 
@@ -306,7 +308,7 @@ def test_compiled_gradients_statistics_and_losses_are_the_plain_ones(memory):
     config = QUICK | {"learning_rate": 1e-3, "swa_start_epoch": 0, "memory": memory}
     gradients, statistics, losses = {}, {}, {}
     for kind in ("on", "off"):
-        state = train.new_state(config | {"compile": kind}, 5, 10, CPU, "fp32")
+        state = fresh_state(config | {"compile": kind})
         state.model.train()
         losses[kind] = [train.train_step(state, *some_batch(), config).loss.item() for _ in range(10)]
         gradients[kind] = [p.grad for p in state.model.parameters()]

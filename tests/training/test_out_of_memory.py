@@ -9,13 +9,14 @@ import math
 
 import pytest
 import torch
-from conftest import run_here, tiny_run
+from conftest import fresh_state, run_here, tiny_run
 
 import train
 from config import CONFIG
 from engine.run import checkpoint_files
 from engine.system.errors import TrainingStopped
 from engine.system.gpu_memory import is_out_of_memory, retry_in_parts_on_oom, retry_pass_on_oom
+from engine.training.out_of_memory import take_step
 from model import build_model
 
 CPU = torch.device("cpu")
@@ -38,7 +39,7 @@ def some_batch(images=8, resolution=40):
 
 
 def new_state(config=QUICK):
-    state = train.new_state(config, 5, 10, CPU, "fp32")
+    state = fresh_state(config)
     state.model.train()
     torch.manual_seed(7)
     return state
@@ -137,7 +138,7 @@ def test_a_step_that_failed_before_the_weights_changed_is_taken_again_as_if_it_h
 
     mend, said = fail(state, monkeypatch, error), []
     torch.manual_seed(8)
-    result = train.adapting_train_step(state, *some_batch(), QUICK, said.append)
+    result = take_step(train.train_step, state, *some_batch(), QUICK, said.append)
     if mend:
         mend()
     assert len(said) == 1 and said[0].endswith("micro-batches of 4")
@@ -150,7 +151,7 @@ def test_out_of_memory_while_the_weights_change_is_never_retried(after, monkeypa
     state, said = new_state(), []
     monkeypatch.setattr(state.optimizer, "step", once(state.optimizer.step, KINDS[1], after))
     with pytest.raises(TrainingStopped, match=r"while the weights were being changed.*--micro-batch-size 4 --resume auto"):
-        train.adapting_train_step(state, *some_batch(), QUICK, said.append)
+        take_step(train.train_step, state, *some_batch(), QUICK, said.append)
     assert said == []
 
 
@@ -171,7 +172,7 @@ def test_at_32_px_no_micro_batch_becomes_a_single_image():
     state, said = new_state(), []
     state.model.layer3.register_forward_hook(lambda *arguments: (_ for _ in ()).throw(KINDS[0]))
     with pytest.raises(TrainingStopped, match=r"micro-batches of 2 images of 32 px \(CUDA out of memory. Tried.*batch norm"):
-        train.adapting_train_step(state, *some_batch(resolution=32), QUICK, said.append)
+        take_step(train.train_step, state, *some_batch(resolution=32), QUICK, said.append)
     assert [text[-16:] for text in said] == ["micro-batches of 4"[-16:], "micro-batches of 2"[-16:]]
 
 
@@ -188,7 +189,7 @@ def test_a_finite_gradient_whose_norm_overflows_is_skipped_whatever_the_clip(cli
         state.model.fc.weight *= 1e25
     before = copy.deepcopy([state.model.state_dict()["fc.weight"], *(p.detach() for p in state.model.parameters())])
     moments = copy.deepcopy(state.optimizer.state_dict()["state"])
-    loss, _ = train.add_gradients(state, *some_batch(), config)
+    train.train_step(state, *some_batch(), config, probe=True)
     gradients = [p.grad for p in state.model.parameters()]
     assert all(torch.isfinite(g).all() for g in gradients)
     assert torch.isinf(torch.nn.utils.get_total_norm(gradients))  # else this test shows nothing
@@ -276,6 +277,6 @@ def test_what_does_not_fit_outside_of_a_step_ends_in_words(image_tree, tmp_path,
     with monkeypatch.context() as patch, pytest.raises(TrainingStopped, match=r"outside of a training step.*\(CUDA error"):
         patch.setattr("engine.data.loader.to_device", no_room)
         run_here(arguments)
-    monkeypatch.setattr(train, "build_optimizer", lambda *of: next(no_room()))
+    monkeypatch.setattr("engine.training.state.build_optimizer", lambda *of: next(no_room()))
     with pytest.raises(TrainingStopped, match="with the weights and the optimizer's state alone"):
         run_here([*arguments, "--overwrite"])

@@ -16,7 +16,10 @@ from engine.data.demo import make_demo_data
 from engine.data.splits import open_splits
 from engine.run.monitor import Monitor
 from engine.run.records import read_records
+from engine.training.out_of_memory import take_step
 from engine.training.plan import PlanError, Rates, epochs_within, measure_machine, plan_run, rates_stated, steady_pace
+from engine.training.trials import Trials
+from model import build_model
 
 FAST = CONFIG | RECIPES["fast"]
 IMAGENET = (1_281_167, 50_000)
@@ -154,7 +157,7 @@ def test_a_machines_rates_are_measured_at_the_smallest_and_largest_size_and_in_v
     arguments = tiny_run(image_tree, tmp_path / "run", start_resolution=32, train_resolution=96, epochs=8)
     config = parse_command_line(arguments).config
     splits = open_splits(image_tree)
-    state = train.scratch_state(config, splits["train"], torch.device("cpu"), "fp32")
+    state = Trials(train.train_step, build_model, 10, torch.device("cpu"), "fp32").scratch_state(config)
 
     def step(state, images, labels):
         return train.train_step(state, images, labels, config)
@@ -181,11 +184,11 @@ def test_a_plan_is_right_when_held_against_the_run_that_follows(tmp_path):
     splits, cpu = open_splits(config["data_dir"]), torch.device("cpu")
 
     def step(state, *batch):
-        return train.adapting_train_step(state, *batch, config, print)
+        return take_step(train.train_step, state, *batch, config, print)
 
     def planned():
         begun = time.process_time()
-        state = train.scratch_state(config, splits["train"], cpu, "fp32")
+        state = Trials(train.train_step, build_model, 10, cpu, "fp32").scratch_state(config)
         with Monitor(config | {"log_file": None}, cpu) as monitor:
             rates = measure_machine(config, splits, state, step, monitor, begun, seconds=4, clock=time.process_time)
         return 3600 * plan_run(config, rates, 480, 160).hours

@@ -1,0 +1,62 @@
+"""The images of a run: those of its checkpoint, the same on each machine, and enough for a batch."""
+
+from engine.cli.keys import ConfigError
+from engine.data.demo import make_demo_data
+from engine.data.splits import log_packing_gain, open_splits
+from engine.system import distributed
+from engine.system.errors import DataError
+
+
+def open_images(config, checkpoint, log):
+    """Return the splits {'train': ..., 'val': ...} of a run.
+
+    Args:
+        checkpoint: to go on from, or None.
+        log: called with each message for the user.
+    Raises:
+        DataError: they are not those of the checkpoint, or too few for a batch.
+    """
+    if config["make_demo_data"]:
+        made = distributed.run_on_all_ranks(lambda: distributed.local_rank() == 0 and make_demo_data(config["data_dir"]))
+        if made:
+            log(f"made the demo's pictures in {config['data_dir']}")
+    splits = distributed.run_on_all_ranks(lambda: open_splits(config["data_dir"], log=log))
+    images = splits["train"]
+    if checkpoint is not None:
+        _keep_order_of_classes(splits, checkpoint, log)
+    seen = distributed.all_gather_object((images.classes, len(images), len(splits["val"])))
+    if seen.count(seen[0]) < len(seen):
+        raise DataError(f"{config['data_dir']} holds other images on one machine than on another")
+    if checkpoint is not None:
+        _require_same_images(splits, checkpoint, config)
+    if len(images) < config["batch_size"]:
+        raise DataError(
+            f"{len(images)} training images make no batch of batch_size = {config['batch_size']}: lower --batch-size"
+        )
+    if config["batch_size"] < distributed.size():
+        raise ConfigError([f"batch_size = {config['batch_size']}: too few for {distributed.size()} processes"])
+    if checkpoint is None and distributed.rank() == 0:
+        log_packing_gain(images, config, log)
+    return splits
+
+
+def _keep_order_of_classes(splits, checkpoint, log):
+    classes = splits["train"].classes
+    if classes != checkpoint["classes"] and sorted(classes) == sorted(checkpoint["classes"]):
+        log("note: the classes stay in the order that the run recorded when it began")
+        for split in splits.values():
+            split.relabel(checkpoint["classes"])
+
+
+def _require_same_images(splits, checkpoint, config):
+    images, val_images = splits["train"], len(splits["val"])
+    if (images.classes, len(images)) != (checkpoint["classes"], checkpoint["train_images"]):
+        raise DataError(
+            f"{config['data_dir']} holds {len(images):,} training images of {len(images.classes)} classes; the run to resume "
+            f"saw {checkpoint['train_images']:,} of {len(checkpoint['classes'])}. Name its images with --data-dir"
+        )
+    if val_images != checkpoint.get("val_images", val_images):  # new in format 1
+        raise DataError(
+            f"{config['data_dir']} holds {val_images:,} validation images; the run to resume was scored on "
+            f"{checkpoint['val_images']:,}, and its best so far would mean nothing. Name its images with --data-dir"
+        )

@@ -1,0 +1,254 @@
+"""Opening and closing a run: everything that training works with is built once here, from a configuration that is final."""
+
+import contextlib
+import math
+import traceback
+import types
+
+import torch
+
+from engine.cli.keys import ConfigError, config_problems
+from engine.data.loader import BatchLoader
+from engine.preparation.trees import IMAGENET_COUNTS
+from engine.run.checkpoint_files import LAST, delete_run
+from engine.run.monitor import Monitor
+from engine.system import distributed
+from engine.system.device import (
+    AUTOCAST_DTYPES,
+    choose_device,
+    choose_precision,
+    describe_device,
+    precision_remarks,
+    set_up_arithmetic,
+)
+from engine.system.environment import environment
+from engine.system.errors import DataError, UserError, first_line
+from engine.system.host_memory import keep_freed_memory
+from engine.system.interruption import Interrupted, RunEnded, StopRequest, watch_spot_notice
+from engine.system.lock import folder_lock
+from engine.system.plain_json import to_json
+from engine.system.workers import WorkerDied
+from engine.training.compiling import choose_compile, choose_compiled, keep_compiled_code_in
+from engine.training.images import open_images
+from engine.training.plan import measure_machine, plan_new_run, positive
+from engine.training.range_test import USUAL_RANGE, describe_rates, find_learning_rate
+from engine.training.resuming import beginning_of_run, source_of_run
+from engine.training.run import Run
+from engine.training.trials import Trials
+
+
+@contextlib.contextmanager
+def open_run(command, train_step, build_model, begun):
+    """Give the Run that a command asks for; what it holds is closed with the block, and an interruption saves.
+
+    Args:
+        command: Command.
+        train_step, build_model: train.py's and model.py's, for what is measured before the run begins.
+        begun: what time.perf_counter() showed when the program started.
+    Raises:
+        RunEnded: the run was asked to stop, and what could be saved is saved.
+        UserError: it cannot begin, or cannot go on.
+    """
+    require_consistent_flags(command)
+    with contextlib.ExitStack() as stack:
+        run, trials = _open(stack, command, train_step, build_model, begun)
+        with saving_on_interruption(run):
+            if run.config["learning_rate"] == "auto":
+                run.config = with_found_rate(run.config, trials, run.batches, run.monitor)
+            if run.checkpoint is None:  # refused before unless it is asked for or there is none
+                distributed.run_on_rank0(delete_run, run.config["checkpoint_dir"])
+            torch.manual_seed(run.config["seed"] + distributed.rank())
+            with distributed.detect_lost_ranks():  # here already, so that the log says it, too
+                yield run
+
+
+def _open(stack, command, train_step, build_model, begun):
+    """Return the Run and its Trials; the stack closes what they hold."""
+    stack.enter_context(distributed.process_group(open_device(command.config)))
+    source, folder = distributed.run_on_rank0(source_of_run, command)
+    advice = "train elsewhere: --checkpoint-dir OTHER"
+    lock = stack.enter_context(folder_lock(folder, "checkpoint_dir", print, advice))
+    config, recipe, checkpoint, remarks = distributed.run_on_rank0(beginning_of_run, command, source, folder)
+    device = choose_device(config)
+    precision = choose_precision(config, device)
+    set_up_arithmetic(config, device)
+    monitor = stack.enter_context(Monitor(config, device))
+    splits = open_images(config, checkpoint, monitor.log)
+    trials = Trials(train_step, build_model, len(splits["train"].classes), device, precision)
+    config, compile_choice, lines = settle(command, config, checkpoint, splits, trials, monitor, begun)
+    monitor.epochs = config["epochs"]
+    stop = stack.enter_context(StopRequest())
+    remarks = [*lines, *([lock.note] if lock.note else []), *remarks, *precision_remarks(precision, device)]
+    log_beginning(config, recipe, splits, device, precision, remarks, monitor)
+    batches = BatchLoader(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.log)
+    stack.callback(batches.close)
+    if config["spot_notice"] and distributed.local_rank() == 0:
+        watch_spot_notice(stop, config["spot_notice_url"], monitor.log)
+    return Run(config, recipe, checkpoint, compile_choice, device, precision, batches, monitor, lock, stop), trials
+
+
+def require_consistent_flags(command):
+    """Raise ConfigError where the program's own flags do not go together."""
+    planning = {"plan", "hours"} & set(command.options)
+    if planning and "resume" in command.options:
+        raise ConfigError(
+            [f"--{' and --'.join(sorted(planning))} with --resume: a plan is made for a new run; change --epochs"]
+        )
+    idle = sorted({"images_per_s", "price_per_hour"} & set(command.options))
+    if idle and not planning:
+        raise ConfigError([f"--{name.replace('_', '-')}: belongs to a plan; add --plan or --hours" for name in idle])
+
+
+def open_device(config):
+    """Return the torch.device of a configuration, the process being set up for it."""
+    device = choose_device(config)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device
+
+
+def log_beginning(config, recipe, splits, device, precision, remarks, monitor):
+    """Log what the run works with, and the remarks of its opening."""
+    images = splits["train"]
+    monitor.log_to_file(f"environment: {to_json(environment())}")
+    monitor.log_to_file(f"configuration: {to_json(config)}")
+    monitor.log(
+        f"recipe {recipe}: {config['architecture']} on {len(images):,} images of {len(images.classes)} classes, "
+        f"{len(images) // config['batch_size']} steps an epoch; {describe_device(device)}, {precision}, "
+        f"PyTorch {torch.__version__}"
+    )
+    if distributed.launched():
+        monitor.log(f"{distributed.describe()}; batches of {config['batch_size']} over all of them")
+    for remark in remarks:
+        monitor.log(remark)
+
+
+# What makes a configuration final --------------------------------------------------------------------------------------
+
+
+def settle(command, config, checkpoint, splits, trials, monitor, begun):
+    """Return (config, compile_choice, lines): how the network is compiled and, where a plan is asked for, the epochs that fit.
+
+    The lines are to be logged. A learning rate that is to be found is found later, by with_found_rate.
+    """
+    images = splits["train"]
+    if choose_compile(config, trials.device)[0] != "off":
+        keep_compiled_code_in(config["checkpoint_dir"], create="plan" not in command.options)
+    own_step = "resolution_step" in command.given or checkpoint is not None
+    hours = positive("hours", command.options) or math.inf
+    config, choice, lines = choose_compiled(config, checkpoint, own_step, len(images), hours, trials)
+    if not {"plan", "hours"} & set(command.options) or checkpoint is not None:
+        return config, choice, lines + trials.remarks
+
+    def measure():
+        state = trials.scratch_state(config, compiled=choice["compiled"])
+        step = lambda state, *batch: trials.step(state, *batch, config)  # noqa: E731
+        return measure_machine(config, splits, state, step, monitor, begun)
+
+    counts = len(images), len(splits["val"])
+    config, planned = distributed.broadcast_from_rank0(plan_for(command, config, counts, measure))
+    return config, choice, lines + planned + trials.remarks
+
+
+def plan_for(command, config, counts, measure):
+    """Return (config, lines) of plan_new_run for a command."""
+    return plan_new_run(
+        config,
+        command.options,
+        counts,
+        measure,
+        lambda epochs: config | command.durations(epochs),
+        lambda stretched: not config_problems(stretched),
+    )
+
+
+def with_found_rate(config, trials, batches, monitor):
+    """Return the configuration with the learning rate that a range test suggests."""
+    found = find_learning_rate(trials, config, batches, monitor, *USUAL_RANGE[config["optimizer"]])
+    monitor.log(describe_rates(found))
+    config = config | {"learning_rate": distributed.broadcast_from_rank0(found["suggestion"])}
+    monitor.log_to_file(f"configuration: {to_json(config)}")  # the final one
+    return config
+
+
+def print_plan(command, train_step, build_model, begun):
+    """Print what a new run would take; nothing is written. Arguments as of open_run."""
+    require_consistent_flags(command)
+    device = open_device(command.config)
+    config = command.config
+    with distributed.process_group(device), Monitor(config | {"log_file": None}, device) as monitor:
+        set_up_arithmetic(config, device)
+        if "images_per_s" in command.options:
+            try:
+                splits = open_images(config, None, monitor.log)
+                counts = len(splits["train"]), len(splits["val"])
+            except DataError:
+                counts = IMAGENET_COUNTS
+                monitor.log(f"no images in {config['data_dir']}: planned for ImageNet-1K")
+            _, lines = plan_for(command, config, counts, None)
+        else:
+            splits = open_images(config, None, monitor.log)
+            num_classes, precision = len(splits["train"].classes), choose_precision(config, device)
+            trials = Trials(train_step, build_model, num_classes, device, precision)
+            _, _, lines = settle(command, config, None, splits, trials, monitor, begun)
+        monitor.log("\n".join(lines))
+    return 0
+
+
+# Leaving a run ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def saving_on_interruption(run):
+    """Save the run's state where something ends the block early, and log how to go on.
+
+    Raises:
+        RunEnded: it was asked to stop, or cannot go on for a reason that has been logged.
+    """
+    try:
+        yield
+    except (Interrupted, WorkerDied, DataError) as cause:
+        exit_code = save_and_leave(cause, run)
+        if run.stop.machine_goes_away:
+            distributed.end_launcher()
+        raise RunEnded(exit_code) from cause
+    except UserError as error:
+        run.monitor.log_to_file(f"stopped: {error}")
+        raise
+    except Exception as error:
+        run.monitor.log_to_file(traceback.format_exc())
+        with contextlib.suppress(Exception):  # the first error is the one to show
+            save_and_leave(f"{type(error).__name__}: {first_line(error)}", run)
+        raise
+
+
+def save_and_leave(cause, run):
+    """Save the state of a run that is asked to stop, log how to go on, and return the exit status."""
+    exit_code, state, log = getattr(cause, "exit_code", 1), run.state, run.monitor.log
+    if state is None:
+        log(f"stopped by {cause}, before the training began")
+        return exit_code
+    folder = run.checkpoints.folder
+    where = f"in epoch {state.epoch + 1} after {state.batch} batches"
+    program = "torchrun ... train.py" if distributed.launched() else "python train.py"
+    alone = isinstance(cause, str) and distributed.size() > 1  # an error of this process: the others do not save with it
+    if not state.is_whole or alone:
+        log(
+            f"stopped by {cause} {where}; NOT saved, {'alone with it' if alone else 'in the middle of a step'}. "
+            f"Go on from the last save with: {program} --resume {folder / LAST}"
+        )
+    elif run.checkpoints.save(state):
+        log(f"stopped by {cause} {where}; saved. Go on with: {program} --resume {folder / LAST}")
+    else:
+        log(f"stopped by {cause} {where}; NOT saved, an earlier checkpoint may be in {folder}")
+    return exit_code
+
+
+@contextlib.contextmanager
+def exit_status():
+    """Give an object whose `code` is 0, or once a RunEnded has ended the block its exit status."""
+    status = types.SimpleNamespace(code=0)
+    try:
+        yield status
+    except RunEnded as end:
+        status.code = end.exit_code

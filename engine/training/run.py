@@ -1,0 +1,95 @@
+"""An open run: what training works with, and what it leaves behind."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.data.batches import training_requests
+from engine.data.loader import BatchLoader
+from engine.run.checkpoint_files import CheckpointFolder
+from engine.run.monitor import Monitor
+from engine.system import distributed
+from engine.system.device import describe_device
+from engine.system.errors import TrainingStopped
+from engine.system.interruption import StopRequest
+from engine.system.lock import FolderLock
+from engine.training.state import TrainState
+from engine.training.validation import epoch_record, note_best
+
+
+@dataclass
+class Run:
+    """What open_run has opened. The configuration is final."""
+
+    config: dict
+    recipe: str
+    checkpoint: dict | None  # to go on from, until restore() has taken it over
+    compile_choice: dict
+    device: torch.device
+    precision: str
+    batches: BatchLoader
+    monitor: Monitor
+    lock: FolderLock
+    stop: StopRequest
+    state: TrainState | None = None  # once restore() has been called: what an interruption saves
+    checkpoints: CheckpointFolder | None = None
+
+    @property
+    def num_classes(self):
+        return len(self.batches.splits["train"].classes)
+
+    @property
+    def steps_per_epoch(self):
+        return len(self.batches.splits["train"]) // self.config["batch_size"]
+
+    def restore(self, state):
+        """Let a new TrainState be the run's: at the checkpoint to go on from, or at the start; files of the run are opened."""
+        checkpoint, resumed = self.checkpoint, None
+        if checkpoint is not None:
+            state.load_state_dict(checkpoint, self.config, self.steps_per_epoch)
+            resumed, self.checkpoint = (checkpoint["best"], checkpoint["path"]), None  # hundreds of megabytes
+        self.checkpoints = CheckpointFolder(self.config, self.facts(), self.lock, self.stop, self.monitor.log)
+        if resumed:
+            self.checkpoints.find_best(*resumed)
+        self.monitor.open_records(self.checkpoints.folder, state.epoch, Path(resumed[1]).parent if resumed else None)
+        self.state = state
+
+    def facts(self):
+        """Return what each checkpoint says of the run besides its state."""
+        train, val = self.batches.splits["train"], self.batches.splits["val"]
+        several = f"{distributed.size()} times " if distributed.size() > 1 else ""
+        return {
+            "config": self.config,
+            "recipe": self.recipe,
+            "classes": train.classes,
+            "train_images": len(train),
+            "val_images": len(val),
+            "compile_choice": self.compile_choice,
+            "hardware": several + describe_device(self.device),
+            "class_names": getattr(train, "class_names", {}),  # what people call them, where a packed file knows
+        }
+
+    def training_batches(self, state):
+        """Return an iterator of (images, labels) over the rest of the epoch in progress; the monitor shows its progress."""
+        images = self.batches.splits["train"]
+        self.monitor.start(f"epoch {state.epoch + 1}/{self.config['epochs']}", self.steps_per_epoch, state.batch)
+        requests = training_requests(images, self.config, state.epoch, state.batch)
+        return self.batches.training(requests, state.bad_images)
+
+    def record(self, state, trained, scores):
+        """Write the epoch's record, let its best weights be the run's if they are, and return the record."""
+        note_best(state, scores.at_val_resolution, self.checkpoints.best)
+        return self.monitor.write_record(epoch_record(state, self.config, trained, scores))
+
+    def finish(self, state):
+        """Log where the best weights are.
+
+        Raises:
+            TrainingStopped: the last state is not on disk and could not be saved now.
+        """
+        folder = self.checkpoints.folder
+        if not (self.checkpoints.is_saved or self.checkpoints.save(state)):
+            raise TrainingStopped(f"the run has ended, but its result could NOT be saved to {folder}")
+        conditions = f"{self.config['val_resolution']} px, no test-time augmentation"
+        self.monitor.log(f"finished {self.config['epochs']} epochs: {self.checkpoints.best_in_words(state.best, conditions)}")
