@@ -12,7 +12,7 @@ from engine.data.demo import make_demo_data
 from engine.data.loader import IMAGENET_MEAN, IMAGENET_STD, BatchLoader, to_device
 from engine.data.splits import open_splits
 from engine.run import checkpoint_files
-from engine.run.monitor import Throughput
+from engine.run.throughput import Throughput
 from engine.system.device import AUTOCAST_DTYPES, build_scaler
 from engine.system.interruption import StopRequest
 from engine.training.metrics import MetricAccumulator

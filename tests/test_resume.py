@@ -50,7 +50,7 @@ def reference(image_tree, tmp_path_factory):
 MOMENTS = {  # function of a module, its n-th call, and where the run then says that it stopped
     "a training step": ("train", "train_step", 11, "in epoch 2 after 4 batches"),
     "the recomputation of batch norm": ("engine.training.averaging", "recompute_bn_stats", 1, "in epoch 2 after 7 batches"),
-    "validation": ("train", "evaluate", 3, "in epoch 3 after 7 batches"),
+    "validation": ("engine.training.validation", "evaluate", 3, "in epoch 3 after 7 batches"),
     "the writing of a checkpoint": ("engine.run.checkpoint_files", "write", 2, "in epoch 3 after 0 batches"),
     "the writing of the records": ("engine.run.monitor", "append_record", 2, "in epoch 3 after 0 batches"),
 }

@@ -18,8 +18,9 @@ from config import CONFIG
 from engine.report.figures import read_run
 from engine.report.history import SILENT_END, interruptions, read_sessions
 from engine.report.page import SERIES, VARIABLES, as_html, as_markdown, chart, heading, paragraph, table
-from engine.run.monitor import Monitor, Throughput
+from engine.run.monitor import Monitor
 from engine.run.telemetry import GpuFigures, GpuSampler, summary_of
+from engine.run.throughput import Throughput
 from engine.training.metrics import TrainingMetrics
 
 

@@ -12,8 +12,9 @@ import torch
 from conftest import REPOSITORY, tiny_run
 
 from config import CONFIG
-from engine.run.monitor import Monitor, Throughput
+from engine.run.monitor import Monitor
 from engine.run.telemetry import GpuFigures
+from engine.run.throughput import Throughput
 from engine.training.metrics import TrainingMetrics
 
 CPU = torch.device("cpu")
@@ -91,7 +92,7 @@ def test_throughput_counts_images_per_second():
 
 def test_the_throughput_of_training_does_not_count_what_comes_after(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("engine.run.monitor.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("engine.run.throughput.time.perf_counter", lambda: now[0])
     speed = Throughput(CPU, 10)
     assert len(list(speed.watch([(None, range(10))] * 3))) == 3
     now[0] += 10
