@@ -220,67 +220,82 @@ def config_problems(config):
     problems = value_problems(config)
     if problems:  # combinations of values that are wrong by themselves would only repeat them
         return problems
+    return [
+        problem
+        for conditions in (_durations, _batches, _arithmetic, _resolutions)
+        for holds, problem in conditions(**config)
+        if not holds
+    ]
 
-    def require(holds, problem):
-        if not holds:
-            problems.append(problem)
 
-    require(
-        config["warmup_epochs"] <= config["epochs"],
-        f"warmup_epochs = {config['warmup_epochs']}: longer than the run of epochs = {config['epochs']}; lower it",
-    )
-    require(
-        config["swa_start_epoch"] <= config["epochs"],
-        f"swa_start_epoch = {config['swa_start_epoch']}: after the last of epochs = {config['epochs']}; "
-        "lower it, or set it to 0 for no averaging",
-    )
-    require(
-        config["micro_batch_size"] <= config["batch_size"],
-        f"micro_batch_size = {config['micro_batch_size']}: larger than batch_size = {config['batch_size']}",
-    )
-    processes, smallest = launched_size(), config["start_resolution"] or config["train_resolution"]
-    micro_batch_size = config["micro_batch_size"] or config["batch_size"]
-    require(
-        config["batch_size"] < processes or enough_for_batch_norm(config, smallest, micro_batch_size, processes),
-        f"{'micro_batch_size' if config['micro_batch_size'] else 'batch_size'} = {micro_batch_size} at {ONE_PIXEL_PX} px"
-        + (f" with {processes} processes" if processes > 1 else "")
-        + ": one image would be alone in a forward pass, and of its single last pixel batch norm knows no variance; "
-        + "raise it, or the resolution",
-    )
-    require(
-        not (config["precision"] == "fp16" and config["device"] == "cpu"),
-        "precision = 'fp16' with device = 'cpu': a CPU trains in fp32 or bf16",
-    )
-    require(
-        not (config["deterministic"] and config["compile"] == "on"),
-        "deterministic = True with compile = 'on': the compiler chooses its kernels by measurement, and so the order of their "
-        "sums; leave --compile auto",
-    )
-    require(
-        not config["nesterov"] or (config["optimizer"] == "sgd" and config["momentum"] > 0),
-        f"nesterov = True with optimizer = {config['optimizer']!r} and momentum = {config['momentum']}: it is a kind of sgd's "
-        "momentum",
-    )
-    grows = config["start_resolution"] > 0
-    step = config["resolution_step"]
-    require(
-        not grows or (config["start_resolution"] % step == 0 and config["train_resolution"] % step == 0),
-        f"start_resolution = {config['start_resolution']} and train_resolution = {config['train_resolution']}: both must be "
-        f"multiples of resolution_step = {step}, in which a resolution grows",
-    )
-    require(
-        not grows or 32 <= config["start_resolution"] <= config["train_resolution"],
-        f"start_resolution = {config['start_resolution']}: must be from 32 to train_resolution = {config['train_resolution']}, "
-        "or 0 for train_resolution throughout",
-    )
-    require(
-        config["resolution_ramp_start"] <= config["resolution_ramp_end"],
-        f"resolution_ramp_start = {config['resolution_ramp_start']}: after resolution_ramp_end = "
-        f"{config['resolution_ramp_end']}",
-    )
-    require(
-        config["swa_start_epoch"] == 0 or config["swa_start_epoch"] > config["warmup_epochs"],
-        f"swa_start_epoch = {config['swa_start_epoch']}: the rate still rises until warmup_epochs = "
-        f"{config['warmup_epochs']}; start the averaging later",
-    )
-    return problems
+# Each returns (whether a combination of keys holds, what is wrong otherwise). Their arguments are keys.
+
+
+def _durations(epochs, warmup_epochs, swa_start_epoch, **others):
+    return [
+        (warmup_epochs <= epochs, f"warmup_epochs = {warmup_epochs}: longer than the run of epochs = {epochs}; lower it"),
+        (
+            swa_start_epoch <= epochs,
+            f"swa_start_epoch = {swa_start_epoch}: after the last of epochs = {epochs}; lower it, or set it to 0 for no "
+            "averaging",
+        ),
+        (
+            swa_start_epoch == 0 or swa_start_epoch > warmup_epochs,
+            f"swa_start_epoch = {swa_start_epoch}: the rate still rises until warmup_epochs = {warmup_epochs}; "
+            "start the averaging later",
+        ),
+    ]
+
+
+def _batches(batch_size, micro_batch_size, **others):
+    config = {"batch_size": batch_size, "micro_batch_size": micro_batch_size} | others
+    processes, smallest = launched_size(), others["start_resolution"] or others["train_resolution"]
+    largest = micro_batch_size or batch_size
+    several = f" with {processes} processes" if processes > 1 else ""
+    return [
+        (micro_batch_size <= batch_size, f"micro_batch_size = {micro_batch_size}: larger than batch_size = {batch_size}"),
+        (
+            batch_size < processes or enough_for_batch_norm(config, smallest, largest, processes),
+            f"{'micro_batch_size' if micro_batch_size else 'batch_size'} = {largest} at {ONE_PIXEL_PX} px{several}: one image "
+            "would be alone in a forward pass, and of its single last pixel batch norm knows no variance; raise it, or the "
+            "resolution",
+        ),
+    ]
+
+
+def _arithmetic(precision, device, deterministic, compile, nesterov, optimizer, momentum, **others):
+    return [
+        (
+            not (precision == "fp16" and device == "cpu"),
+            "precision = 'fp16' with device = 'cpu': a CPU trains in fp32 or bf16",
+        ),
+        (
+            not (deterministic and compile == "on"),
+            "deterministic = True with compile = 'on': the compiler chooses its kernels by measurement, and so the order of "
+            "their sums; leave --compile auto",
+        ),
+        (
+            not nesterov or (optimizer == "sgd" and momentum > 0),
+            f"nesterov = True with optimizer = {optimizer!r} and momentum = {momentum}: it is a kind of sgd's momentum",
+        ),
+    ]
+
+
+def _resolutions(start_resolution, train_resolution, resolution_step, resolution_ramp_start, resolution_ramp_end, **others):
+    grows = start_resolution > 0
+    return [
+        (
+            not grows or (start_resolution % resolution_step == 0 and train_resolution % resolution_step == 0),
+            f"start_resolution = {start_resolution} and train_resolution = {train_resolution}: both must be multiples of "
+            f"resolution_step = {resolution_step}, in which a resolution grows",
+        ),
+        (
+            not grows or 32 <= start_resolution <= train_resolution,
+            f"start_resolution = {start_resolution}: must be from 32 to train_resolution = {train_resolution}, or 0 for "
+            "train_resolution throughout",
+        ),
+        (
+            resolution_ramp_start <= resolution_ramp_end,
+            f"resolution_ramp_start = {resolution_ramp_start}: after resolution_ramp_end = {resolution_ramp_end}",
+        ),
+    ]

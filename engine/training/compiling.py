@@ -149,20 +149,7 @@ def measured_choice(
         the latter two None where nothing was compiled. The same in all processes.
     """
 
-    def seconds_of_a_step():
-        for _ in range(WARMUP_STEPS):
-            step()
-        wait()
-        begun, groups = clock(), []
-        while len(groups) < 3 or not any_process(clock() - begun > TRIAL_SECONDS):
-            started = clock()
-            for _ in range(STEPS_AT_ONCE):
-                step()
-            wait()
-            groups.append((clock() - started) / STEPS_AT_ONCE)
-        return max(all_gather_object(statistics.median(groups)))
-
-    as_written = seconds_of_a_step()
+    as_written = seconds_of_a_step(step, wait, clock)
     figures = {"compiled": False, "step_as_written": as_written, "step_compiled": None, "compilation": None}
     rest = min(steps_left * as_written, seconds_left)
     if not however_short and rest < sizes * EXPECTED_SECONDS:
@@ -174,14 +161,30 @@ def measured_choice(
     compilation = max(all_gather_object(clock() - started))
     if any_process(not compiled_still()):
         return figures | {"why": "it could not be compiled"}
-    compiled = seconds_of_a_step()
-    figures |= {"step_compiled": compiled, "compilation": compilation}
+    compiled = seconds_of_a_step(step, wait, clock)
+    why_not = None
     saved, paid = rest * (1 - compiled / as_written), (sizes - 1) * compilation  # this size's code is in the cache by now
     if compiled >= as_written:
-        return figures | {"why": "it is not faster compiled"}
-    if saved <= paid and not however_short:
-        return figures | {"why": f"compiling for {sizes} sizes would take longer than the {saved:.0f} s that it saves"}
-    return figures | {"compiled": True, "why": "it is faster compiled"}
+        why_not = "it is not faster compiled"
+    elif saved <= paid and not however_short:
+        why_not = f"compiling for {sizes} sizes would take longer than the {saved:.0f} s that it saves"
+    figures |= {"step_compiled": compiled, "compilation": compilation}
+    return figures | {"compiled": why_not is None, "why": why_not or "it is faster compiled"}
+
+
+def seconds_of_a_step(step, wait, clock):
+    """Return the median seconds of a step, that of the slowest rank; arguments as of measured_choice."""
+    for _ in range(WARMUP_STEPS):
+        step()
+    wait()
+    begun, groups = clock(), []
+    while len(groups) < 3 or not any_process(clock() - begun > TRIAL_SECONDS):
+        started = clock()
+        for _ in range(STEPS_AT_ONCE):
+            step()
+        wait()
+        groups.append((clock() - started) / STEPS_AT_ONCE)
+    return max(all_gather_object(statistics.median(groups)))
 
 
 def choose_compiled(config, checkpoint, own_step, train_images, hours, trials):

@@ -30,7 +30,8 @@ from engine.system.plain_json import to_json
 from engine.system.workers import WorkerDied
 from engine.training.compiling import choose_compile, choose_compiled, keep_compiled_code_in
 from engine.training.images import open_images
-from engine.training.plan import measure_machine, plan_new_run, positive
+from engine.training.measuring import measure_machine
+from engine.training.plan import plan_new_run, positive
 from engine.training.range_test import USUAL_RANGE, describe_rates, find_learning_rate
 from engine.training.resuming import beginning_of_run, source_of_run
 from engine.training.run import Run

@@ -16,8 +16,9 @@ from engine.data.demo import make_demo_data
 from engine.data.splits import open_splits
 from engine.run.monitor import Monitor
 from engine.run.records import read_records
+from engine.training.measuring import measure_machine, steady_pace
 from engine.training.out_of_memory import take_step
-from engine.training.plan import PlanError, Rates, epochs_within, measure_machine, plan_run, rates_stated, steady_pace
+from engine.training.plan import PlanError, Rates, epochs_within, plan_run, rates_stated
 from engine.training.trials import Trials
 from model import build_model
 
