@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from engine.run.events import EVENTS
 from engine.system.distributed import any_process, rank, run_on_rank0
 from engine.system.errors import CheckpointError, TrainingStopped, first_line
 from engine.system.files import copy_file, delete_leftovers, keep_as, replacing, sync
@@ -265,7 +266,7 @@ def refuse_to_overwrite(folder):
 def delete_run(folder):
     """Delete a run's files, and nothing else, from the folder."""
     folder = Path(folder)
-    for path in [*checkpoints_in(folder), folder / RECORDS, folder / CURVES]:
+    for path in [*checkpoints_in(folder), folder / RECORDS, folder / CURVES, folder / EVENTS]:
         if path.is_symlink() or not path.is_dir():
             path.unlink(missing_ok=True)
 
@@ -279,15 +280,16 @@ class CheckpointFolder:
         lock: FolderLock of the folder, without which nothing is written.
         stop: StopRequest, which may also ask for a save alone.
         log: called with each message for the user.
+        event: called with the name and the facts of each event, as Monitor.event.
     """
 
-    def __init__(self, config, facts, lock, stop, log):
+    def __init__(self, config, facts, lock, stop, log, event=lambda name, **facts: None):
         self.folder = Path(config["checkpoint_dir"])
         self.facts = {"format": FORMAT, "version": VERSION} | facts
         self.every_epochs = config["checkpoint_every_epochs"]
         self.interval_seconds = 60 * config["checkpoint_minutes"]
         self.keep = config["keep_checkpoints"]
-        self.lock, self.stop, self.log = lock, stop, log
+        self.lock, self.stop, self.log, self.event = lock, stop, log, event
         self.best = {"top1": 0.0, "epoch": 0, "weights": "raw"}  # of the weights in best.pt
         self.is_saved = True  # whether the last attempt to save succeeded
         self._next_save = time.monotonic() + self.interval_seconds
@@ -386,6 +388,8 @@ class CheckpointFolder:
         self._next_save = time.monotonic() + self.interval_seconds
         if self.folder / BEST in due and self.folder / BEST not in failed:
             at_best = dict(best)
+        written = [LAST, *(path.name for path in due if path not in failed)]
+        self.event("save", epoch=epochs, batch=contents["batch"], files=written)
         for path, error in failed.items():
             self.log(f"WARNING: {path.name}, {due[path]}, could not be written: {error}. {LAST} is saved")
         with contextlib.suppress(OSError):

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from engine.run.checkpoint_files import CURVES, RECORDS
 from engine.run.curves import draw_curves
+from engine.run.events import EVENTS, EventLog
 from engine.run.records import append_record, keep_records_up_to, read_records
 from engine.run.telemetry import GpuFigures, GpuSampler, summary_of_all
 from engine.run.tensorboard import open_tensorboard
@@ -20,6 +21,7 @@ from engine.system.errors import UserError, first_line
 from engine.system.files import copy_file
 
 DRAWING_SECONDS = 20.0  # between drawings of curves.png, besides the last
+WARNINGS = ("WARNING", "bad image", "out of GPU memory")  # what a warning begins with
 PLAIN_LINE_SECONDS = 30.0  # between progress lines in the log, and on an output that is no terminal
 
 
@@ -39,6 +41,7 @@ class Monitor:
         self._sampler = GpuSampler(self.gpu)
         self._config = config
         self._board = None
+        self._events = EventLog()
         self._unwritten = []
         self._output_was_lost = False
         self._next_drawing = -math.inf
@@ -76,6 +79,8 @@ class Monitor:
         if not self._is_main:
             return
         self.log_to_file(text)
+        if text.startswith(WARNINGS):
+            self.event("warning", text=text)
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
         if not self._output_was_lost and (reason := lost_output()):
@@ -84,15 +89,20 @@ class Monitor:
                 f"note: standard output cannot be written to ({reason}); the run goes on, and this log has everything"
             )
 
+    def event(self, event, **facts):
+        """Add an event to events.jsonl, which lies in the folder of open_records."""
+        if self._is_main:
+            self._events.add(event, **facts)
+
     def log_to_file(self, text):
         """Write a line to the log file alone."""
         for line in text.splitlines():
             self._log.info(line)
 
-    def start(self, what, total, done=0):
-        """Begin a phase of `total` batches, `done` of which a resumed run has behind it."""
+    def start(self, what, total, done=0, epoch=None):
+        """Begin a phase of `total` batches, `done` of which a resumed run has behind it; `epoch`, from 0, if it trains."""
         self.finish()
-        self._what, self._total, self._done = what, total, done
+        self._what, self._total, self._done, self._epoch = what, total, done, epoch
         self._next_plain_line = time.monotonic() + PLAIN_LINE_SECONDS
         if self._terminal:
             self._bar = tqdm(total=total, initial=done, desc=what, unit="batch", leave=False, dynamic_ncols=True)
@@ -118,6 +128,7 @@ class Monitor:
             shown = ", ".join(f"{name} {text}" for name, text in figures.items())
             line = f"{self._what}: batch {self._done}/{self._total}, {shown}"
             self.log_to_file(line)
+            self.event("progress", epoch=self._epoch, batch=self._done, loss=metrics.loss, top1=metrics.top1)
             if self._is_main and self._bar is None:
                 print(line, flush=True)
 
@@ -145,9 +156,12 @@ class Monitor:
         self._folder = folder
         with self._warn_on_error(f"{RECORDS} could not be written"):
             if resumed_from and (resumed_from / RECORDS).is_file() and not (folder / RECORDS).exists():
-                copy_file(resumed_from / RECORDS, folder / RECORDS)
+                for name in (RECORDS, EVENTS):
+                    if (resumed_from / name).is_file():
+                        copy_file(resumed_from / name, folder / name)
             if unreadable := keep_records_up_to(folder / RECORDS, epochs_done):
                 self.log(f"WARNING: {unreadable} lines of {folder / RECORDS} could not be read and are dropped")
+        self._events.open(folder)
         if self._config["tensorboard"]:
             with self._warn_on_error("TensorBoard's file could not be opened"):
                 self._board = open_tensorboard(folder, epochs_done)
@@ -175,6 +189,7 @@ class Monitor:
         if not self._is_main:
             return
         self.log(epoch_line(record, self.epochs))
+        self.event("epoch", epoch=record["epoch"], batch=0)
         if self._board is not None:
             with self._warn_on_error("TensorBoard's file could not be written"):
                 self._board.add(record)

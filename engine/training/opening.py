@@ -1,6 +1,7 @@
 """Opening and closing a run: everything that training works with is built once here, from a configuration that is final."""
 
 import contextlib
+import functools
 import math
 import traceback
 import types
@@ -111,8 +112,19 @@ def open_device(config):
 def log_beginning(config, recipe, splits, device, precision, remarks, monitor):
     """Log what the run works with, and the remarks of its opening."""
     images = splits["train"]
-    monitor.log_to_file(f"environment: {to_json(environment())}")
+    here = environment()
+    monitor.log_to_file(f"environment: {to_json(here)}")
     monitor.log_to_file(f"configuration: {to_json(config)}")
+    monitor.event(
+        "start",
+        recipe=recipe,
+        images=len(images),
+        classes=len(images.classes),
+        steps_per_epoch=len(images) // config["batch_size"],
+        hardware=f"{describe_device(device)}, {precision}, PyTorch {torch.__version__}",
+        environment=here,
+        config=config,
+    )
     monitor.log(
         f"recipe {recipe}: {config['architecture']} on {len(images):,} images of {len(images.classes)} classes, "
         f"{len(images) // config['batch_size']} steps an epoch; {describe_device(device)}, {precision}, "
@@ -169,6 +181,7 @@ def with_found_rate(config, trials, batches, monitor):
     monitor.log(describe_rates(found))
     config = config | {"learning_rate": distributed.broadcast_from_rank0(found["suggestion"])}
     monitor.log_to_file(f"configuration: {to_json(config)}")  # the final one
+    monitor.event("configuration", config=config)
     return config
 
 
@@ -215,6 +228,7 @@ def saving_on_interruption(run):
         raise RunEnded(exit_code) from cause
     except UserError as error:
         run.monitor.log_to_file(f"stopped: {error}")
+        run.monitor.event("error", reason=str(error))
         raise
     except Exception as error:
         run.monitor.log_to_file(traceback.format_exc())
@@ -230,17 +244,21 @@ def save_and_leave(cause, run):
         log(f"stopped by {cause}, before the training began")
         return exit_code
     folder = run.checkpoints.folder
+    stopped = functools.partial(run.monitor.event, "interruption", reason=str(cause), epoch=state.epoch, batch=state.batch)
     where = f"in epoch {state.epoch + 1} after {state.batch} batches"
     program = "torchrun ... train.py" if distributed.launched() else "python train.py"
     alone = isinstance(cause, str) and distributed.size() > 1  # an error of this process: the others do not save with it
     if not state.is_whole or alone:
+        stopped(saved=False)
         log(
             f"stopped by {cause} {where}; NOT saved, {'alone with it' if alone else 'in the middle of a step'}. "
             f"Go on from the last save with: {program} --resume {folder / LAST}"
         )
     elif run.checkpoints.save(state):
+        stopped(saved=True)
         log(f"stopped by {cause} {where}; saved. Go on with: {program} --resume {folder / LAST}")
     else:
+        stopped(saved=False)
         log(f"stopped by {cause} {where}; NOT saved, an earlier checkpoint may be in {folder}")
     return exit_code
 

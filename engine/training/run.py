@@ -49,7 +49,10 @@ class Run:
         if checkpoint is not None:
             state.load_state_dict(checkpoint, self.config, self.steps_per_epoch)
             resumed, self.checkpoint = (checkpoint["best"], checkpoint["path"]), None  # hundreds of megabytes
-        self.checkpoints = CheckpointFolder(self.config, self.facts(), self.lock, self.stop, self.monitor.log)
+            self.monitor.event("resume", epoch=state.epoch, batch=state.batch, checkpoint=resumed[1], best=dict(state.best))
+        self.checkpoints = CheckpointFolder(
+            self.config, self.facts(), self.lock, self.stop, self.monitor.log, self.monitor.event
+        )
         if resumed:
             self.checkpoints.find_best(*resumed)
         self.monitor.open_records(self.checkpoints.folder, state.epoch, Path(resumed[1]).parent if resumed else None)
@@ -73,7 +76,7 @@ class Run:
     def training_batches(self, state):
         """Return an iterator of (images, labels) over the rest of the epoch in progress; the monitor shows its progress."""
         images = self.batches.splits["train"]
-        self.monitor.start(f"epoch {state.epoch + 1}/{self.config['epochs']}", self.steps_per_epoch, state.batch)
+        self.monitor.start(f"epoch {state.epoch + 1}/{self.config['epochs']}", self.steps_per_epoch, state.batch, state.epoch)
         requests = training_requests(images, self.config, state.epoch, state.batch)
         return self.batches.training(requests, state.bad_images)
 
@@ -91,5 +94,6 @@ class Run:
         folder = self.checkpoints.folder
         if not (self.checkpoints.is_saved or self.checkpoints.save(state)):
             raise TrainingStopped(f"the run has ended, but its result could NOT be saved to {folder}")
+        self.monitor.event("end", epoch=state.epoch, batch=0, best=dict(state.best))
         conditions = f"{self.config['val_resolution']} px, no test-time augmentation"
         self.monitor.log(f"finished {self.config['epochs']} epochs: {self.checkpoints.best_in_words(state.best, conditions)}")
