@@ -3,6 +3,7 @@
 Real processes, real signals. The runs compared are of the same command, one of them never interrupted.
 """
 
+import lzma
 import os
 import random
 import resource
@@ -32,6 +33,7 @@ from engine.data.loader import to_device
 from engine.run import checkpoint_files
 from engine.run.monitor import Monitor
 from engine.run.records import read_records
+from engine.system.environment import REPOSITORY
 from engine.system.errors import CheckpointError, DataError
 from engine.training import averaging, validation
 
@@ -400,3 +402,17 @@ def test_a_damaged_last_pt_is_said_and_the_newest_good_one_used(image_tree, refe
     said = capfd.readouterr().out
     assert "WARNING" in said and "last.pt is damaged" in said and "resumed" in said and "epoch_002.pt" in said
     assert figures(tmp_path / "run") == figures(reference)
+
+
+# Files of earlier versions -------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_format_1_is_resumed_and_ends_as_it_did_then(image_tree, tmp_path):
+    """Written by commit f6ab1fd after epoch 2 of 3, its filters then set to a pattern that packs well; these figures are its."""
+    packed = (REPOSITORY / "tests/fixtures/checkpoint_format_1.pt.xz").read_bytes()
+    (tmp_path / "last.pt").write_bytes(lzma.decompress(packed))
+    assert run_here([f"--resume={tmp_path}/last.pt", f"--data-dir={image_tree}", f"--log-file={tmp_path}/log"]) == 0
+    record = read_records(tmp_path / "metrics.jsonl")[-1]
+    losses = [record[f"{kind}_loss"] for kind in ("train", "val", "averaged_val", "ema_val")]
+    assert losses == pytest.approx([2.74790, 2.52719, 2.82639, 2.51326], rel=2e-3)  # torch 2.14.1, fp32, an AVX-512 CPU
+    assert (record["epoch"], record["learning_rate"], record["best_top1"]) == (3, 0.00025, 20.0)
