@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
+    REPOSITORY,
     assert_same_run,
     children_of,
     figures,
@@ -33,7 +34,6 @@ from engine.data.loader import to_device
 from engine.run import checkpoint_files
 from engine.run.monitor import Monitor
 from engine.run.records import read_records
-from engine.system.environment import REPOSITORY
 from engine.system.errors import CheckpointError, DataError
 from engine.training import averaging, validation
 
@@ -408,7 +408,7 @@ def test_a_damaged_last_pt_is_said_and_the_newest_good_one_used(image_tree, refe
 
 
 def test_a_checkpoint_of_format_1_is_resumed_and_ends_as_it_did_then(image_tree, tmp_path):
-    """Written by commit f6ab1fd after epoch 2 of 3, its filters then set to a pattern that packs well; these figures are its."""
+    """Commit f6ab1fd wrote it after epoch 2 of 3; its filters were set to a pattern that packs well. Its figures."""
     packed = (REPOSITORY / "tests/fixtures/checkpoint_format_1.pt.xz").read_bytes()
     (tmp_path / "last.pt").write_bytes(lzma.decompress(packed))
     assert run_here([f"--resume={tmp_path}/last.pt", f"--data-dir={image_tree}", f"--log-file={tmp_path}/log"]) == 0

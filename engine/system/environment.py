@@ -10,7 +10,7 @@ import torch
 
 from engine.system.workers import available_cores
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("torchvision", "pillow", "simplejpeg", "numpy")
 
 
