@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side; tor
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fork_server import ForkServer, can_fork
 from PIL import Image
 
 import train
@@ -122,11 +123,17 @@ def run_here(arguments):
     return train.main(parse_command_line(arguments, train.OWN_FLAGS))
 
 
+FORK_SERVER = ForkServer()
+
+
 def start_python(arguments, cwd=REPOSITORY, environment=None, **options):
     """Start Python in a process of its own, its output piped as text.
 
     A Ctrl-C reaches it even where the tests run in the background, whose processes ignore SIGINT and hand that down.
     """
+    everything = os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {})
+    if can_fork(arguments, environment, options):
+        return FORK_SERVER.start(arguments, cwd, everything, **options)
     prepare = options.pop("preexec_fn", None)
 
     def in_the_child():
@@ -140,7 +147,7 @@ def start_python(arguments, cwd=REPOSITORY, environment=None, **options):
         stderr=subprocess.STDOUT,
         text=True,
         cwd=cwd,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {}),
+        env=everything,
         preexec_fn=in_the_child,
         **options,
     )
