@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from engine.preparation import finding
 from engine.preparation.archives import FileSlice
-from engine.preparation.finding import FolderTree, ImageFolder, Labelled, LeftOut, folder_at, joined, some, text_of
+from engine.preparation.finding import FolderTree, ImageFolder, Labelled, LeftOut, folder_at, join_path, some, text_of
 from engine.system.errors import DataError
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
@@ -41,7 +41,7 @@ class ImageTree(NamedTuple):
 
     def place(self, split, path):
         """Return where the bytes of an image of a split lie."""
-        return self.tree.place(joined(self.folders[split], path))
+        return self.tree.place(join_path(self.folders[split], path))
 
 
 def all_names(split):
@@ -102,7 +102,7 @@ def open_tree(tree, where, beside, splits=SPLITS, classes=None):
     if "val" in splits:
         candidates = _split_folders(tree, root, "val")
         if not candidates:
-            where_to = text_of(joined(root, "val"))
+            where_to = text_of(join_path(root, "val"))
             raise DataError(f"no images in {where_to}/ of {where}: validation images are needed as well")
         _refuse_ties(candidates, where)
         folders["val"] = candidates[0]
@@ -144,7 +144,7 @@ def _root(tree, where, split):
         _refuse_ties([folders[0] for folders in roots.values()], where)
         if roots:
             return next(iter(roots))
-        level = [joined(path, name) for path in level for name in tree.entries(path)[0]]
+        level = [join_path(path, name) for path in level for name in tree.entries(path)[0]]
     return None
 
 
@@ -185,7 +185,7 @@ def _with_classes(labelled, classes, folder, left_out):
         if name in label_of:
             kept.append((label_of[name], path))
         else:
-            left_out.add(finding.UNKNOWN_CLASS, joined(folder, path))
+            left_out.add(finding.UNKNOWN_CLASS, join_path(folder, path))
     kept.sort(key=lambda image: image[0])
     return Labelled(list(classes), [path for _, path in kept], [label for label, _ in kept])
 
@@ -235,7 +235,7 @@ def tiny_labels(tree, folder):
     """Return ({stem of a validation image: wnid}, the file's name) of tiny-imagenet-200, or None where it is not that."""
     if TINY_LABELS not in tree.entries(folder)[1]:
         return None
-    lines = tree.place(joined(folder, TINY_LABELS)).read().decode().splitlines()
+    lines = tree.place(join_path(folder, TINY_LABELS)).read().decode().splitlines()
     return {stem(name): wnid for name, wnid, *_ in (line.split("\t") for line in lines if line)}, TINY_LABELS
 
 
@@ -255,7 +255,7 @@ class _SideFiles:
             for part in filter(None, folder.split("/")):
                 at = folder_at(self._tree, at, part) if at is not None else None
             if at is not None and file in self._tree.entries(at)[1]:
-                return self._tree.place(joined(at, file))
+                return self._tree.place(join_path(at, file))
         if beside and self._beside is not None and (path := self._beside / name).is_file():
             return FileSlice(str(path), 0, path.stat().st_size)
         return None
