@@ -100,21 +100,27 @@ def open_tree(tree, where, beside, splits=SPLITS, classes=None):
     elif classes is None and (train := _split_folders(tree, root, "train")):
         classes = [text_of(name) for name in finding.class_folders(tree, train[0])]
     if "val" in splits:
-        candidates = _split_folders(tree, root, "val")
-        if not candidates:
-            where_to = text_of(join_path(root, "val"))
-            raise DataError(f"no images in {where_to}/ of {where}: validation images are needed as well")
-        _refuse_ties(candidates, where)
-        folders["val"] = candidates[0]
-        if PurePosixPath(candidates[0]).name != "val":
-            remarks.append(f"note: the validation images are those in {text_of(candidates[0])}/")
-        labelled = _labelled_validation(tree, candidates[0], files, where, left_out["val"])
-        found["val"] = _with_classes(labelled, classes, candidates[0], left_out["val"]) if classes else labelled
-        if not found["val"].labels:
-            reasons = "; ".join(left_out["val"].lines("val"))
-            raise DataError(f"{where} holds no validation images with a label of the training images' classes. {reasons}")
+        folders["val"], found["val"] = _validation_images(tree, root, where, files, classes, left_out["val"])
+        if PurePosixPath(folders["val"]).name != "val":
+            remarks.append(f"note: the validation images are those in {text_of(folders['val'])}/")
     remarks += order_remarks(next(iter(found.values())).classes)
     return ImageTree(tree, where, folders, found, files.class_names(), left_out, remarks)
+
+
+def _validation_images(tree, root, where, files, classes, left_out):
+    """Return (path of the folder, Labelled) of the validation images; arguments as in open_tree."""
+    candidates = _split_folders(tree, root, "val")
+    if not candidates:
+        raise DataError(f"no images in {text_of(join_path(root, 'val'))}/ of {where}: validation images are needed as well")
+    _refuse_ties(candidates, where)
+    folder = candidates[0]
+    found = _labelled_validation(tree, folder, files, where, left_out)
+    if classes:
+        found = _with_classes(found, classes, folder, left_out)
+    if not found.labels:
+        reasons = "; ".join(left_out.lines("val"))
+        raise DataError(f"{where} holds no validation images with a label of the training images' classes. {reasons}")
+    return folder, found
 
 
 def order_remarks(classes):
