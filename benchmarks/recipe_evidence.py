@@ -163,13 +163,13 @@ def one_run(changes, seed, study, arguments):
         last = read_records(Path(folder) / "metrics.jsonl")[-1]
     columns = [WEIGHTS[kind].column for kind in PREFERENCE]
     weights = next(column for column in columns if f"{column}_top1" in last)
-    elsewhere = {str(other["val_resolution"]): other["raw"]["top1"] for other in last.get("more_val", ())}
+    other_resolutions = {str(other["val_resolution"]): other["raw"]["top1"] for other in last.get("more_val", ())}
     return {
         "config": from_json(to_json(changes)),
         "pixels_per_image": compute(changes),
         "top1": last[f"{weights}_top1"],
         "flip_top1": last.get(f"{weights}_flip_top1"),
-        "top1_elsewhere": elsewhere,
+        "top1_elsewhere": other_resolutions,
         "train_loss": last["train_loss"],
         "seconds": round(seconds, 1),
     }
@@ -207,11 +207,11 @@ def recipe_tables(runs):
             f"| {name} | {epochs} | {share} | {mean_and_spread([r['top1'] for r in its.values()])} | {gap} | {len(its)} |"
         )
     if fast:
-        lines += ["", *tested_elsewhere(list(fast.values()))]
+        lines += ["", *scores_at_other_resolutions(list(fast.values()))]
     return lines
 
 
-def tested_elsewhere(runs):
+def scores_at_other_resolutions(runs):
     """Return what the weights of fast score at other resolutions and with flip, in words."""
     own = runs[0]["config"]["val_resolution"]
     parts = [f"at {own} px {mean_and_spread([run['top1'] for run in runs])}"]

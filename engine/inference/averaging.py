@@ -40,7 +40,7 @@ def average_networks(networks, splits, device):
     """
     first = networks[0]
     first.model.load_state_dict(mean_of_weights([network.model.state_dict() for network in networks]))
-    epoch = max(network.contents.get("epoch", 1) for network in networks) - 1
+    epoch = max(network.checkpoint.get("epoch", 1) for network in networks) - 1
     recompute = functools.partial(recompute_bn_stats, first.model, autocast=autocast(device, first.config["precision"]))
     with contextlib.closing(open_loader(splits, first.config, device)) as loader:
 

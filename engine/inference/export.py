@@ -28,16 +28,16 @@ def export_network(network, members, path, price_per_hour=None):
         path: as for export().
         price_per_hour: of the machine, for the model card; or None.
     """
-    contents, config, best = network.contents, network.config, network.contents.get("best", {})
+    checkpoint, config, best = network.checkpoint, network.config, network.checkpoint.get("best", {})
     accuracy = None
-    if best and best["epoch"] == contents["epoch"] and best["weights"] == network.kind:
+    if best and best["epoch"] == checkpoint["epoch"] and best["weights"] == network.kind:
         crop = f"{config['val_resolution']} px centre crop (ratio {config['val_crop_ratio']:.4g}), no test-time augmentation"
         accuracy = f"top-1 {best['top1']:.2f} %, {crop}"
     words = {kind: weights.in_words for kind, weights in WEIGHTS.items()} | {"mean": network.name}
     run = {
         "weights": words.get(network.kind, "as in the file"),
         "made_with": f"PyTorch {torch.__version__}, commit {commit()}",
-    } | facts_of_runs([member for member in members if member.contents])
+    } | facts_of_runs([member for member in members if member.checkpoint])
     facts = model_facts(config, class_labels(network), network.class_names, accuracy, run)
     card = Path(path).with_suffix(".md")
     with user_error_on_failure("export", path):
@@ -96,7 +96,7 @@ def _require(package):
 
 
 def _export_onnx(model, path, facts):
-    """Write ONNX with a dynamic batch, run it with onnxruntime, and say how far it is from PyTorch."""
+    """Write ONNX with a dynamic batch, run it with onnxruntime, and return how far it is from PyTorch."""
     onnx, _, runtime = (_require(package) for package in ONNX_PACKAGES)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(3, 3, facts["resolution"], facts["resolution"], generator=generator)

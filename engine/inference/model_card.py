@@ -37,13 +37,13 @@ def facts_of_runs(networks):
     def listed(values):
         return ", ".join(dict.fromkeys(map(str, values)))
 
-    facts = {key: listed(network.contents.get(key) for network in networks) for key in ("recipe", "hardware")}
-    facts |= {"epochs": listed(n.contents["epoch"] for n in networks), "seed": listed(n.config["seed"] for n in networks)}
-    if len(images := {network.contents["train_images"] for network in networks}) == 1:
+    facts = {key: listed(network.checkpoint.get(key) for network in networks) for key in ("recipe", "hardware")}
+    facts |= {"epochs": listed(n.checkpoint["epoch"] for n in networks), "seed": listed(n.config["seed"] for n in networks)}
+    if len(images := {network.checkpoint["train_images"] for network in networks}) == 1:
         facts["train_images"] = images.pop()
     records = []
     for folder in {network.path.parent for network in networks}:
-        last = max(network.contents["epoch"] for network in networks if network.path.parent == folder)
+        last = max(network.checkpoint["epoch"] for network in networks if network.path.parent == folder)
         records += [r for r in read_records(folder / checkpoint_files.RECORDS) if r["epoch"] <= last]
     if records:
         facts["hours"] = sum(record["seconds"] for record in records) / 3600

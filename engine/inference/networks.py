@@ -23,7 +23,7 @@ class Network(NamedTuple):
     config: dict
     classes: list | None  # None: weights alone do not tell
     class_names: dict  # {class: what people call it}, as far as known
-    contents: dict  # of the checkpoint, without its tensors
+    checkpoint: dict  # without its tensors; empty for weights alone
 
 
 def class_labels(network):
@@ -49,36 +49,36 @@ def load_networks(path, kinds, defaults, build):
     """
     path = Path(path)
     try:
-        contents = checkpoint_files.read(path)
+        checkpoint = checkpoint_files.read(path)
     except CheckpointError as error:
         try:
             weights = checkpoint_files.read_plain_weights(path)
         except CheckpointError as other:
             raise (other if path.suffix == ".safetensors" and path.exists() else error) from None
         return [_network_of_weights(path, weights, defaults, build)]
-    kinds = _chosen_kinds(contents, kinds, path)
-    config = defaults | contents["config"]
+    kinds = _chosen_kinds(checkpoint, kinds, path)
+    config = defaults | checkpoint["config"]
     tensors = {weights.checkpoint_key for weights in WEIGHTS.values()} | {"optimizer", "sums", "rng"}
-    facts = {key: value for key, value in contents.items() if key not in tensors}
+    facts = {key: value for key, value in checkpoint.items() if key not in tensors}
     networks = []
     for kind in kinds:
-        model = build(config, len(contents["classes"]))
-        model.load_state_dict(_without_prefix(contents[WEIGHTS[kind].checkpoint_key]))
+        model = build(config, len(checkpoint["classes"]))
+        model.load_state_dict(_without_prefix(checkpoint[WEIGHTS[kind].checkpoint_key]))
         name = f"{path}, {WEIGHTS[kind].in_words}"
-        names = contents.get("class_names", {})
-        networks.append(Network(name, path, kind, model, config, contents["classes"], names, facts))
+        names = checkpoint.get("class_names", {})
+        networks.append(Network(name, path, kind, model, config, checkpoint["classes"], names, facts))
     return networks
 
 
-def _chosen_kinds(contents, kinds, path):
+def _chosen_kinds(checkpoint, kinds, path):
     """Return the list of the kinds of weights to take from a checkpoint; arguments as for load_networks."""
-    states = {kind: contents.get(weights.checkpoint_key) for kind, weights in WEIGHTS.items()}
+    states = {kind: checkpoint.get(weights.checkpoint_key) for kind, weights in WEIGHTS.items()}
     there = [kind for kind, state in states.items() if state is not None and state.get("n_averaged", 1) > 0]
     if kinds == "all":
         return there
     if kinds == "auto":
-        best = contents["best"]
-        if best["epoch"] == contents["epoch"] and best["weights"] in there:
+        best = checkpoint["best"]
+        if best["epoch"] == checkpoint["epoch"] and best["weights"] in there:
             return [best["weights"]]
         return [next(kind for kind in PREFERENCE if kind in there)]
     if kinds not in there:

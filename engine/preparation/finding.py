@@ -2,7 +2,7 @@
 
 A tree is a folder on disk or the members of an archive. A split of it holds `<class>/**/<image>`; classes, folders and files
 come in the order of torchvision's ImageFolder, which also goes down into the folders of a class and follows symbolic links.
-Two things differ from torchvision, and are said aloud: names that are numbers are sorted as numbers, and what is hidden, made
+Two things differ from torchvision, and are printed: names that are numbers are sorted as numbers, and what is hidden, made
 by the system or no regular file is no image.
 
 Names: inside this module a name is its bytes on disk, decoded as UTF-8 with surrogates for bytes that are not UTF-8, in any
@@ -181,7 +181,7 @@ class ArchiveTree:
     """
 
     def __init__(self, listing):
-        self._places = listing.files
+        self._files = listing.files
         self._inside = {"": (set(), set(), [])}
         for path in listing.folders:
             self._folder(path)
@@ -214,7 +214,7 @@ class ArchiveTree:
 
     def place(self, path):
         """Return where a file's bytes lie."""
-        return self._places[path]
+        return self._files[path]
 
 
 def join_path(folder, name):

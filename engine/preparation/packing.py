@@ -147,10 +147,10 @@ def gigabytes(size):
 
 def source_size(source):
     """Return the bytes of the source's images."""
-    places = [entry.place for entries in source.splits.values() for entry in entries]
-    whole_files = {place.file for place in places if isinstance(place, ParquetRow)}
+    slices = [entry.place for entries in source.splits.values() for entry in entries]
+    whole_files = {each.file for each in slices if isinstance(each, ParquetRow)}
     return sum(os.path.getsize(file) for file in whole_files) + sum(
-        place.length for place in places if not isinstance(place, ParquetRow)
+        each.length for each in slices if not isinstance(each, ParquetRow)
     )
 
 

@@ -67,7 +67,7 @@ def has_tree(tree, where):
 
 
 def remarks_of(found):
-    """Return all that is to be said of an ImageTree, as lines."""
+    """Return the remarks on an ImageTree, as lines for the user."""
     return found.remarks + [line for split, left_out in found.left_out.items() for line in left_out.lines(split)]
 
 
@@ -185,15 +185,15 @@ def _refuse_empty_classes(labelled, where):
 def _with_classes(labelled, classes, folder, left_out):
     """Return the Labelled with the labels counting in `classes`, grouped by class; images of others are left out, counted."""
     label_of = {name: label for label, name in enumerate(classes)}
-    kept = []
+    known = []
     for path, label in zip(labelled.paths, labelled.labels, strict=True):
         name = labelled.classes[label]
         if name in label_of:
-            kept.append((label_of[name], path))
+            known.append((label_of[name], path))
         else:
             left_out.add(finding.UNKNOWN_CLASS, join_path(folder, path))
-    kept.sort(key=lambda image: image[0])
-    return Labelled(list(classes), [path for _, path in kept], [label for label, _ in kept])
+    known.sort(key=lambda image: image[0])
+    return Labelled(list(classes), [path for _, path in known], [label for label, _ in known])
 
 
 def _labelled_validation(tree, folder, files, where, left_out):

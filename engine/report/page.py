@@ -1,6 +1,6 @@
 """A report as a list of blocks, written as Markdown and as one HTML page that needs nothing else.
 
-What the blocks look like is said in page.md.j2 and page.html.j2, which lie beside this module.
+The templates page.md.j2 and page.html.j2 beside this module show what the blocks look like.
 """
 
 from pathlib import Path
