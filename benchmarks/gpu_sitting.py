@@ -132,33 +132,46 @@ def sit(arguments):
     if sitting:
         print(f"going on with the sitting begun at {number}: {len(done)} parts are done", flush=True)
     left = []
-    for part in parts_of(REHEARSED if arguments.rehearse else ON_A_GPU, device.type):
-        if part.name in done or (arguments.parts and not any(part.name.startswith(name) for name in arguments.parts)):
-            continue
-        if "timm" in part.name and not installed_timm():
-            print(f"{part.name}: timm is not installed (pip install timm); left out", flush=True)
-            continue
+    for part in parts_to_do(arguments, done, device):
         seconds = ends - time.monotonic()
         if seconds < (1 if arguments.rehearse else 60 * part.minutes):
             left.append(part.name)
             continue
         print(f"{part.name} ...", flush=True)
-        began, longest = time.monotonic(), 60 * MOST_TIMES_LONGER * part.minutes
-        result = in_a_process(part.job, min(seconds, longest))
-        if result is None and longest < seconds:
-            result = {"failed": f"no end within {longest:.0f} s"}
+        began = time.monotonic()
+        result = result_of(part, seconds)
         if result is None:
             print("  the time is up", flush=True)
             left.append(part.name)
             continue
         took = round(time.monotonic() - began, 1)
         line = environment() | facts | {"sitting": number, "part": part.name, "seconds": took, "result": result}
-        keep(path, line)
+        append_line(path, line)
         sitting.append(line)
         print(f"  {took:.0f} s: {json.dumps(result)[:300]}", flush=True)
     if left:
         print(f"no time was left for: {', '.join(left)}. The same command goes on with them.", flush=True)
     return sitting
+
+
+def parts_to_do(arguments, done, device):
+    """Yield the Parts that are asked for, not done and possible here; print those that lack a package."""
+    for part in parts_of(REHEARSED if arguments.rehearse else ON_A_GPU, device.type):
+        if part.name in done or (arguments.parts and not any(part.name.startswith(name) for name in arguments.parts)):
+            continue
+        if "timm" in part.name and not installed_timm():
+            print(f"{part.name}: timm is not installed (pip install timm); left out", flush=True)
+            continue
+        yield part
+
+
+def result_of(part, seconds):
+    """Return the result of a Part, {'failed': why}, or None if the seconds that are left were too few."""
+    longest = 60 * MOST_TIMES_LONGER * part.minutes
+    result = in_a_process(part.job, min(seconds, longest))
+    if result is None and longest < seconds:
+        return {"failed": f"no end within {longest:.0f} s"}
+    return result
 
 
 def facts_of(device):
@@ -193,7 +206,7 @@ def lines_of(path):
     return lines
 
 
-def keep(path, line):
+def append_line(path, line):
     """Append a line to a results file, behind one that a kill cut short."""
     cut = Path(path).exists() and not Path(path).read_bytes().endswith(b"\n")
     with open(path, "a", encoding="utf-8") as file:
@@ -373,12 +386,23 @@ def gpu_tables(sitting):
     if "gpu tests" in results:
         counts, bad = results["gpu tests"]["counts"], results["gpu tests"]["not_passed"]
         lines += ["GPU tests: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + ".", *bad, ""]
-    lines += _step_lines(results)
+    lines += [*_step_lines(results), *_largest_batch_lines(results), *_run_lines(results), *_recipe_lines(results)]
+    lines += [f"Failed: {part}: {why}" for part, why in failed.items()]
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def _largest_batch_lines(results):
     largest = {part.split("memory ")[1]: result for part, result in results.items() if part.startswith("longest batch")}
-    if largest:
-        text = "; ".join(f"`{memory}` {result['images']:,} ({result['stopped_by']})" for memory, result in largest.items())
-        px = next(iter(largest.values()))["resolution"]
-        lines += [f"Longest batch that fits at {px} px, by --memory: {text}.", ""]
+    if not largest:
+        return []
+    text = "; ".join(f"`{memory}` {result['images']:,} ({result['stopped_by']})" for memory, result in largest.items())
+    px = next(iter(largest.values()))["resolution"]
+    return [f"Longest batch that fits at {px} px, by --memory: {text}.", ""]
+
+
+def _run_lines(results):
+    """Return the lines on whole runs of train.py: end to end, and a second start."""
+    lines = []
     if train := results.get("end to end"):
         rates = train["rates"]
         lines += [
@@ -392,16 +416,20 @@ def gpu_tables(sitting):
             f"compiler cache of {restart['cache_mib']:.0f} MiB.",
             "",
         ]
-    if recipes := {part.removeprefix("recipe "): result for part, result in results.items() if part.startswith("recipe ")}:
-        one = next(iter(recipes.values()))
-        lines += [
-            f"| recipe, {one['images']:,} made images, {one['resolution']} px in place of 224 | epochs | top-1 | minutes |",
-            "|---|---|---|---|",
-            *(f"| {name} | {r['epochs']} | {r['top1']:.2f} % | {r['seconds'] / 60:.1f} |" for name, r in recipes.items()),
-            "",
-        ]
-    lines += [f"Failed: {part}: {why}" for part, why in failed.items()]
-    return lines[:-1] if lines[-1] == "" else lines
+    return lines
+
+
+def _recipe_lines(results):
+    recipes = {part.removeprefix("recipe "): result for part, result in results.items() if part.startswith("recipe ")}
+    if not recipes:
+        return []
+    one = next(iter(recipes.values()))
+    return [
+        f"| recipe, {one['images']:,} made images, {one['resolution']} px in place of 224 | epochs | top-1 | minutes |",
+        "|---|---|---|---|",
+        *(f"| {name} | {r['epochs']} | {r['top1']:.2f} % | {r['seconds'] / 60:.1f} |" for name, r in recipes.items()),
+        "",
+    ]
 
 
 def _step_lines(results):

@@ -161,6 +161,27 @@ def train_views(split, resolution, indices):
         images.training_view(split.read(index), resolution, 0.08, np.random.default_rng([0, 0, index]))
 
 
+def torchvision_loader(tree, resolution, workers):
+    """Return torchvision's training loader of an ImageFolder tree, as its reference script builds it."""
+    dataset = ImageFolder(tree, torchvision_reference(resolution))
+    options = {"shuffle": True, "drop_last": True, "num_workers": workers, "persistent_workers": True}
+    return DataLoader(dataset, LOADER_BATCH, **options)
+
+
+def timm_loader(timm, tree, resolution, workers):
+    """Return timm's training loader of an ImageFolder tree of two classes, with nothing but crop and flip."""
+    return timm.data.create_loader(
+        timm.data.create_dataset("", root=str(tree), class_map={"a": 0, "b": 1}),
+        (3, resolution, resolution),
+        LOADER_BATCH,
+        is_training=True,
+        color_jitter=None,
+        interpolation="bilinear",
+        num_workers=workers,
+        device=CPU,
+    )
+
+
 def loader_contenders(folder, resolution, workers):
     """Return {name: function that takes an epoch of batches}; the worker processes live through all rounds."""
     settings = CONFIG | {"batch_size": LOADER_BATCH, "train_resolution": resolution, "num_workers": workers}
@@ -171,34 +192,16 @@ def loader_contenders(folder, resolution, workers):
         return lambda: in_processes(train_views, [(split, resolution, part) for part in parts])
 
     def ours(split):
-        server = BatchLoader({"train": split}, settings, CPU, torch.float32, StopRequest(), print)
-        return lambda: collections.deque(server.iterate(training_requests(split, settings, epoch=0)), maxlen=0)
+        loader = BatchLoader({"train": split}, settings, CPU, torch.float32, StopRequest(), print)
+        return lambda: collections.deque(loader.iterate(training_requests(split, settings, epoch=0)), maxlen=0)
 
     def theirs(loader):
         return lambda: collections.deque(loader, maxlen=0)
 
     tree = folder / "originals"
-    reference = DataLoader(
-        ImageFolder(tree, torchvision_reference(resolution)),
-        LOADER_BATCH,
-        shuffle=True,
-        num_workers=workers,
-        drop_last=True,
-        persistent_workers=True,
-    )
-    contenders = {"torchvision": theirs(reference)}
+    contenders = {"torchvision": theirs(torchvision_loader(tree, resolution, workers))}
     if timm := installed_timm():
-        loader = timm.data.create_loader(
-            timm.data.create_dataset("", root=str(tree), class_map={"a": 0, "b": 1}),
-            (3, resolution, resolution),
-            LOADER_BATCH,
-            is_training=True,
-            color_jitter=None,
-            interpolation="bilinear",
-            num_workers=workers,
-            device=CPU,
-        )
-        contenders["timm"] = theirs(loader)
+        contenders["timm"] = theirs(timm_loader(timm, tree, resolution, workers))
     splits = {"originals": finding.ImageFolder(tree), "packed": PackedSplit(folder / "train.arrow")}
     contenders |= {f"ours, {name}": ours(split) for name, split in splits.items()}
     return contenders | {f"no loader, {name}": without_loader(split) for name, split in splits.items()}

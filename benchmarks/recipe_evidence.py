@@ -15,6 +15,7 @@ from config import CONFIG, RECIPES
 from engine.data.batches import resolution_of_epoch
 from engine.data.demo import HARD_CLASSES, make_demo_data
 from engine.run.records import read_records
+from engine.run.weights import PREFERENCE, WEIGHTS
 from engine.system.environment import environment
 from engine.system.plain_json import from_json, to_json
 
@@ -29,48 +30,18 @@ def contenders(resolution, epochs):
         resolution: px; stands for the 224 px of ImageNet: every recipe's sizes shrink by the same factor.
     """
 
-    def shrunk(px):
-        return max(32, round(px * resolution / 224 / STEP) * STEP)
-
-    fast = RECIPES["fast"] | {
-        "epochs": epochs,
-        "warmup_epochs": max(1, round(epochs / 8)),
-        "resolution_step": STEP,
-        "start_resolution": shrunk(160),
-        "train_resolution": shrunk(192),
-        "val_resolution": shrunk(256),
-        "more_val_resolutions": sorted({shrunk(192), shrunk(224)} - {shrunk(256)}),
-    }
+    fast = fast_like(resolution, epochs)
     pixels = compute(fast)
-
-    def seed_like(**changes):
-        length = max(2, round(pixels / resolution**2))
-        warmup = max(1, round(length * CONFIG["warmup_epochs"] / CONFIG["epochs"]))
-        return {
-            "train_resolution": resolution,
-            "val_resolution": resolution,
-            "epochs": length,
-            "warmup_epochs": warmup,
-            "swa_start_epoch": max(warmup + 1, round(length * CONFIG["swa_start_epoch"] / CONFIG["epochs"])),
-            "swa_anneal_epochs": max(1, round(length * CONFIG["swa_anneal_epochs"] / CONFIG["epochs"])),
-        } | changes
-
-    def mild_like(length):
-        return RECIPES["mild"] | {
-            "epochs": length,
-            "warmup_epochs": max(1, round(length * RECIPES["mild"]["warmup_epochs"] / RECIPES["mild"]["epochs"])),
-            "resolution_step": STEP,
-            "start_resolution": shrunk(88),
-            "train_resolution": shrunk(176),
-            "val_resolution": resolution,
-        }
-
-    mild = min(map(mild_like, range(2, 4 * epochs)), key=lambda changes: abs(compute(changes) - pixels))
+    mild = min(
+        (mild_like(resolution, length) for length in range(2, 4 * epochs)),
+        key=lambda changes: abs(compute(changes) - pixels),
+    )
+    seed = seed_like(resolution, max(2, round(pixels / resolution**2)))
     small = {"start_resolution": 0, "train_resolution": fast["start_resolution"]}
     seeds_optimizer = {key: CONFIG[key] for key in ("optimizer", "learning_rate", "scale_learning_rate")}
     return {
-        "seed": seed_like(),
-        "seed, no averaging": seed_like(swa_start_epoch=0),
+        "seed": seed,
+        "seed, no averaging": seed | {"swa_start_epoch": 0},
         "mild": mild,
         "fast": fast,
         "fast, no label smoothing": fast | {"label_smoothing": 0.0},
@@ -81,6 +52,50 @@ def contenders(resolution, epochs):
         "fast, clipped at 1": fast | {"grad_clip_value": 1.0},
         "fast, twice the rate": fast | {"learning_rate": 2 * RECIPES["fast"]["learning_rate"]},
         "fast, seed's AdamW": fast | seeds_optimizer,
+    }
+
+
+def shrunk(px, resolution):
+    """Return a size in px made smaller as 224 px are to the resolution."""
+    return max(32, round(px * resolution / 224 / STEP) * STEP)
+
+
+def fast_like(resolution, epochs):
+    """Return what the fast recipe changes of CONFIG at such a size and length."""
+    return RECIPES["fast"] | {
+        "epochs": epochs,
+        "warmup_epochs": max(1, round(epochs / 8)),
+        "resolution_step": STEP,
+        "start_resolution": shrunk(160, resolution),
+        "train_resolution": shrunk(192, resolution),
+        "val_resolution": shrunk(256, resolution),
+        "more_val_resolutions": sorted({shrunk(px, resolution) for px in (192, 224)} - {shrunk(256, resolution)}),
+    }
+
+
+def seed_like(resolution, epochs):
+    """Return what the seed's recipe changes of CONFIG at such a size and length."""
+    warmup = max(1, round(epochs * CONFIG["warmup_epochs"] / CONFIG["epochs"]))
+    return {
+        "train_resolution": resolution,
+        "val_resolution": resolution,
+        "epochs": epochs,
+        "warmup_epochs": warmup,
+        "swa_start_epoch": max(warmup + 1, round(epochs * CONFIG["swa_start_epoch"] / CONFIG["epochs"])),
+        "swa_anneal_epochs": max(1, round(epochs * CONFIG["swa_anneal_epochs"] / CONFIG["epochs"])),
+    }
+
+
+def mild_like(resolution, epochs):
+    """Return what the mild recipe changes of CONFIG at such a size and length."""
+    mild = RECIPES["mild"]
+    return mild | {
+        "epochs": epochs,
+        "warmup_epochs": max(1, round(epochs * mild["warmup_epochs"] / mild["epochs"])),
+        "resolution_step": STEP,
+        "start_resolution": shrunk(88, resolution),
+        "train_resolution": shrunk(176, resolution),
+        "val_resolution": resolution,
     }
 
 
@@ -146,14 +161,15 @@ def one_run(changes, seed, study, arguments):
         run_quietly([sys.executable, REPOSITORY / "train.py", *(f"--{key}={value}" for key, value in texts.items())])
         seconds = time.perf_counter() - started
         last = read_records(Path(folder) / "metrics.jsonl")[-1]
-    weights = next(kind for kind in ("averaged_val", "ema_val", "val") if f"{kind}_top1" in last)
-    elsewhere = {str(other["val_resolution"]): other["raw"]["top1"] for other in last.get("more_val", ())}
+    columns = [WEIGHTS[kind].column for kind in PREFERENCE]
+    weights = next(column for column in columns if f"{column}_top1" in last)
+    other_resolutions = {str(other["val_resolution"]): other["raw"]["top1"] for other in last.get("more_val", ())}
     return {
         "config": from_json(to_json(changes)),
         "pixels_per_image": compute(changes),
         "top1": last[f"{weights}_top1"],
         "flip_top1": last.get(f"{weights}_flip_top1"),
-        "top1_elsewhere": elsewhere,
+        "top1_elsewhere": other_resolutions,
         "train_loss": last["train_loss"],
         "seconds": round(seconds, 1),
     }
@@ -191,11 +207,11 @@ def recipe_tables(runs):
             f"| {name} | {epochs} | {share} | {mean_and_spread([r['top1'] for r in its.values()])} | {gap} | {len(its)} |"
         )
     if fast:
-        lines += ["", *tested_elsewhere(list(fast.values()))]
+        lines += ["", *scores_at_other_resolutions(list(fast.values()))]
     return lines
 
 
-def tested_elsewhere(runs):
+def scores_at_other_resolutions(runs):
     """Return what the weights of fast score at other resolutions and with flip, in words."""
     own = runs[0]["config"]["val_resolution"]
     parts = [f"at {own} px {mean_and_spread([run['top1'] for run in runs])}"]

@@ -4,7 +4,6 @@ Every contender runs in a process of its own, `python -m benchmarks.step_speed J
 contenders take turns in rounds. One step does all that the loop does with a batch, its meters included.
 """
 
-import statistics
 import subprocess
 import sys
 import time
@@ -140,12 +139,12 @@ LOOPS = {"reference": reference_step, "timm": timm_step, "ours": our_step}
 def measure(job):
     """Return {px: {'images_per_s', 'milliseconds', 'peak_mib', 'clock_mhz'}} of one contender; None where it does not fit."""
     device = choose_device(job)
-    with distributed.joined(device):
+    with distributed.process_group(device):
         return measure_on(device, job)
 
 
 def measure_on(device, job):
-    """Return measure()'s figures, once the process has joined what torchrun would have started."""
+    """Return measure()'s figures, inside of the process group that torchrun asks for, if it does."""
     precision = choose_precision(job, device)
     if device.type == "cpu" and job["loop"] != "ours":
         precision = "fp32"  # as their scripts run there
@@ -268,12 +267,6 @@ def step_tables(results):
             cells.append(cell)
         lines.append(f"| {name} | {results['precisions'][name]} | " + " | ".join(cells) + " |")
     return lines
-
-
-def median_rate(results, name, resolution):
-    """Return a contender's median images/s at a resolution, or None if there is none."""
-    rates = results["rates"].get(name, {}).get(str(resolution))
-    return statistics.median(rates) if rates else None
 
 
 if __name__ == "__main__":

@@ -36,16 +36,10 @@ def train_benchmark(arguments):
         "warmup_epochs": 1,
         "swa_start_epoch": 0,
     }
-    steps = arguments.steps
     rates, waits = {"step": [], "training": []}, []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        print(f"making {DIFFERENT_IMAGES} images ...", flush=True)
-        contents = [
-            images.packed_jpeg(content, PACKED_SIDE) for content in read_originals(arguments.data_dir, DIFFERENT_IMAGES)
-        ]
-        write_split(folder / "train.arrow", packed_rows_of(contents, steps * arguments.batch_size), ["a", "b"])
-        write_split(folder / "val.arrow", packed_rows_of(contents, VAL_IMAGES), ["a", "b"])
+        write_images(folder, arguments.data_dir, arguments.steps * arguments.batch_size)
         job = {"loop": "ours", "resolutions": [arguments.resolution], "seconds": arguments.seconds}
         job |= {"warmup_steps": 2, "steps_at_once": 1 if device.type == "cpu" else 10} | settings
         for number in range(arguments.rounds):
@@ -54,16 +48,28 @@ def train_benchmark(arguments):
             if isinstance(done, str):
                 raise RuntimeError(f"the step could not be measured: {done}")
             rates["step"].append(done["figures"][str(arguments.resolution)]["images_per_s"])
-            run = folder / f"run{number}"
-            flags = settings | {"data_dir": folder, "checkpoint_dir": run, "log_file": run.with_suffix(".log")}
-            run_quietly([sys.executable, REPOSITORY / "train.py", *(f"--{key}={value}" for key, value in flags.items())])
-            last = read_records(run / "metrics.jsonl")[-1]
+            last = last_record(settings, folder, folder / f"run{number}")
             rates["training"].append(round(last["images_per_s"], 1))
             waits.append(round(last["data_wait_share"], 4))
             print(f"  step {rates['step'][-1]}, training {rates['training'][-1]} images/s, waiting {waits[-1]:.1%}", flush=True)
     keys = ("batch_size", "device", "precision", "compile")
     shared = {key: settings[key] for key in keys} | {"resolution": arguments.resolution, "rounds": arguments.rounds}
-    return shared | {"steps": steps, "rates": rates, "waits": waits, "made_images": arguments.data_dir is None}
+    return shared | {"steps": arguments.steps, "rates": rates, "waits": waits, "made_images": arguments.data_dir is None}
+
+
+def write_images(folder, data_dir, train_images):
+    """Write packed splits to a folder: so many training images, made of a few different ones, and some for validation."""
+    print(f"making {DIFFERENT_IMAGES} images ...", flush=True)
+    contents = [images.packed_jpeg(content, PACKED_SIDE) for content in read_originals(data_dir, DIFFERENT_IMAGES)]
+    write_split(folder / "train.arrow", packed_rows_of(contents, train_images), ["a", "b"])
+    write_split(folder / "val.arrow", packed_rows_of(contents, VAL_IMAGES), ["a", "b"])
+
+
+def last_record(settings, data_dir, run):
+    """Run train.py with these settings in the folder `run`; return the record of its last epoch."""
+    flags = settings | {"data_dir": data_dir, "checkpoint_dir": run, "log_file": run.with_suffix(".log")}
+    run_quietly([sys.executable, REPOSITORY / "train.py", *(f"--{key}={value}" for key, value in flags.items())])
+    return read_records(run / "metrics.jsonl")[-1]
 
 
 def train_tables(results):

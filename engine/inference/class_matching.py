@@ -41,21 +41,31 @@ def match_classes(images, known, outputs, weights, where, log):
     Raises:
         DataError: the order is not certain; says how to state it.
     """
-    there = [images.classes[label] for label in np.unique(images.labels)]
     if known is not None:
-        if set(there) <= set(known):
-            images.relabel(known)
-            if len(there) < len(known):
-                log(f"note: {where} holds images of {len(there):,} of the {len(known):,} classes that {weights} tells apart")
-            return
-        if all_of_imagenet(known) and all_of_imagenet(images.classes):  # one by wnids, the other by numbers
-            images.relabel(class_order(images.classes))
-            images.classes = known
-            log(f"note: the classes in {where} are matched to those of {weights}: number n is the n-th wnid, counted from 0")
-            return
+        _match_to_known(images, known, weights, where, log)
+    else:
+        _match_to_numbers(images, outputs, weights, where, log)
+
+
+def _match_to_known(images, known, weights, where, log):
+    """match_classes for a network whose classes are known."""
+    there = [images.classes[label] for label in np.unique(images.labels)]
+    if set(there) <= set(known):
+        images.relabel(known)
+        if len(there) < len(known):
+            log(f"note: {where} holds images of {len(there):,} of the {len(known):,} classes that {weights} tells apart")
+    elif all_of_imagenet(known) and all_of_imagenet(images.classes):  # one by wnids, the other by numbers
+        images.relabel(class_order(images.classes))
+        images.classes = known
+        log(f"note: the classes in {where} are matched to those of {weights}: number n is the n-th wnid, counted from 0")
+    else:
         unknown = some(sorted(set(there) - set(known)))
         raise DataError(f"the classes in {where} are not the {len(known):,} of {weights} (unknown: {unknown}); {WAY_OUT}")
-    names = f"{some(images.classes, 3)}"
+
+
+def _match_to_numbers(images, outputs, weights, where, log):
+    """match_classes for a network of which only the number of outputs is known."""
+    names = some(images.classes, 3)
     if len(images.classes) != outputs:
         raise DataError(
             f"{weights} tells {outputs:,} classes apart and does not name them; {where} has {len(images.classes):,} ({names}): "

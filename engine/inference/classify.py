@@ -2,6 +2,7 @@
 
 import io
 import os
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from engine.data.images import decode_rgb, validation_view
 from engine.data.loader import build_normalise
-from engine.preparation.finding import FolderTree, LeftOut, files_below, joined, text_of
+from engine.inference.networks import class_labels
+from engine.inference.scoring import log_mean_probabilities
+from engine.preparation.finding import FolderTree, LeftOut, files_below, join_path, text_of
+from engine.system.device import AUTOCAST_DTYPES, autocast
+from engine.system.errors import UserError
 from engine.system.files import replacing
 from engine.system.gpu_memory import retry_in_parts_on_oom
 
@@ -26,6 +31,46 @@ class Prediction(NamedTuple):
     best: list  # (class, probability from 0 to 1), the most probable first
 
 
+def print_classes(networks, paths, device, resolution=None, contact_sheet=None):
+    """Print the most probable classes of each image file, by the mean of the networks' probabilities.
+
+    Args:
+        paths: of files and folders.
+        resolution: px, in place of the run's.
+        contact_sheet: path of a PNG with all images, or None.
+    Returns:
+        1 if a file could not be read, else 0.
+    Raises:
+        UserError: the networks know different classes, or no image was classified.
+    """
+    first = networks[0]
+    precision, classes = first.config["precision"], class_labels(first)
+    if any((network.classes or classes) != classes for network in networks):
+        raise UserError("these checkpoints were trained on different classes: classify with one at a time")
+    skipped, seen = [], []
+
+    def probabilities(images):
+        with autocast(device, precision):
+            return log_mean_probabilities([network.model.eval()(images).float() for network in networks]).exp()
+
+    def skip(path, reason):
+        skipped.append(path)
+        print(f"evaluate.py: skipped {path} ({reason})", file=sys.stderr)
+
+    files = image_files(paths, skip, lambda line: print(line, file=sys.stderr))
+    config = first.config | ({"val_resolution": resolution} if resolution else {})
+    for prediction in classify(files, probabilities, classes, config, device, AUTOCAST_DTYPES[precision], skip):
+        names = [f"{100 * share:.1f} % {first.class_names.get(name, name)}" for name, share in prediction.best]
+        print(f"{prediction.name}: {'; '.join(names)}")
+        seen.append(prediction)
+    if contact_sheet and seen:
+        write_contact_sheet(contact_sheet, seen, first.class_names)
+        print(f"wrote {contact_sheet}")
+    if not seen:
+        raise UserError(f"no image was classified in {', '.join(paths)}")
+    return 1 if skipped else 0
+
+
 def image_files(paths, skip, log):
     """Yield the paths, bytes, of the files named, and of folders every file in and below them, in order.
 
@@ -39,7 +84,7 @@ def image_files(paths, skip, log):
         if os.path.isdir(path):
             tree, left_out = FolderTree(path), LeftOut()
             for folder, files in files_below(tree, "", left_out):
-                yield from (tree.path(joined(folder, name)) for name in files)
+                yield from (tree.path(join_path(folder, name)) for name in files)
             for line in left_out.lines(shown(os.fsencode(path))):
                 log(line)
         elif os.path.exists(path) and not os.path.isfile(path):

@@ -5,7 +5,11 @@ from pathlib import Path
 
 import torch
 
-from engine.data.loader import IMAGENET_MEAN, IMAGENET_STD
+from engine.inference.model_card import facts_of_runs, model_card, model_facts
+from engine.inference.networks import class_labels
+from engine.inference.outputs import user_error_on_failure
+from engine.run.weights import WEIGHTS
+from engine.system.environment import commit
 from engine.system.errors import UserError
 from engine.system.files import replacing
 from engine.system.plain_json import to_json
@@ -13,6 +17,34 @@ from engine.system.plain_json import to_json
 OPSET = 18
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 SUFFIXES = (".pt", ".safetensors", ".onnx")
+
+
+def export_network(network, members, path, price_per_hour=None):
+    """Write a network's weights for other programs, and the model card beside them; print what was written.
+
+    Args:
+        network: Network of engine/inference/networks.py.
+        members: the networks of files whose mean it is, or itself alone.
+        path: as for export().
+        price_per_hour: of the machine, for the model card; or None.
+    """
+    checkpoint, config, best = network.checkpoint, network.config, network.checkpoint.get("best", {})
+    accuracy = None
+    if best and best["epoch"] == checkpoint["epoch"] and best["weights"] == network.kind:
+        crop = f"{config['val_resolution']} px centre crop (ratio {config['val_crop_ratio']:.4g}), no test-time augmentation"
+        accuracy = f"top-1 {best['top1']:.2f} %, {crop}"
+    words = {kind: weights.in_words for kind, weights in WEIGHTS.items()} | {"mean": network.name}
+    run = {
+        "weights": words.get(network.kind, "as in the file"),
+        "made_with": f"PyTorch {torch.__version__}, commit {commit()}",
+    } | facts_of_runs([member for member in members if member.checkpoint])
+    facts = model_facts(config, class_labels(network), network.class_names, accuracy, run)
+    card = Path(path).with_suffix(".md")
+    with user_error_on_failure("export", path):
+        print(export(network.model.cpu().float(), path, facts))
+        with replacing(card, "w") as file:
+            file.write(model_card(path, facts, price_per_hour))
+    print(f"wrote {card}")
 
 
 def export(model, path, facts):
@@ -50,10 +82,10 @@ def check_export(path):
     if suffix not in SUFFIXES:
         raise UserError(f"--export {path}: the name must end in one of {', '.join(SUFFIXES)}")
     for package in {".onnx": ONNX_PACKAGES, ".safetensors": ("safetensors",)}.get(suffix, ()):
-        _needed(package)
+        _require(package)
 
 
-def _needed(package):
+def _require(package):
     """Return a package that the default install does without."""
     import importlib
 
@@ -64,8 +96,8 @@ def _needed(package):
 
 
 def _export_onnx(model, path, facts):
-    """Write ONNX with a dynamic batch, run it with onnxruntime, and say how far it is from PyTorch."""
-    onnx, _, runtime = (_needed(package) for package in ONNX_PACKAGES)
+    """Write ONNX with a dynamic batch, run it with onnxruntime, and return how far it is from PyTorch."""
+    onnx, _, runtime = (_require(package) for package in ONNX_PACKAGES)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(3, 3, facts["resolution"], facts["resolution"], generator=generator)
     program = torch.onnx.export(
@@ -97,65 +129,3 @@ def _export_onnx(model, path, facts):
         f"wrote {path}: opset {OPSET}, images float32 [batch, 3, {facts['resolution']}, {facts['resolution']}] of any batch; "
         f"onnxruntime's logits are at most {difference:.2g} from PyTorch's (the largest is {scale:.3g})"
     )
-
-
-def model_facts(config, classes, class_names, accuracy, run):
-    """Return what whoever uses the weights must know, as a dict of plain values.
-
-    Args:
-        accuracy: in words, with resolution and test-time augmentation, or None where it was not measured.
-        run: dict of what is known of the training run.
-    """
-    blurs = [name for key, name in (("blur_pool", "BlurPool"), ("blur_max_pool", "blurred max-pool")) if config[key]]
-    return {
-        "architecture": config["architecture"],
-        "blurs": blurs,
-        "resolution": config["val_resolution"],
-        "crop_ratio": config["val_crop_ratio"],
-        "mean": list(IMAGENET_MEAN),
-        "std": list(IMAGENET_STD),
-        "classes": list(classes),
-        "class_names": class_names,
-        "accuracy": accuracy,
-        "run": run,
-    }
-
-
-def model_card(path, facts, price_per_hour=None):
-    """Return the model card of an exported file, in Markdown."""
-    run, resolution = facts["run"], facts["resolution"]
-    lines = [f"# {facts['architecture']}, {len(facts['classes'])} classes", ""]
-    lines += [f"Weights in `{Path(path).name}`, trained with the recipe `{run.get('recipe', 'unknown')}`.", ""]
-    lines += ["| | |", "|---|---|"]
-
-    def row(name, value):
-        if value is not None:
-            lines.append(f"| {name} | {value} |")
-
-    row("validation accuracy", facts["accuracy"] or "not measured")
-    row("input", f"RGB, float [batch, 3, {resolution}, {resolution}], (pixel / 255 - mean) / std")
-    row("mean, std", f"{tuple(facts['mean'])}, {tuple(facts['std'])}")
-    resized = round(resolution / facts["crop_ratio"])
-    row("preparation", f"shorter side resized to {resized} px with antialiasing, centre crop of {resolution} px")
-    row("output", "logits, one a class, in the order of the classes' sorted names")
-    row("training data", f"{run['train_images']:,} images" if "train_images" in run else None)
-    row("epochs", run.get("epochs"))
-    row("weights", run.get("weights"))
-    row("seed", run.get("seed"))
-    hours, energy = run.get("hours"), run.get("energy_wh")
-    row("training time", f"{hours:.2f} hours of training, without validation" if hours is not None else None)
-    row("energy of the GPU", f"{energy / 1000:.2f} kWh (NVML, sampled once a second)" if energy else "not measured")
-    if price_per_hour is not None and hours is not None:
-        row("cost of the training time", f"{hours * price_per_hour:.2f} at {price_per_hour:g} per hour")
-    row("hardware", run.get("hardware"))
-    row("made with", run.get("made_with"))
-    if facts["blurs"]:
-        lines += [
-            "",
-            f"**The network has {' and '.join(facts['blurs'])}.** The keys are those of torchvision's {facts['architecture']}, "
-            "but the network must blur where it strides: build it with this project's `model.py`, or use the ONNX export. In a "
-            f"plain `torchvision.models.{facts['architecture']}()` the weights load without an error and score worse.",
-        ]
-    lines += ["", "Classes: " + ", ".join(facts["class_names"].get(name, name).split(",")[0] for name in facts["classes"][:12])]
-    lines[-1] += f" and {len(facts['classes']) - 12} more." if len(facts["classes"]) > 12 else "."
-    return "\n".join(lines) + "\n"

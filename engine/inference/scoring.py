@@ -33,29 +33,20 @@ def evaluate(models, device_batches, num_images, context, flip=False, ensemble=F
         DataError: another number of images came.
         TrainingStopped: the GPU's memory does not suffice for a single image; batches that do not fit are scored in parts.
     """
-    totals, confusions, count = {}, 0, 0
     for model in models.values():
         model.eval()
-
-    def scores(images, labels):
-        """Return {(name, view): sums} and the confusions of some images."""
-        sums, confused = {}, 0
-        for view, logits_of in _logits_by_view(models, images, context, flip, ensemble):
-            sums |= {(name, view): _scores(logits, labels) for name, logits in logits_of.items()}
-            if view == "" and confusions_of is not None:
-                confused = count_confusions(logits_of[confusions_of], labels)
-        return sums, confused
-
-    scored = retry_in_parts_on_oom(scores)
+    sums_in_parts = retry_in_parts_on_oom(
+        lambda images, labels: _sums(_logits_by_view(models, images, context, flip, ensemble), labels, confusions_of)
+    )
+    totals, count = {}, 0
     for images, labels in device_batches:
-        for sums, confused in scored(images, labels):
+        for sums in sums_in_parts(images, labels):
             totals = {key: totals.get(key, 0) + value for key, value in sums.items()}
-            confusions = confusions + confused
         count += len(labels)
     count = int(all_reduce_sum(torch.tensor(count)))
     if count != num_images:
         raise DataError(f"{count} images evaluated, {num_images} expected: an accuracy is never that of fewer or more images")
-    results = {}
+    confusions, results = totals.pop((confusions_of, "confusions"), None), {}
     for (name, view), total in totals.items():
         loss, top1, top5 = (all_reduce_sum(total) / count).tolist()
         results.setdefault(name, {"images": count})
@@ -85,10 +76,20 @@ def log_mean_probabilities(logits):
     return logs.logsumexp(dim=0) - math.log(len(logs))  # finite where each probability underflows to 0
 
 
-def _scores(logits, labels):
-    """Return the batch's sums [3] of the loss, the top-1 and the top-5 hits, float64."""
-    loss = F.cross_entropy(logits, labels, reduction="sum")
-    return torch.stack([loss, topk_correct(logits, labels, 1), topk_correct(logits, labels, 5)]).double()
+def _sums(logits_by_view, labels, confusions_of):
+    """Return the sums over some images: {(name, view): float64 [3] of the loss, the top-1 and the top-5 hits}.
+
+    With confusions_of also {(confusions_of, 'confusions'): int64 [C, C]}.
+    """
+    sums = {}
+    for view, logits_of in logits_by_view:
+        for name, logits in logits_of.items():
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            hits = [topk_correct(logits, labels, k) for k in (1, 5)]
+            sums[name, view] = torch.stack([loss, *hits]).double()
+        if view == "" and confusions_of is not None:
+            sums[confusions_of, "confusions"] = count_confusions(logits_of[confusions_of], labels)
+    return sums
 
 
 def topk_correct(logits, labels, k):

@@ -2,7 +2,7 @@
 
 A tree is a folder on disk or the members of an archive. A split of it holds `<class>/**/<image>`; classes, folders and files
 come in the order of torchvision's ImageFolder, which also goes down into the folders of a class and follows symbolic links.
-Two things differ from torchvision, and are said aloud: names that are numbers are sorted as numbers, and what is hidden, made
+Two things differ from torchvision, and are printed: names that are numbers are sorted as numbers, and what is hidden, made
 by the system or no regular file is no image.
 
 Names: inside this module a name is its bytes on disk, decoded as UTF-8 with surrogates for bytes that are not UTF-8, in any
@@ -181,7 +181,7 @@ class ArchiveTree:
     """
 
     def __init__(self, listing):
-        self._places = listing.files
+        self._files = listing.files
         self._inside = {"": (set(), set(), [])}
         for path in listing.folders:
             self._folder(path)
@@ -214,17 +214,17 @@ class ArchiveTree:
 
     def place(self, path):
         """Return where a file's bytes lie."""
-        return self._places[path]
+        return self._files[path]
 
 
-def joined(folder, name):
+def join_path(folder, name):
     """Return the path of something inside of a folder of a tree."""
     return f"{folder}/{name}" if folder else name
 
 
 def folder_at(tree, path, name):
     """Return the path of the folder of this name right inside of `path`, or None."""
-    return joined(path, name) if name in tree.entries(path)[0] else None
+    return join_path(path, name) if name in tree.entries(path)[0] else None
 
 
 def files_below(tree, path, left_out):
@@ -238,10 +238,10 @@ def files_below(tree, path, left_out):
         folder = waiting.pop()
         folders, files, rest = tree.entries(folder)
         for reason, name in rest:
-            left_out.add(reason, joined(folder, name))
+            left_out.add(reason, join_path(folder, name))
         for name in filter(is_image_name, folders):
-            left_out.add(FOLDER, joined(folder, name))
-        waiting += [joined(folder, name) for name in folders]
+            left_out.add(FOLDER, join_path(folder, name))
+        waiting += [join_path(folder, name) for name in folders]
         found.append((folder, files))
     return sorted(found)
 
@@ -252,9 +252,9 @@ def images_below(tree, path, left_out):
     for folder, files in files_below(tree, path, left_out):
         for name in files:
             if is_image_name(name):
-                images.append(joined(folder, name))
+                images.append(join_path(folder, name))
             else:
-                left_out.add(OTHER_KIND, joined(folder, name))
+                left_out.add(OTHER_KIND, join_path(folder, name))
     return images
 
 
@@ -263,7 +263,7 @@ def has_images(tree, path, in_folders_only=False):
     folders, files, _ = tree.entries(path)
     if not in_folders_only and any(map(is_image_name, files)):
         return True
-    return any(has_images(tree, joined(path, name)) for name in folders)
+    return any(has_images(tree, join_path(path, name)) for name in folders)
 
 
 class Labelled(NamedTuple):
@@ -283,12 +283,12 @@ def labelled_by_folder(tree, path, left_out):
     """Return the Labelled of `<class>/**/<image>` in the folder `path`, grouped by class, as torchvision's ImageFolder."""
     _, files, rest = tree.entries(path)
     for name in files:
-        left_out.add(OUTSIDE if is_image_name(name) else OTHER_KIND, joined(path, name))
+        left_out.add(OUTSIDE if is_image_name(name) else OTHER_KIND, join_path(path, name))
     for reason, name in rest:
-        left_out.add(reason, joined(path, name))
+        left_out.add(reason, join_path(path, name))
     classes, paths, labels = class_folders(tree, path), [], []
     for label, name in enumerate(classes):
-        images = images_below(tree, joined(path, name), left_out)
+        images = images_below(tree, join_path(path, name), left_out)
         paths += [image[len(path) + 1 :] if path else image for image in images]
         labels += [label] * len(images)
     return Labelled([text_of(name) for name in classes], paths, labels)

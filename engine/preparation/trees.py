@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from engine.preparation import finding
 from engine.preparation.archives import FileSlice
-from engine.preparation.finding import FolderTree, ImageFolder, Labelled, LeftOut, folder_at, joined, some, text_of
+from engine.preparation.finding import FolderTree, ImageFolder, Labelled, LeftOut, folder_at, join_path, some, text_of
 from engine.system.errors import DataError
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
@@ -41,7 +41,7 @@ class ImageTree(NamedTuple):
 
     def place(self, split, path):
         """Return where the bytes of an image of a split lie."""
-        return self.tree.place(joined(self.folders[split], path))
+        return self.tree.place(join_path(self.folders[split], path))
 
 
 def all_names(split):
@@ -67,7 +67,7 @@ def has_tree(tree, where):
 
 
 def remarks_of(found):
-    """Return all that is to be said of an ImageTree, as lines."""
+    """Return the remarks on an ImageTree, as lines for the user."""
     return found.remarks + [line for split, left_out in found.left_out.items() for line in left_out.lines(split)]
 
 
@@ -100,21 +100,27 @@ def open_tree(tree, where, beside, splits=SPLITS, classes=None):
     elif classes is None and (train := _split_folders(tree, root, "train")):
         classes = [text_of(name) for name in finding.class_folders(tree, train[0])]
     if "val" in splits:
-        candidates = _split_folders(tree, root, "val")
-        if not candidates:
-            where_to = text_of(joined(root, "val"))
-            raise DataError(f"no images in {where_to}/ of {where}: validation images are needed as well")
-        _refuse_ties(candidates, where)
-        folders["val"] = candidates[0]
-        if PurePosixPath(candidates[0]).name != "val":
-            remarks.append(f"note: the validation images are those in {text_of(candidates[0])}/")
-        labelled = _labelled_validation(tree, candidates[0], files, where, left_out["val"])
-        found["val"] = _with_classes(labelled, classes, candidates[0], left_out["val"]) if classes else labelled
-        if not found["val"].labels:
-            reasons = "; ".join(left_out["val"].lines("val"))
-            raise DataError(f"{where} holds no validation images with a label of the training images' classes. {reasons}")
+        folders["val"], found["val"] = _validation_images(tree, root, where, files, classes, left_out["val"])
+        if PurePosixPath(folders["val"]).name != "val":
+            remarks.append(f"note: the validation images are those in {text_of(folders['val'])}/")
     remarks += order_remarks(next(iter(found.values())).classes)
     return ImageTree(tree, where, folders, found, files.class_names(), left_out, remarks)
+
+
+def _validation_images(tree, root, where, files, classes, left_out):
+    """Return (path of the folder, Labelled) of the validation images; arguments as in open_tree."""
+    candidates = _split_folders(tree, root, "val")
+    if not candidates:
+        raise DataError(f"no images in {text_of(join_path(root, 'val'))}/ of {where}: validation images are needed as well")
+    _refuse_ties(candidates, where)
+    folder = candidates[0]
+    found = _labelled_validation(tree, folder, files, where, left_out)
+    if classes:
+        found = _with_classes(found, classes, folder, left_out)
+    if not found.labels:
+        reasons = "; ".join(left_out.lines("val"))
+        raise DataError(f"{where} holds no validation images with a label of the training images' classes. {reasons}")
+    return folder, found
 
 
 def order_remarks(classes):
@@ -144,7 +150,7 @@ def _root(tree, where, split):
         _refuse_ties([folders[0] for folders in roots.values()], where)
         if roots:
             return next(iter(roots))
-        level = [joined(path, name) for path in level for name in tree.entries(path)[0]]
+        level = [join_path(path, name) for path in level for name in tree.entries(path)[0]]
     return None
 
 
@@ -179,15 +185,15 @@ def _refuse_empty_classes(labelled, where):
 def _with_classes(labelled, classes, folder, left_out):
     """Return the Labelled with the labels counting in `classes`, grouped by class; images of others are left out, counted."""
     label_of = {name: label for label, name in enumerate(classes)}
-    kept = []
+    known = []
     for path, label in zip(labelled.paths, labelled.labels, strict=True):
         name = labelled.classes[label]
         if name in label_of:
-            kept.append((label_of[name], path))
+            known.append((label_of[name], path))
         else:
-            left_out.add(finding.UNKNOWN_CLASS, joined(folder, path))
-    kept.sort(key=lambda image: image[0])
-    return Labelled(list(classes), [path for _, path in kept], [label for label, _ in kept])
+            left_out.add(finding.UNKNOWN_CLASS, join_path(folder, path))
+    known.sort(key=lambda image: image[0])
+    return Labelled(list(classes), [path for _, path in known], [label for label, _ in known])
 
 
 def _labelled_validation(tree, folder, files, where, left_out):
@@ -235,7 +241,7 @@ def tiny_labels(tree, folder):
     """Return ({stem of a validation image: wnid}, the file's name) of tiny-imagenet-200, or None where it is not that."""
     if TINY_LABELS not in tree.entries(folder)[1]:
         return None
-    lines = tree.place(joined(folder, TINY_LABELS)).read().decode().splitlines()
+    lines = tree.place(join_path(folder, TINY_LABELS)).read().decode().splitlines()
     return {stem(name): wnid for name, wnid, *_ in (line.split("\t") for line in lines if line)}, TINY_LABELS
 
 
@@ -255,7 +261,7 @@ class _SideFiles:
             for part in filter(None, folder.split("/")):
                 at = folder_at(self._tree, at, part) if at is not None else None
             if at is not None and file in self._tree.entries(at)[1]:
-                return self._tree.place(joined(at, file))
+                return self._tree.place(join_path(at, file))
         if beside and self._beside is not None and (path := self._beside / name).is_file():
             return FileSlice(str(path), 0, path.stat().st_size)
         return None

@@ -1,4 +1,4 @@
-"""What happened to a run, from its events.jsonl: the same Sessions as engine/report/history.py reads from the log of old runs."""
+"""What happened to a run, from its events.jsonl: Sessions, as engine/report/history.py reads them from the log of old runs."""
 
 from datetime import datetime
 

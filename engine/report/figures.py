@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.preparation.trees import IMAGENET_COUNTS
+from engine.report.events import sessions_of_events
 from engine.report.history import sessions_of_run
 from engine.run.checkpoint_files import RECORDS
+from engine.run.events import EVENTS
 from engine.run.records import read_records
+from engine.run.weights import WEIGHTS
 from engine.system.errors import UserError
 
-WEIGHTS = {"val": "raw weights", "averaged_val": "averaged weights", "ema_val": "running average"}
 FIRST_EPOCHS = 10
 
 
@@ -35,8 +37,8 @@ def read_run(folder, defaults, log=None):
     """Return the Run in a folder.
 
     Args:
-        defaults: the configuration where the log tells none.
-        log: its log file; None looks for training.log in the folder, above it and here.
+        defaults: the configuration, as far as no log names another.
+        log: its log file; None takes events.jsonl, and for a run of old training.log in the folder, above it or here.
     Raises:
         UserError: there are no records.
     """
@@ -44,11 +46,16 @@ def read_run(folder, defaults, log=None):
     by_epoch = {record["epoch"]: record for record in read_records(folder / RECORDS)}
     records = [by_epoch[epoch] for epoch in sorted(by_epoch)]
     if log is not None and not Path(log).exists():
-        raise UserError(f"--log {log}: there is no such file")
+        raise UserError(f"--log-file {log}: there is no such file")
     above = [parent / "training.log" for parent in (folder, folder.parent, folder.parent.parent, Path())]
     logs = [Path(log)] if log is not None else [path for path in above if path.exists()]
-    for path in logs:
-        if sessions := sessions_of_run(path, folder):
+    recorded = sessions_of_events(folder / EVENTS) if log is None and (folder / EVENTS).is_file() else []
+    if recorded and recorded[0].first_position == (0, 0):
+        return Run(folder, None, records, recorded, defaults | recorded[-1].config)
+    for path in logs:  # of a run that was begun when there were no events
+        first = recorded[0].begun.replace(microsecond=0) if recorded else None
+        sessions = [s for s in sessions_of_run(path, folder) if first is None or s.begun < first] + recorded
+        if sessions:
             return Run(folder, path, records, sessions, defaults | sessions[-1].config)
     if not records:
         raise UserError(f"{folder} holds no {RECORDS}, and no log tells of a run there; name a run's checkpoint_dir")
@@ -61,17 +68,17 @@ def column(records, key):
 
 
 def best_of(records):
-    """Return (top-1 in %, epoch, key of WEIGHTS) of the best validation, or None before the first one."""
+    """Return (top-1 in %, epoch, kind of WEIGHTS) of the best validation, or None before the first one."""
     scores = [
-        (record[f"{key}_top1"], -record["epoch"], -order)
+        (record[f"{weights.column}_top1"], -record["epoch"], -order, kind)
         for record in records
-        for order, key in enumerate(WEIGHTS)
-        if record.get(f"{key}_top1") is not None
+        for order, (kind, weights) in enumerate(WEIGHTS.items())
+        if record.get(f"{weights.column}_top1") is not None
     ]
     if not scores:
         return None
-    top1, epoch, order = max(scores)
-    return top1, -epoch, list(WEIGHTS)[-order]
+    top1, epoch, _, kind = max(scores)
+    return top1, -epoch, kind
 
 
 def phases(run):

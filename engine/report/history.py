@@ -70,7 +70,7 @@ def _with_line(session, instant, text):
     if found := CONFIGURATION.fullmatch(text):
         config = _json(found[1])
         return session._replace(config=config, asked_config=session.asked_config or config)
-    if (found := FOUND_RATE.match(text)) and session.config.get("learning_rate") == "auto":  # a log of old says no more
+    if (found := FOUND_RATE.match(text)) and session.config.get("learning_rate") == "auto":  # an older log says no more
         return session._replace(config=session.config | {"learning_rate": float(found[1])})
     if found := IMAGES.match(text):
         images, classes, steps = (int(found[n].replace(",", "")) for n in (3, 4, 5))
@@ -108,10 +108,10 @@ def sessions_of_run(path, folder):
     """
     folder, log_folder = Path(folder).resolve(), Path(path).resolve().parent
     sessions = [session for session in read_sessions(path) if "checkpoint_dir" in session.config]
-    places = [Path(str(session.config["checkpoint_dir"])) for session in sessions]  # 'inf' was read as a number
-    own = [s for s, place in zip(sessions, places, strict=True) if folder in ((log_folder / place).resolve(), place.resolve())]
+    folders = [Path(str(session.config["checkpoint_dir"])) for session in sessions]  # 'inf' was read as a number
+    own = [s for s, its in zip(sessions, folders, strict=True) if folder in ((log_folder / its).resolve(), its.resolve())]
     if not own:
-        own = [s for s, place in zip(sessions, places, strict=True) if place.name == folder.name]
+        own = [s for s, its in zip(sessions, folders, strict=True) if its.name == folder.name]
     fresh = [number for number, session in enumerate(own) if session.first_position == (0, 0)]
     return own[fresh[-1] :] if fresh else own
 

@@ -1,16 +1,19 @@
-"""The kinds of weights that a run may have: where a checkpoint keeps them, their columns in the records, their names."""
+"""The kinds of weights that a run has, and what each is called in checkpoints, records and messages."""
 
 from typing import NamedTuple
 
 
 class Weights(NamedTuple):
-    checkpoint_key: str
-    column: str  # what the keys of their figures in metrics.jsonl begin with
+    """One kind of weights."""
+
+    checkpoint_key: str  # of its state dict in a checkpoint
+    column: str  # how the names of its columns in metrics.jsonl begin
     in_words: str
 
 
-WEIGHTS = {  # of equally good ones the first is the best
+WEIGHTS = {
     "raw": Weights("model", "val", "raw weights"),
     "averaged": Weights("averaged_model", "averaged_val", "averaged weights"),
     "ema": Weights("ema_model", "ema_val", "running average"),
 }
+PREFERENCE = ("averaged", "ema", "raw")  # the first of them that a run has stands for it, where no score decides

@@ -27,6 +27,12 @@ def path_argument(text):
     return Path(text).expanduser()
 
 
+def path_text(text):
+    """Return a path as path_argument does, but as text: of a prefix a slash at the end counts; for argparse."""
+    path_argument(text)
+    return os.path.expanduser(text)
+
+
 @contextlib.contextmanager
 def replacing(path, mode="wb"):
     """Give a file to write beside `path`, and let it take its place, synced, when the block ends without an error.

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from engine.data.batches import resolution_of_epoch
 from engine.run.monitor import DRAWING_SECONDS
 from engine.system.errors import UserError
+from engine.system.wording import duration
 from engine.training import averaging
 
 
@@ -193,10 +194,3 @@ def plan_lines(plan, config, rates, train_images, val_images, price_per_hour=Non
     cost = f", {plan.hours * price_per_hour:,.2f} at {price_per_hour:g} per hour" if price_per_hour is not None else ""
     lines.append(f"  in all {duration(plan.hours)}{cost}; begun now it ends at {end}")
     return lines
-
-
-def duration(hours):
-    """Return hours as text, in minutes or seconds where that says more."""
-    if hours >= 1:
-        return f"{hours:.1f} hours"
-    return f"{hours * 60:.1f} minutes" if hours * 60 >= 1 else f"{hours * 3600:.0f} seconds"

@@ -9,10 +9,9 @@ from fake_cuda import QUICK, batch, fake_cuda, steps
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from config import CONFIG, RECIPES
-from engine.inference.scoring import topk_correct
+from engine.inference.scoring import evaluate, topk_correct
 from engine.system.device import autocast
 from engine.training import averaging
-from evaluate import evaluate
 
 NATIVE_BF16 = int(os.environ["STANDIN_CAPABILITY"]) >= 80
 VARIANTS = {

@@ -20,9 +20,9 @@ from engine.data.loader import IMAGENET_MEAN, IMAGENET_STD, build_normalise
 from engine.data.splits import open_splits
 from engine.inference.confusion import class_rows, count_confusions, pair_rows
 from engine.inference.networks import load_networks
+from engine.inference.scoring import log_mean_probabilities
 from engine.run import checkpoint_files
 from engine.system.errors import DataError, UserError
-from evaluate import log_mean_probabilities
 from model import build_model
 
 CPU = torch.device("cpu")
@@ -239,7 +239,7 @@ def test_the_place_of_an_output_is_made_or_refused_before_anything_is_scored(run
     (tmp_path / "folder.pt").mkdir()
     picture = next((image_tree / "val").rglob("*.jpg"))
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "opened_networks", lambda *arguments: pytest.fail("it began"))
+        patch.setattr(evaluate, "open_networks", lambda *arguments: pytest.fail("it began"))
         for flags, said in (
             (["--details", tmp_path / "file/x"], "--details .* could not be written"),
             (["--export", tmp_path / "file/x.pt"], "--export .* could not be written"),

@@ -24,7 +24,7 @@ from PIL import Image
 import prepare_data
 from engine.data.images import decode_rgb, image_size, packed_jpeg
 from engine.data.splits import open_splits
-from engine.preparation import forms
+from engine.preparation import forms, packing
 from engine.preparation.packed import PackedSplit
 from engine.system.errors import DataError
 
@@ -443,7 +443,7 @@ def test_it_is_said_whether_this_is_the_whole_imagenet():
             for name, n, of in (("train", train, 1_281_167), ("val", val, 50_000))
         }
         manifest = {"splits": splits, "remarks": [], "is_imagenet_1k": imagenet, "classes": classes}
-        return prepare_data.summary(manifest, Path("d"))
+        return packing.summary(manifest, Path("d"))
 
     assert "NOT the whole" not in "\n".join(summary(1_281_167, 50_000))
     last = summary(1_281_166, 50_000)[-1]
@@ -455,7 +455,7 @@ def test_it_is_said_whether_this_is_the_whole_imagenet():
 def test_imagenets_english_names_are_known_where_the_source_has_none():
     wnids = [f"n{number:08d}" for number in range(1_500_000, 1_500_998)]
     source = forms.Source("test", ["n01440764", *wnids, "n15075141"], {})
-    prepare_data.add_known_class_names(source)
+    packing.add_known_class_names(source)
     assert source.class_names["n01440764"] == "tench"
     assert source.class_names["n15075141"] == "toilet tissue"
 
@@ -548,7 +548,7 @@ def test_a_disk_that_cannot_hold_it_is_refused_before_the_start(originals, tmp_p
     source = forms.open_source(tmp_path / "source")
     source.splits["train"] = source.splits["train"] * 2_000_000
     with pytest.raises(DataError, match="free, and about .* GB are needed.*lower --shorter-side"):
-        prepare_data.announce(source, tmp_path, {"train": 352, "val": 352}, 90)
+        packing.announce(source, packing.Packing(tmp_path, packed_jpeg, 352, 90, 1))
 
 
 def test_what_a_data_set_says_that_it_holds_must_be_there(originals, tmp_path):

@@ -15,9 +15,10 @@ from conftest import finish, run_here, run_program, start_program, tiny_run
 
 import report
 from config import CONFIG
+from engine.report.charts import SERIES, VARIABLES, chart
 from engine.report.figures import read_run
 from engine.report.history import SILENT_END, interruptions, read_sessions
-from engine.report.page import SERIES, VARIABLES, as_html, as_markdown, chart, heading, paragraph, table
+from engine.report.page import as_html, as_markdown, heading, paragraph, table
 from engine.run.monitor import Monitor
 from engine.run.telemetry import GpuFigures, GpuSampler, summary_of
 from engine.run.throughput import Throughput
@@ -127,7 +128,7 @@ def test_another_data_set_is_not_compared_with_imagenet(run_folder, tmp_path):
     markdown, page = reported(tmp_path / "imagenet", folder=tmp_path)
     assert "cannot be compared" not in markdown
     assert "Published for this recipe at 12 epochs: 59.21 % (the run that this project set out to beat" in markdown
-    assert "published: the seed&#x27;s run" in page
+    assert "published: the seed&#39;s run" in page
 
 
 def test_a_run_that_still_goes_on_and_damaged_lines_are_reported_as_far_as_they_go(run_folder, tmp_path):

@@ -13,11 +13,11 @@ from engine.cli.keys import config_problems
 from engine.data.batches import resolution_of_epoch, training_requests
 from engine.data.loader import BatchLoader
 from engine.data.splits import open_splits
+from engine.inference.scoring import evaluate
 from engine.run import checkpoint_files
 from engine.run.records import read_records
 from engine.system.interruption import StopRequest
 from engine.training.optim import build_optimizer, build_schedule
-from evaluate import evaluate
 from model import build_model
 
 FAST = CONFIG | RECIPES["fast"]

@@ -1,0 +1,60 @@
+"""One network whose weights are the mean of several networks' weights."""
+
+import contextlib
+import functools
+import itertools
+
+import torch
+
+from engine.data.batches import training_requests
+from engine.inference.batch_norm import recompute_bn_stats
+from engine.inference.images import open_loader
+from engine.system.device import autocast
+from engine.system.errors import UserError
+from engine.system.gpu_memory import retry_pass_on_oom
+
+SAME_KEYS = {"architecture": "architecture", "blur_pool": "BlurPool", "blur_max_pool": "blurred max-pool"}  # key: in words
+
+
+def refuse_to_average(networks):
+    """Raise UserError unless the networks are the same but for the numbers in their weights."""
+    first = networks[0]
+    for other in networks[1:]:
+        for key, words in SAME_KEYS.items():
+            if first.config[key] != other.config[key]:
+                values = f"{first.path} has {words} {first.config[key]}, {other.path} {other.config[key]}"
+                raise UserError(f"--average: {values}; only the weights of one network have a mean. Without it they vote")
+        if None not in (first.classes, other.classes) and first.classes != other.classes:
+            raise UserError(f"--average: {first.path} and {other.path} were trained on different classes")
+        shapes, others = ({k: t.shape for k, t in n.model.state_dict().items()} for n in (first, other))
+        if differing := [key for key in shapes | others if shapes.get(key) != others.get(key)]:
+            raise UserError(f"--average: {first.path} and {other.path} differ in {len(differing)} keys, as in {differing[0]}")
+
+
+def average_networks(networks, splits, device):
+    """Return one Network whose weights are the mean of the others', with batch-norm statistics of its own.
+
+    Args:
+        networks: what refuse_to_average has let through; the first one's model gets the mean.
+        splits: with the training images that give the statistics, as the last epoch of the networks saw them.
+    """
+    first = networks[0]
+    first.model.load_state_dict(mean_of_weights([network.model.state_dict() for network in networks]))
+    epoch = max(network.checkpoint.get("epoch", 1) for network in networks) - 1
+    recompute = functools.partial(recompute_bn_stats, first.model, autocast=autocast(device, first.config["precision"]))
+    with contextlib.closing(open_loader(splits, first.config, device)) as loader:
+
+        def batches():
+            requests = training_requests(splits["train"], first.config, epoch)
+            return loader.training(itertools.islice(requests, first.config["swa_batch_norm_batches"]), set())
+
+        retry_pass_on_oom(recompute, batches, first.config["batch_size"], device)
+    return first._replace(name=f"mean of the weights of {' and '.join(network.name for network in networks)}", kind="mean")
+
+
+def mean_of_weights(states):
+    """Return the state dict of the means of several; what is no floating-point tensor is the first one's."""
+    return {
+        key: torch.stack([state[key] for state in states]).mean(0) if tensor.is_floating_point() else tensor
+        for key, tensor in states[0].items()
+    }

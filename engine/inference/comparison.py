@@ -1,0 +1,80 @@
+"""The scores of networks from files on the validation images, beside each other and as an ensemble."""
+
+import contextlib
+
+from engine.inference.confusion import write_details
+from engine.inference.images import open_loader
+from engine.inference.outputs import user_error_on_failure
+from engine.inference.scoring import ENSEMBLE, evaluate
+from engine.inference.views import differing_views, view_of
+from engine.system.device import autocast
+from engine.system.errors import UserError
+
+
+def compare_networks(networks, splits, device, resolutions=None, details=None):
+    """Print each network's scores on the validation images, seen as its run did, and those of their ensemble.
+
+    Args:
+        splits: of open_matching_splits.
+        resolutions: px, in place of the runs'.
+        details: prefix of the files with the details of one network or of the ensemble, or None.
+    Raises:
+        UserError: details of several networks that are no ensemble.
+    """
+    several, differing = len({network.path for network in networks}) > 1, differing_views(networks, resolutions)
+    subject = ENSEMBLE if several and not differing else networks[0].name if len(networks) == 1 else None
+    if details and subject is None:
+        cure = differing or "choose one kind of weights with --weights raw, averaged or ema"
+        raise UserError(f"--details of several networks without an ensemble: {cure}")
+    if several and differing:
+        print(f"no ensemble: {differing}")
+    by_view = {}
+    for network in networks:
+        by_view.setdefault(view_of(network, resolutions), []).append(network)
+    for view, members in by_view.items():
+        settings = members[0].config | {"more_val_resolutions": list(view.resolutions)}
+        with contextlib.closing(open_loader(splits, settings, device)) as loader:
+            for resolution in view.resolutions:
+                prefix = details and details + (f"_{resolution}" if len(view.resolutions) > 1 else "")
+                _score_members(members, loader, view, resolution, subject, prefix)
+
+
+def _score_members(members, loader, view, resolution, subject, details):
+    """Print the scores of the networks that share a View, at one resolution; write the details of the subject."""
+    split, precision = loader.splits["val"], members[0].config["precision"]
+    models = {network.name: network.model for network in members}
+    results = evaluate(
+        models,
+        loader.validation(resolution),
+        len(split),
+        autocast(loader.device, precision),
+        view.flip,
+        ensemble=subject == ENSEMBLE,
+        confusions_of=subject if details else None,
+    )
+    crop = f"{resolution} px centre crop (ratio {view.crop_ratio:.4g})"
+    for name, scores in results.items():
+        name = f"{ENSEMBLE} of {len(models)}" if name == ENSEMBLE else name
+        print(f"{name}: {scores_in_words(scores)}, {crop}, no test-time augmentation, {precision}")
+        if view.flip:
+            print(f"{name}: {scores_in_words(scores, 'flip_')}, {crop}, image and mirror image, {precision}")
+    if details:
+        title = f"{subject}: {scores_in_words(results[subject])}, {crop}"
+        names = getattr(split, "class_names", {})
+        with user_error_on_failure("details", details):
+            written = write_details(details, results[subject]["confusions"], split.classes, names, title)
+            print(f"wrote {', '.join(written)}")
+
+
+def scores_in_words(scores, view=""):
+    """Return top-1, top-5 and loss of evaluate()'s result in words; of the mean with the mirror image for view 'flip_'."""
+    top1, top5, loss = (scores[f"{view}{name}"] for name in ("top1", "top5", "loss"))
+    return f"top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f} on {scores['images']:,} images"
+
+
+def note_shared_images(networks):
+    """Print which networks are scored on the images of the first one's run instead of their own."""
+    first = networks[0]
+    for network in networks:
+        if network.config["data_dir"] != first.config["data_dir"]:
+            print(f"note: {network.path} is scored on the images of {first.path}, {first.config['data_dir']}")

@@ -1,0 +1,91 @@
+"""The model card of exported weights: what whoever uses them must know, and what the training took."""
+
+from pathlib import Path
+
+from engine.data.loader import IMAGENET_MEAN, IMAGENET_STD
+from engine.run import checkpoint_files
+from engine.run.records import read_records
+
+
+def model_facts(config, classes, class_names, accuracy, run):
+    """Return what whoever uses the weights must know, as a dict of plain values.
+
+    Args:
+        accuracy: in words, with resolution and test-time augmentation, or None where it was not measured.
+        run: dict of what is known of the training run.
+    """
+    blurs = [name for key, name in (("blur_pool", "BlurPool"), ("blur_max_pool", "blurred max-pool")) if config[key]]
+    return {
+        "architecture": config["architecture"],
+        "blurs": blurs,
+        "resolution": config["val_resolution"],
+        "crop_ratio": config["val_crop_ratio"],
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
+        "classes": list(classes),
+        "class_names": class_names,
+        "accuracy": accuracy,
+        "run": run,
+    }
+
+
+def facts_of_runs(networks):
+    """Return what the model card says of the runs that gave the networks of checkpoints: all that they took together."""
+    if not networks:
+        return {}
+
+    def listed(values):
+        return ", ".join(dict.fromkeys(map(str, values)))
+
+    facts = {key: listed(network.checkpoint.get(key) for network in networks) for key in ("recipe", "hardware")}
+    facts |= {"epochs": listed(n.checkpoint["epoch"] for n in networks), "seed": listed(n.config["seed"] for n in networks)}
+    if len(images := {network.checkpoint["train_images"] for network in networks}) == 1:
+        facts["train_images"] = images.pop()
+    records = []
+    for folder in {network.path.parent for network in networks}:
+        last = max(network.checkpoint["epoch"] for network in networks if network.path.parent == folder)
+        records += [r for r in read_records(folder / checkpoint_files.RECORDS) if r["epoch"] <= last]
+    if records:
+        facts["hours"] = sum(record["seconds"] for record in records) / 3600
+        facts["energy_wh"] = sum(record.get("gpu_energy_wh", 0) for record in records)
+    return facts
+
+
+def model_card(path, facts, price_per_hour=None):
+    """Return the model card of an exported file, in Markdown."""
+    run, resolution = facts["run"], facts["resolution"]
+    lines = [f"# {facts['architecture']}, {len(facts['classes'])} classes", ""]
+    lines += [f"Weights in `{Path(path).name}`, trained with the recipe `{run.get('recipe', 'unknown')}`.", ""]
+    lines += ["| | |", "|---|---|"]
+
+    def row(name, value):
+        if value is not None:
+            lines.append(f"| {name} | {value} |")
+
+    row("validation accuracy", facts["accuracy"] or "not measured")
+    row("input", f"RGB, float [batch, 3, {resolution}, {resolution}], (pixel / 255 - mean) / std")
+    row("mean, std", f"{tuple(facts['mean'])}, {tuple(facts['std'])}")
+    resized = round(resolution / facts["crop_ratio"])
+    row("preparation", f"shorter side resized to {resized} px with antialiasing, centre crop of {resolution} px")
+    row("output", "logits, one a class, in the order of the classes' sorted names")
+    row("training data", f"{run['train_images']:,} images" if "train_images" in run else None)
+    row("epochs", run.get("epochs"))
+    row("weights", run.get("weights"))
+    row("seed", run.get("seed"))
+    hours, energy = run.get("hours"), run.get("energy_wh")
+    row("training time", f"{hours:.2f} hours of training, without validation" if hours is not None else None)
+    row("energy of the GPU", f"{energy / 1000:.2f} kWh (NVML, sampled once a second)" if energy else "not measured")
+    if price_per_hour is not None and hours is not None:
+        row("cost of the training time", f"{hours * price_per_hour:.2f} at {price_per_hour:g} per hour")
+    row("hardware", run.get("hardware"))
+    row("made with", run.get("made_with"))
+    if facts["blurs"]:
+        lines += [
+            "",
+            f"**The network has {' and '.join(facts['blurs'])}.** The keys are those of torchvision's {facts['architecture']}, "
+            "but the network must blur where it strides: build it with this project's `model.py`, or use the ONNX export. In a "
+            f"plain `torchvision.models.{facts['architecture']}()` the weights load without an error and score worse.",
+        ]
+    lines += ["", "Classes: " + ", ".join(facts["class_names"].get(name, name).split(",")[0] for name in facts["classes"][:12])]
+    lines[-1] += f" and {len(facts['classes']) - 12} more." if len(facts["classes"]) > 12 else "."
+    return "\n".join(lines) + "\n"
