@@ -4,6 +4,7 @@ import http.server
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -19,8 +20,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fork_server import ForkServer, can_fork
+from narrow import narrow_build_model
 from PIL import Image
 
+import evaluate
+import lr_finder
 import train
 from engine.cli.command_line import parse_command_line
 from engine.data.demo import make_demo_data
@@ -31,6 +35,7 @@ from engine.training.state import new_state
 from model import build_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+train.build_model = evaluate.build_model = lr_finder.build_model = narrow_build_model()  # for runs in this process
 NOTICE = '{"action": "terminate", "time": "2026-01-01T00:00:00Z"}'  # a spot instance's
 NOT_REPEATABLE = ("images_per_s", "seconds", "time", "data_wait_share")
 
@@ -134,13 +139,15 @@ def start_python(arguments, cwd=REPOSITORY, environment=None, **options):
     everything = os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {})
     if can_fork(arguments, environment, options):
         return FORK_SERVER.start(arguments, cwd, everything, **options)
-    prepare = options.pop("preexec_fn", None)
+    limit = options.pop("file_size_limit", None)
 
     def in_the_child():
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if prepare is not None:
-            prepare()
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
+    if Path(arguments[0]).parent == REPOSITORY:
+        arguments = [REPOSITORY / "tests/narrow.py", *arguments]
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -270,7 +277,7 @@ def children_of(pid):
 def start_torchrun(processes, arguments, program="train.py", restarts=0, meeting=("--standalone",), **options):
     """Start one of the scripts in so many processes that torchrun looks after."""
     launcher = ["-m", "torch.distributed.run", *meeting, f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
-    return start_python([*launcher, REPOSITORY / program, *arguments], **options)
+    return start_python([*launcher, REPOSITORY / "tests/narrow.py", REPOSITORY / program, *arguments], **options)
 
 
 def run_torchrun(processes, arguments, **options):

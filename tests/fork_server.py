@@ -7,6 +7,7 @@ What an import reads (PYTHONPATH, OMP_NUM_THREADS and the like) is the server's;
 import contextlib
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -30,7 +31,7 @@ def can_fork(arguments, environment, options):
     first = str(arguments[0])
     is_program = first == "-c" or first.endswith(".py")
     same_imports = not any(name.startswith(READ_BY_IMPORTS) for name in environment or {})
-    return is_program and same_imports and set(options) <= {"start_new_session"}
+    return is_program and same_imports and set(options) <= {"start_new_session", "file_size_limit"}
 
 
 class ForkServer:
@@ -38,7 +39,7 @@ class ForkServer:
 
     _address = None
 
-    def start(self, arguments, cwd, environment, start_new_session=False):
+    def start(self, arguments, cwd, environment, start_new_session=False, file_size_limit=None):
         """Return the ForkedProcess that runs `python *arguments`, its output piped as text."""
         if self._address is None:
             self._address = os.path.join(tempfile.mkdtemp(prefix="fork-server-"), "socket")
@@ -49,7 +50,8 @@ class ForkServer:
         connection.connect(self._address)
         reading, writing = os.pipe()
         request = {"arguments": list(map(str, arguments)), "cwd": str(cwd), "environment": environment}
-        content = json.dumps(request | {"start_new_session": start_new_session}).encode()
+        request |= {"start_new_session": start_new_session, "file_size_limit": file_size_limit}
+        content = json.dumps(request).encode()
         socket.send_fds(connection, [len(content).to_bytes(8, "little")], [writing])
         connection.sendall(content)
         os.close(writing)
@@ -152,6 +154,8 @@ def become(request):
     """Turn this process into `python *arguments`; return (code, name of its file)."""
     if request["start_new_session"]:
         os.setsid()
+    if request["file_size_limit"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size_limit"], resource.RLIM_INFINITY))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (request["output"], 1), (request["output"], 2)):
@@ -175,7 +179,12 @@ def become(request):
 if __name__ == "__main__":
     import importlib
 
-    sys.path[0] = str(REPOSITORY)
+    sys.path[:1] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+    from narrow import narrow_build_model
+
+    import model
+
+    model.build_model = narrow_build_model()
     for module in PRELOADED:
         importlib.import_module(module)
     source, file = become(serve(sys.argv[1]))

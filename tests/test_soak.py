@@ -2,7 +2,6 @@
 
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -90,8 +89,7 @@ class Soak:
         return self._stopped(process, signal.SIGTERM)
 
     def full_disk(self):
-        limit = 2_000_000, resource.RLIM_INFINITY  # the log fits, a checkpoint does not
-        process = self.start(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+        process = self.start(file_size_limit=2_000_000)  # the log fits, a checkpoint does not
         process.send_signal(signal.SIGTERM)
         code, output = finish(process)
         assert code in (143, 1, -signal.SIGTERM), output

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -718,7 +717,7 @@ def test_a_full_disk_ends_it_with_a_word_and_the_same_command_goes_on(long_work,
     process = start_program(
         "prepare_data.py",
         arguments_for(long_work, destination),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        file_size_limit=limit,
     )
     status, output = finish(process)
     assert status == 1, output
