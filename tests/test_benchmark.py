@@ -1,4 +1,4 @@
-"""What the README says of speed and recipes is what was measured and kept."""
+"""What the documentation says of speed and recipes is what was measured and kept."""
 
 import json
 import os
@@ -22,8 +22,6 @@ from config import CONFIG
 from engine.cli.keys import config_problems
 from model import build_model
 
-README = REPOSITORY / "README.md"
-
 
 def newest_study():
     runs = recorded("recipes")
@@ -37,13 +35,15 @@ TABLES = {
     "scaling": scaling_tables,
     "recipes": lambda: recipe_tables(newest_study()),
 }
-if SITTING := newest_sitting(recorded("gpu")):  # until a card was measured, the README has no such table
+if SITTING := newest_sitting(recorded("gpu")):  # until a card was measured, the documentation has no such table
     TABLES["gpu"] = lambda: gpu_tables(SITTING)
+PAGES = dict.fromkeys(TABLES, REPOSITORY / "docs/speed.md")
+PAGES |= {"scaling": REPOSITORY / "docs/several_gpus.md", "recipes": REPOSITORY / "docs/recipes.md"}
 
 
 def marks(name):
     return (
-        f"<!-- {name} benchmark: written by PYTHONPATH=. python tests/test_benchmark.py -->",
+        f"<!-- {name} benchmark: written by PYTHONPATH=.:tests python tests/test_benchmark.py -->",
         f"<!-- end of {name} benchmark -->",
     )
 
@@ -51,8 +51,8 @@ def marks(name):
 @pytest.mark.parametrize("name", TABLES)
 def test_the_readmes_tables_are_the_newest_measurements(name):
     begin, end = marks(name)
-    table = README.read_text().split(begin)[1].split(end)[0].strip()
-    assert table == "\n".join(TABLES[name]()), "run PYTHONPATH=. python tests/test_benchmark.py"
+    table = PAGES[name].read_text().split(begin)[1].split(end)[0].strip()
+    assert table == "\n".join(TABLES[name]()), "run PYTHONPATH=.:tests python tests/test_benchmark.py"
 
 
 def test_the_input_benchmark_measures_every_contender_on_real_files(tmp_path):
@@ -291,9 +291,7 @@ def test_the_recipe_benchmark_trains_and_goes_on_with_what_is_missing(tmp_path, 
 
 
 if __name__ == "__main__":
-    text = README.read_text()
     for name, table in TABLES.items():
         begin, end = marks(name)
-        before, rest = text.split(begin)
-        text = f"{before}{begin}\n\n" + "\n".join(table()) + f"\n\n{end}{rest.split(end)[1]}"
-    README.write_text(text)
+        before, rest = PAGES[name].read_text().split(begin)
+        PAGES[name].write_text(f"{before}{begin}\n\n" + "\n".join(table()) + f"\n\n{end}{rest.split(end)[1]}")

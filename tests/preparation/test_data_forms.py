@@ -38,10 +38,9 @@ INSTANCES = {  # what the tests of preparation build
 
 INTRODUCTION = """# Forms of a data set
 
-Written by `PYTHONPATH=. python tests/test_data_forms.py` from what `engine/preparation/forms.py` knows.
-`python prepare_data.py SOURCE
-DESTINATION` packs each of them; `python train.py --data-dir SOURCE` and `python evaluate.py --data-dir SOURCE` also read a tree
-of folders as it lies.
+Written by `PYTHONPATH=.:tests python tests/preparation/test_data_forms.py` from what `engine/preparation/forms.py` knows.
+`python prepare_data.py SOURCE DESTINATION` packs each of them; `python train.py --data-dir SOURCE` and
+`python evaluate.py --data-dir SOURCE` also read a tree of folders as it lies. [imagenet.md](imagenet.md) says more.
 """
 WHOLE_OR_REFUSED = """
 A compressed tar cannot be read from the middle: it is uncompressed to a file in DESTINATION first, which is deleted at the end.
@@ -75,7 +74,7 @@ def page():
 
 
 def test_the_page_is_what_the_code_knows():
-    assert PAGE.read_text() == page(), "run PYTHONPATH=. python tests/test_data_forms.py"
+    assert PAGE.read_text() == page(), "run PYTHONPATH=.:tests python tests/preparation/test_data_forms.py"
 
 
 def test_every_form_has_a_small_real_instance_in_the_tests_and_is_recognised(originals, tmp_path):  # noqa: F811

@@ -145,7 +145,7 @@ def test_the_epochs_chosen_fit_and_one_more_would_not(recipe, hours):
 
 
 def test_the_readme_shows_the_plan_as_it_is_printed(tmp_path):
-    readme = (REPOSITORY / "README.md").read_text()
+    readme = (REPOSITORY / "docs/recipes.md").read_text()
     (command,) = re.findall(r"^    python train\.py (.*--plan .*)$", readme, flags=re.MULTILINE)
     status, output = run_program("train.py", command.split(), cwd=tmp_path)
     assert status == 0, output
