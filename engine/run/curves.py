@@ -2,6 +2,7 @@
 
 import os
 
+from engine.run.weights import WEIGHTS
 from engine.system.files import replacing
 
 RAW, AVERAGED, EMA, MUTED = "#2166ac", "#d6604d", "#1b7837", "#8c8c8c"
@@ -46,9 +47,9 @@ def draw_curves(records, path):
 
     for axis, name in ((loss, "loss"), (top1, "top1")):
         plot(axis, f"train_{name}", "training, augmented", MUTED, "--")
-        plot(axis, f"val_{name}", "validation", RAW)
-        plot(axis, f"averaged_val_{name}", "validation, averaged weights", AVERAGED)
-        plot(axis, f"ema_val_{name}", "validation, running average", EMA)
+        for (kind, weights), colour in zip(WEIGHTS.items(), (RAW, AVERAGED, EMA), strict=True):
+            label = "validation" if kind == "raw" else f"validation, {weights.in_words}"
+            plot(axis, f"{weights.column}_{name}", label, colour)
         axis.legend(frameon=False)
     plot(rate, "learning_rate", "", RAW)
     plot(speed, "images_per_s", "", RAW)

@@ -15,6 +15,7 @@ from engine.run.events import EVENTS, EventLog
 from engine.run.records import append_record, keep_records_up_to, read_records
 from engine.run.telemetry import GpuFigures, GpuSampler, summary_of_all
 from engine.run.tensorboard import open_tensorboard
+from engine.run.weights import WEIGHTS
 from engine.system.console import lost_output
 from engine.system.distributed import all_gather_object, rank
 from engine.system.errors import UserError, first_line
@@ -228,10 +229,9 @@ def epoch_line(record, epochs):
     text += f"val loss {record['val_loss']:.3f}, top-1 {record['val_top1']:.2f} %, top-5 {record['val_top5']:.2f} %"
     if "val_flip_top1" in record:
         text += f", with flip {record['val_flip_top1']:.2f} %"
-    if "averaged_val_top1" in record:
-        text += f"; averaged top-1 {record['averaged_val_top1']:.2f} %"
-    if "ema_val_top1" in record:
-        text += f"; EMA top-1 {record['ema_val_top1']:.2f} %"
+    for kind, weights in WEIGHTS.items():
+        if kind != "raw" and f"{weights.column}_top1" in record:
+            text += f"; {weights.label} top-1 {record[f'{weights.column}_top1']:.2f} %"
     for other in record.get("more_val", ()):
         text += f"; at {other['val_resolution']} px {max(of['top1'] for of in other.values() if isinstance(of, dict)):.2f} %"
     text += f"; lr {record['learning_rate']:.2e}, {record['images_per_s']:.0f} images/s, {record['seconds']:.0f} s"
