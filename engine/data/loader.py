@@ -103,7 +103,7 @@ class BatchLoader:
     def iterate(self, requests):
         """Yield a Batch for each request, in main memory; it is overwritten once the next batch but one is asked for.
 
-        Of several processes each gets its share of every batch, be it none of a small one.
+        Each rank gets its shard of every batch; of a small batch that may be no image.
 
         Raises:
             WorkerDied: a worker process ended, for example killed by the OS for its memory; between two batches.

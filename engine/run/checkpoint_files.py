@@ -39,7 +39,7 @@ def epoch_name(epochs):
 # One file ------------------------------------------------------------------------------------------------------------
 
 
-def write(path, contents, copies=(), previous=None):
+def write(path, checkpoint, copies=(), previous=None):
     """Write a checkpoint at `path`, whole, or as it was; return {copy: error} of the copies that could not be made.
 
     The copies come first and `path` last: whoever finds the new `path` after a kill finds them, too. Each is a file of its own,
@@ -55,7 +55,7 @@ def write(path, contents, copies=(), previous=None):
     with replacing(path) as file:
         hashing = _HashingFile(file)
         try:
-            torch.save(contents, hashing)
+            torch.save(checkpoint, hashing)
         except RuntimeError as error:  # torch's writer turns an OSError of our file into its own kind
             raise hashing.error or error from error
         hashing.seal()
@@ -87,17 +87,17 @@ def read(path):
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{path} is not a checkpoint of this program: {first_line(error)}") from error
-    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of a training run")
-    if contents.get("version", VERSION) > VERSION:
+    if checkpoint.get("version", VERSION) > VERSION:
         raise CheckpointError(
-            f"{path} was written by a newer version of this program (its format is {contents['version']}, this one reads up to "
-            f"{VERSION}): update the program"
+            f"{path} was written by a newer version of this program (its format is {checkpoint['version']}, this one reads "
+            f"up to {VERSION}): update the program"
         )
-    return contents
+    return checkpoint
 
 
 def position(path):
@@ -105,8 +105,8 @@ def position(path):
     if not os.path.isfile(path):
         return None
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # the tensors stay on disk
-        return int(contents["epoch"]), int(contents["batch"])
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # the tensors stay on disk
+        return int(checkpoint["epoch"]), int(checkpoint["batch"])
     except Exception:  # whatever is wrong with it, read() says
         return None
 
@@ -129,7 +129,7 @@ def verify(path):
     if comment is None or int.from_bytes(ending[:2], "little") != _COMMENT_BYTES:
         if _holds_plain_weights(path):
             raise CheckpointError(
-                f"{path} holds weights alone, without the optimizer, rate plan and position that a run needs to go on; "
+                f"{path} holds weights alone, without the optimizer, schedule and position that a run needs to go on; "
                 "resume from a last.pt or epoch_NNN.pt instead"
             )
         raise CheckpointError(f"{path} is damaged or cut short ({size:,} bytes): its checksum is missing; {_ADVICE}")
@@ -319,10 +319,10 @@ class CheckpointFolder:
             return best
         if os.path.lexists(there):
             try:
-                contents = read(there)
-                if contents["best"] == best or contents["epoch"] > best["epoch"]:
+                checkpoint = read(there)
+                if checkpoint["best"] == best or checkpoint["epoch"] > best["epoch"]:
                     return best  # a later one is of epochs that the resumed run trains again
-                problem = f"it is of epoch {contents['epoch']}"
+                problem = f"it is of epoch {checkpoint['epoch']}"
             except CheckpointError as error:
                 problem = str(error)
         candidates = checkpoints_in(self.folder)
@@ -362,22 +362,22 @@ class CheckpointFolder:
                 files on disk stay.
         """
         self.stop.save_asked = False
-        contents = self.facts | state.state_dict()
-        require_finite(contents, self.folder)
-        self.is_saved, self.best = run_on_rank0(self._write, contents)
+        checkpoint = self.facts | state.state_dict()
+        require_finite(checkpoint, self.folder)
+        self.is_saved, self.best = run_on_rank0(self._write, checkpoint)
         return self.is_saved
 
-    def _write(self, contents):
+    def _write(self, checkpoint):
         """Return (whether everything is on disk, what best.pt holds)."""
         self.lock.require()
-        best, at_best, epochs = contents["best"], self.best, contents["epoch"]
+        best, at_best, epochs = checkpoint["best"], self.best, checkpoint["epoch"]
         due = {}
-        if contents["batch"] == 0 and epochs and best["epoch"] == epochs and best != self.best:
+        if checkpoint["batch"] == 0 and epochs and best["epoch"] == epochs and best != self.best:
             due[self.folder / BEST] = "the best so far"
-        if contents["batch"] == 0 and epochs and self.every_epochs and epochs % self.every_epochs == 0:
+        if checkpoint["batch"] == 0 and epochs and self.every_epochs and epochs % self.every_epochs == 0:
             due[self.folder / epoch_name(epochs)] = f"epoch {epochs}"
         try:
-            failed = write(self.folder / LAST, contents, due, self.folder / PREVIOUS)
+            failed = write(self.folder / LAST, checkpoint, due, self.folder / PREVIOUS)
         except OSError as error:
             self._next_save = time.monotonic() + min(RETRY_SECONDS, self.interval_seconds)
             self.log(
@@ -389,7 +389,7 @@ class CheckpointFolder:
         if self.folder / BEST in due and self.folder / BEST not in failed:
             at_best = dict(best)
         written = [LAST, *(path.name for path in due if path not in failed)]
-        self.event("save", epoch=epochs, batch=contents["batch"], files=written)
+        self.event("save", epoch=epochs, batch=checkpoint["batch"], files=written)
         for path, error in failed.items():
             self.log(f"WARNING: {path.name}, {due[path]}, could not be written: {error}. {LAST} is saved")
         with contextlib.suppress(OSError):
@@ -422,27 +422,27 @@ def _accuracy_in_words(best, conditions):
     return f"{best['top1']:.2f} % in epoch {best['epoch']} ({best['weights']} weights, {conditions})"
 
 
-def require_finite(contents, folder):
+def require_finite(checkpoint, folder):
     """Raise TrainingStopped if a tensor inside holds a number that is not finite: it must not be saved or averaged."""
-    if not all_finite(contents):
+    if not all_finite(checkpoint):
         raise TrainingStopped(
             "weights, statistics or optimizer state are no longer finite: not saved. The last good checkpoint is "
             f"{Path(folder) / LAST}; resume it, or start anew with a lower --learning-rate"
         )
 
 
-def all_finite(contents):
+def all_finite(checkpoint):
     """Return whether every floating-point tensor inside nested dicts and lists is finite; waits for the device once."""
-    tensors = [t for t in _tensors(contents) if t.is_floating_point() and t.numel()]
+    tensors = [t for t in _tensors(checkpoint) if t.is_floating_point() and t.numel()]
     return not tensors or bool(torch.isfinite(torch.nn.utils.get_total_norm(tensors, float("inf"))))
 
 
-def _tensors(contents):
-    if isinstance(contents, torch.Tensor):
-        yield contents
-    elif isinstance(contents, dict):
-        for value in contents.values():
+def _tensors(checkpoint):
+    if isinstance(checkpoint, torch.Tensor):
+        yield checkpoint
+    elif isinstance(checkpoint, dict):
+        for value in checkpoint.values():
             yield from _tensors(value)
-    elif isinstance(contents, (list, tuple)):
-        for value in contents:
+    elif isinstance(checkpoint, (list, tuple)):
+        for value in checkpoint:
             yield from _tensors(value)

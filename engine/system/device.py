@@ -84,7 +84,7 @@ def set_up_arithmetic(config, device):
     To be called before the first operation on the GPU: cuBLAS reads its variable once. On a CPU all bits repeat as it is.
     """
     repeats = config["deterministic"] and device.type == "cuda"
-    torch.backends.cudnn.benchmark = not repeats  # the sizes are fixed: each is tried once
+    torch.backends.cudnn.benchmark = not repeats  # each size is tried out once
     if repeats:
         torch.backends.cudnn.deterministic = True
         torch.use_deterministic_algorithms(True)  # an operator that has none raises

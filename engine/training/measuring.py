@@ -180,11 +180,11 @@ def seconds_to_keep(config, state, log, clock):
     figures = ("train_loss", "train_top1", "val_loss", "val_top1", "learning_rate", "images_per_s")
     records = [{"epoch": epoch + 1} | dict.fromkeys(figures, 1.0) for epoch in range(min(config["epochs"], 100))]
 
-    def kept(contents, started):
+    def kept(checkpoint, started):
         seconds = []
         try:
             with tempfile.TemporaryDirectory(prefix=".plan-", dir=place) as folder:
-                checkpoint_files.write(Path(folder) / checkpoint_files.LAST, contents)
+                checkpoint_files.write(Path(folder) / checkpoint_files.LAST, checkpoint)
                 seconds.append(clock() - started)
                 for _ in range(2):
                     started = clock()
@@ -196,6 +196,6 @@ def seconds_to_keep(config, state, log, clock):
             return 0.0, 0.0, 0.0
 
     started = clock()
-    contents = state.state_dict()
-    checkpoint_files.all_finite(contents)
-    return broadcast_from_rank0(run_on_rank0(kept, contents, started))
+    checkpoint = state.state_dict()
+    checkpoint_files.all_finite(checkpoint)
+    return broadcast_from_rank0(run_on_rank0(kept, checkpoint, started))

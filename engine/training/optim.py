@@ -1,4 +1,4 @@
-"""Optimizer and rate plan."""
+"""Optimizer and learning-rate schedule."""
 
 import math
 
@@ -92,7 +92,7 @@ class LambdaThenConstantLR(ThenConstant, LambdaLR):
 
 
 def build_schedule(optimizer, config, steps_per_epoch):
-    """Return the run's rate plan, at step 0, to be stepped once after each optimizer step.
+    """Return the run's learning-rate schedule, at step 0, to be stepped once after each optimizer step.
 
     The peak is config['learning_rate'], at the end of the warm-up. With averaging at a rate of its own, the passage to that
     rate begins with epoch swa_start_epoch.

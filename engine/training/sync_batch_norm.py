@@ -1,4 +1,4 @@
-"""Batch norm over the images of all processes."""
+"""Batch norm across ranks."""
 
 import contextlib
 
