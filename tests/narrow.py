@@ -38,8 +38,8 @@ def narrow_build_model():
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(REPOSITORY)
     del sys.argv[0]
+    sys.path[:1] = [str(Path(sys.argv[0]).resolve().parent), str(REPOSITORY)]
     if not {"-h", "--help"} & set(sys.argv):
         import model
 
