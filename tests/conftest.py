@@ -131,10 +131,15 @@ def run_here(arguments):
 FORK_SERVER = ForkServer()
 
 
+def narrow(program):
+    """The words after `python` that start one of the programs with the narrow network."""
+    return [str(REPOSITORY / "tests/narrow.py"), str(REPOSITORY / program)]
+
+
 def start_python(arguments, cwd=REPOSITORY, environment=None, **options):
     """Start Python in a process of its own, its output piped as text.
 
-    A Ctrl-C reaches it even where the tests run in the background, whose processes ignore SIGINT and hand that down.
+    Ctrl-C and SIGHUP reach it even where the tests run in the background or under nohup, which ignore them and hand that down.
     """
     everything = os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {})
     if can_fork(arguments, environment, options):
@@ -143,11 +148,12 @@ def start_python(arguments, cwd=REPOSITORY, environment=None, **options):
 
     def in_the_child():
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
     if Path(arguments[0]).parent == REPOSITORY:
-        arguments = [REPOSITORY / "tests/narrow.py", *arguments]
+        arguments = [*narrow(Path(arguments[0]).name), *arguments[1:]]
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -277,7 +283,7 @@ def children_of(pid):
 def start_torchrun(processes, arguments, program="train.py", restarts=0, meeting=("--standalone",), **options):
     """Start one of the scripts in so many processes that torchrun looks after."""
     launcher = ["-m", "torch.distributed.run", *meeting, f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
-    return start_python([*launcher, REPOSITORY / "tests/narrow.py", REPOSITORY / program, *arguments], **options)
+    return start_python([*launcher, *narrow(program), *arguments], **options)
 
 
 def run_torchrun(processes, arguments, **options):

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, figures, finish, run_here, run_program, start_program, tiny_run, wait_for
+from conftest import REPOSITORY, figures, finish, narrow, run_here, run_program, start_program, tiny_run, wait_for
 
 import train
 from engine.cli.command_line import parse_command_line
@@ -34,7 +34,7 @@ ONE_EPOCH = {"epochs": 1, "warmup_epochs": 0, "swa_start_epoch": 0}
 
 def shell(program, arguments, tail):
     """A shell's command line: the program with its arguments, then the redirection or pipe."""
-    return " ".join(map(shlex.quote, [sys.executable, str(REPOSITORY / program), *map(str, arguments)])) + f" {tail}"
+    return " ".join(map(shlex.quote, [sys.executable, *narrow(program), *map(str, arguments)])) + f" {tail}"
 
 
 def run_shell(command, **options):
@@ -98,9 +98,8 @@ def in_terminal(arguments, ignore_hangup=False):
     """Start train.py in a pseudo-terminal, as its session's leader; return (process number, the terminal's other end)."""
     child, terminal = pty.fork()
     if child == 0:
-        if ignore_hangup:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-        os.execv(sys.executable, [sys.executable, str(REPOSITORY / "train.py"), *arguments])
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignore_hangup else signal.SIG_DFL)  # nohup ignores it
+        os.execv(sys.executable, [sys.executable, *narrow("train.py"), *arguments])
     return child, terminal
 
 

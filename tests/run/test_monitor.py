@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import REPOSITORY, tiny_run
+from conftest import REPOSITORY, narrow, tiny_run
 
 from config import CONFIG
 from engine.run.monitor import Monitor
@@ -25,7 +25,7 @@ def run_on_a_terminal(arguments):
     ours, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))  # 40 lines of 160 characters
     environment = os.environ | {"TERM": "xterm"}
-    command = [sys.executable, str(REPOSITORY / "train.py"), *arguments]
+    command = [sys.executable, *narrow("train.py"), *arguments]
     process = subprocess.Popen(command, stdout=its, stderr=its, cwd=REPOSITORY, env=environment)
     os.close(its)
     written = b""
