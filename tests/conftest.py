@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fork_server import ForkServer, can_fork
-from narrow import narrow_build_model
+from narrow import WHOLE, narrow_build_model
 from PIL import Image
 
 import evaluate
@@ -38,6 +38,14 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 train.build_model = evaluate.build_model = lr_finder.build_model = narrow_build_model()  # for runs in this process
 NOTICE = '{"action": "terminate", "time": "2026-01-01T00:00:00Z"}'  # a spot instance's
 NOT_REPEATABLE = ("images_per_s", "seconds", "time", "data_wait_share")
+
+
+@pytest.fixture(scope="module")
+def whole_network():
+    """Let runs have the whole ResNet-18, for tests that compare with torchvision's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(WHOLE, "1")
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ import types
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-READ_BY_IMPORTS = ("PYTHON", "OMP_", "MKL_", "LD_", "CUDA_", "NVIDIA_")  # what the names of such variables begin with
+READ_BY_IMPORTS = ("PYTHON", "OMP_", "MKL_", "LD_", "CUDA_", "NVIDIA_", "TORCH", "CXX")  # what their names begin with
 PRELOADED = ("train", "evaluate", "lr_finder", "prepare_data", "report", "matplotlib.backends.backend_agg", "matplotlib.figure")
 
 

@@ -90,7 +90,7 @@ def test_a_run_starts_with_the_cards_precision_and_the_switches_that_were_asked_
         )
         raise TrainingStopped("far enough")
 
-    monkeypatch.setattr(train, "train", first_step)
+    monkeypatch.setattr(train, "train_one_epoch", first_step)
     changes = {"device": "auto", "precision": "auto", "deterministic": deterministic, "compile": "off"}
     with pytest.raises(TrainingStopped, match="far enough"):
         run_here(tiny_run(image_tree, tmp_path / "run", **changes))
@@ -111,7 +111,7 @@ def test_a_run_whose_bf16_is_emulated_says_so(image_tree, tmp_path, monkeypatch,
     def first_step(*_):
         raise TrainingStopped("far enough")
 
-    monkeypatch.setattr(train, "train", first_step)
+    monkeypatch.setattr(train, "train_one_epoch", first_step)
     with pytest.raises(TrainingStopped):
         run_here(tiny_run(image_tree, tmp_path / "run", device="cuda", precision="bf16", compile="off"))
     assert ("is emulated" in capsys.readouterr().out) == (not NATIVE_BF16)

@@ -17,6 +17,8 @@ from engine.preparation import finding
 from engine.preparation.finding import ImageFolder, Labelled, class_order
 from engine.system.errors import DataError
 
+pytestmark = pytest.mark.usefixtures("whole_network")
+
 WNIDS = [f"n{number:08d}" for number in range(1_440_764, 1_441_764)]
 
 

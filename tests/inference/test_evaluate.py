@@ -25,11 +25,13 @@ from engine.run import checkpoint_files
 from engine.system.errors import DataError, UserError
 from model import build_model
 
+pytestmark = pytest.mark.usefixtures("whole_network")
+
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def runs(image_tree, tmp_path_factory):
+def runs(whole_network, image_tree, tmp_path_factory):
     """Two finished runs of the same network with different seeds, one with blurs."""
     folder = tmp_path_factory.mktemp("runs")
     changes = {"learning_rate": 0.003, "epochs": 4, "swa_start_epoch": 3}

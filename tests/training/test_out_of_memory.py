@@ -17,7 +17,6 @@ from engine.run import checkpoint_files
 from engine.system.errors import TrainingStopped
 from engine.system.gpu_memory import is_out_of_memory, retry_in_parts_on_oom, retry_pass_on_oom
 from engine.training.out_of_memory import take_step
-from model import build_model
 
 CPU = torch.device("cpu")
 QUICK = CONFIG | {"batch_size": 8, "epochs": 4, "warmup_epochs": 1, "swa_start_epoch": 0, "architecture": "resnet18"}
@@ -238,6 +237,7 @@ def test_validation_and_recomputed_statistics_that_do_not_fit_are_done_in_parts(
         model.conv1.register_forward_pre_hook(fail_with_many)
         return model
 
+    build_model = train.build_model
     monkeypatch.setattr(train, "build_model", lambda *of: tight(build_model(*of)))
     assert run_here([*arguments, "--overwrite"]) == 0
     parted = checkpoint_files.read(tmp_path / "run/last.pt")

@@ -178,6 +178,7 @@ def test_the_fast_recipe_trains_from_the_command_line(image_tree, tmp_path):
 # Resolution at test time ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("whole_network")
 def test_the_finished_weights_are_scored_at_further_resolutions_as_evaluate_scores_them(image_tree, tmp_path):
     folder = tmp_path / "run"
     assert run_here(tiny_run(image_tree, folder, more_val_resolutions="48,64", val_flip=True)) == 0

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import fresh_state
 
 from config import CONFIG
 from model import build_model
-from train import new_state, train_step
+from train import train_step
 
 CPU = torch.device("cpu")
 QUICK = CONFIG | {"batch_size": 8, "epochs": 4, "warmup_epochs": 1, "swa_start_epoch": 0}
@@ -27,7 +28,7 @@ def trained(memory, precision="fp32", steps=3, **changes):
     """Return (losses, the state's tensors, gradients of the last step) of a few steps."""
     config = QUICK | {"memory": memory} | changes
     torch.manual_seed(0)
-    state = new_state(config, 10, 10, CPU, precision)
+    state = fresh_state(config, precision, 10)
     state.model.train()
     losses = [train_step(state, *images_and_labels(), config).loss for _ in range(steps)]
     gradients = {name: p.grad.clone() for name, p in state.model.named_parameters()}
