@@ -327,7 +327,7 @@ def broken_at(monkeypatch, name, call):
 def test_an_unexpected_error_between_two_steps_is_logged_with_its_traceback_and_the_state_saved(
     image_tree, tmp_path, monkeypatch
 ):
-    broken_at(monkeypatch, "evaluate", 2)
+    broken_at(monkeypatch, "average_and_validate", 2)
     arguments = tiny_run(image_tree, tmp_path / "run", epochs=3, swa_start_epoch=0)
     with pytest.raises(ZeroDivisionError):
         run_here(arguments)

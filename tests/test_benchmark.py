@@ -73,6 +73,7 @@ def test_made_originals_resemble_imagenets_in_pixels_and_bytes():
 # Step and training ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_step_benchmark_measures_each_contender_in_a_process_of_its_own(tmp_path):
     flags = ["step", "--device=cpu", "--batch-size=2", "--resolutions", "32", "--rounds=1", "--seconds=1", "--no-record"]
     flags += ["--contenders", "torchvision reference", "ours", "ours, under torchrun"]
@@ -96,6 +97,7 @@ def test_the_loops_compared_really_train_their_network(loop):
     assert not torch.equal(network.fc.weight, before[1])
 
 
+@pytest.mark.slow
 def test_training_is_measured_end_to_end_by_train_py_itself(tmp_path):
     pytest.importorskip("pyarrow")
     flags = ["train", "--device=cpu", "--batch-size=4", "--resolution=32", "--steps=2", "--rounds=1", "--seconds=1"]

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, run_program
 
 from config import CONFIG, RECIPES, SETTINGS
 from engine.cli.command_line import key_comments
@@ -28,12 +28,12 @@ FOLDERS = [  # of engine/; each may import those of the earlier lines, and its o
 ENGINE = {f"engine/{folder}" for level in FOLDERS for folder in level}
 MAY_IMPORT = {  # of the project's own; engine, config and model import no script
     "evaluate.py": ENGINE | {"config", "model"},
-    "train.py": ENGINE | {"config", "model", "evaluate"},
-    "lr_finder.py": ENGINE | {"config", "model", "evaluate", "train"},
+    "train.py": ENGINE | {"config", "model"},
+    "lr_finder.py": ENGINE | {"config", "model", "train"},
     "prepare_data.py": ENGINE,
     "report.py": ENGINE | {"config"},
     "benchmark.py": ENGINE | {"benchmarks"},
-    "benchmarks": ENGINE | {"config", "model", "evaluate", "train", "benchmarks"},
+    "benchmarks": ENGINE | {"config", "model", "train", "benchmarks"},
     "config.py": set(),
     "engine": set(),
     "model.py": ENGINE,
@@ -190,8 +190,9 @@ def test_every_module_is_on_the_readmes_map():
 @functools.cache
 def flags_of(*command):
     """The flags that a program's --help names."""
-    done = subprocess.run([sys.executable, *command, "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", done.stdout))
+    status, output = run_program(command[0], [*command[1:], "--help"])
+    assert status == 0, output
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", output))
 
 
 def test_every_flag_that_the_readme_shows_exists():

@@ -45,6 +45,7 @@ def test_on_an_a100_the_step_keeps_its_layout_in_bf16(standin):
     prove(standin, 80, "step", only="precision and bf16")
 
 
+@pytest.mark.slow
 def test_the_memory_that_a_step_takes(standin):
     prove(standin, 75, "memory")
 

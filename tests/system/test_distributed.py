@@ -113,7 +113,7 @@ def test_among_three_processes(claim, claims):
     assert [claims.get((claim, str(rank)), "never came to it") for rank in range(3)] == ["", "", ""]
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_train_what_one_does(processes, image_tree, reference, tmp_path):
     status, output = run_torchrun(processes, tiny_run(image_tree, tmp_path / "run", **SETTINGS))
     assert status == 0, output
@@ -128,6 +128,7 @@ def test_several_processes_train_what_one_does(processes, image_tree, reference,
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_process_under_torchrun_trains_what_one_without_does_to_the_last_bit(image_tree, tmp_path):
     settings = {"epochs": 2, "mixup_alpha": 0.2, "ema_half_life_steps": 4, "ema_every_steps": 2, "micro_batch_size": 3}
     assert run_torchrun(1, tiny_run(image_tree, tmp_path / "with", **settings))[0] == 0
@@ -137,6 +138,7 @@ def test_one_process_under_torchrun_trains_what_one_without_does_to_the_last_bit
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes_wherever_any_of_them_is_asked_to_stop(image_tree, reference, tmp_path):
     arguments = [*tiny_run(image_tree, tmp_path / "run", checkpoint_minutes=0.001, **SETTINGS), "--resume=auto"]
     last = tmp_path / "run/last.pt"
@@ -164,7 +166,7 @@ def test_a_run_goes_on_with_another_number_of_processes_wherever_any_of_them_is_
 # Interruptions -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_torchrun_itself_asked_to_stop_leaves_one_good_checkpoint(number, image_tree, tmp_path):
     arguments = tiny_run(image_tree, tmp_path / "run", epochs=50, **SETTINGS)
     process = start_torchrun(2, arguments, restarts=3)
@@ -220,6 +222,7 @@ def test_ten_kills_of_a_random_process_lose_nothing(image_tree, tmp_path):
         assert record["train_loss"] == pytest.approx(expected["train_loss"], abs=1e-3)  # rounding grows from step to step
 
 
+@pytest.mark.slow
 def test_a_spot_notice_ends_the_machines_torchrun_instead_of_using_up_its_restarts(metadata_service, image_tree, tmp_path):
     arguments = tiny_run(image_tree, tmp_path / "run", epochs=50, spot_notice="true", **SETTINGS)
     arguments += [f"--spot-notice-url=http://127.0.0.1:{metadata_service.server_port}"]
@@ -233,6 +236,7 @@ def test_a_spot_notice_ends_the_machines_torchrun_instead_of_using_up_its_restar
     checkpoint_files.read(tmp_path / "run/last.pt")
 
 
+@pytest.mark.slow
 def test_overwriting_is_refused_under_torchrun_which_may_start_the_program_again(image_tree, tmp_path):
     status, output = run_torchrun(1, [*tiny_run(image_tree, tmp_path / "run"), "--overwrite"])
     assert status != 0
@@ -289,6 +293,7 @@ def test_a_killed_process_takes_the_job_down_with_a_clear_message(image_tree, tm
     checkpoint_files.read(tmp_path / "run/last.pt")
 
 
+@pytest.mark.slow
 def test_a_killed_data_worker_of_one_process_stops_all_and_the_state_is_saved(image_tree, tmp_path):
     process = start_torchrun(2, tiny_run(image_tree, tmp_path / "run", epochs=50, num_workers=1, **SETTINGS))
     wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists() and figures(tmp_path / "run"))
@@ -303,6 +308,7 @@ def test_a_killed_data_worker_of_one_process_stops_all_and_the_state_is_saved(im
 # Data ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_bad_image_is_named_and_counted_once_whoever_finds_it(tmp_path):
     make_demo_data(tmp_path / "tree", train_images=60, val_images=20)
     pictures = sorted((tmp_path / "tree/train").glob("*/*.jpg"))

@@ -89,13 +89,16 @@ def test_of_many_that_want_the_folder_at_once_one_gets_it(left_by, tmp_path):
         if left_by != "nobody":
             write_lock(folder, pid=2**22 + 1, process_started="1")
 
-        def take(folder=folder):
+        def take(folder=folder, refused=tmp_path / f"refused-{number}"):
             try:
                 with hold(folder):
-                    time.sleep(1.0)
+                    wait_for(lambda: len(list(refused.glob("*"))) == 7)  # all the others have asked by then
                 return 0
             except CheckpointError:
+                (refused / str(os.getpid())).touch()
                 return 1
+
+        (tmp_path / f"refused-{number}").mkdir()
 
         assert sorted(in_children(take, 8)) == [0] + 7 * [1]
         assert list(tmp_path.glob(f"{number}/*")) == []
