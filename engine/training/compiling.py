@@ -133,22 +133,17 @@ def measured_choice(
 ):
     """Take steps as written, then compiled, and return the figures and which of the two the run goes on with.
 
-    A run shorter than the compilation is not compiled, unless the measurement is asked for `however_short`.
-
     Args:
-        step: takes a training step.
+        step: takes a step.
         start_compiling: lets the next steps run compiled code; the first one compiles.
         compiled_still: returns False once compiling has failed and the step runs as written.
         wait: returns when the device has done all that it was given.
-        steps_left: of the run; the steps measured are as long as these.
-        sizes: px that the run has left, as a count; each is compiled anew.
-        seconds_left: that the run may take at most.
-        clock: returns seconds.
+        steps_left, seconds_left: of the run, at most; sizes: px that it has left, as a count. Each is compiled anew.
+        however_short: measure in a run, too, that is shorter than compiling.
     Returns:
-        dict of plain values: `compiled`, `why`, and in seconds `step_as_written`, `step_compiled`, `compilation` (of one size),
-        the latter two None where nothing was compiled. The same in all processes.
+        dict, the same in all ranks: `compiled`, `why`, and in seconds `step_as_written`, and `step_compiled` and `compilation`
+        (of one size), which are None where nothing was compiled.
     """
-
     as_written = seconds_of_a_step(step, wait, clock)
     figures = {"compiled": False, "step_as_written": as_written, "step_compiled": None, "compilation": None}
     rest = min(steps_left * as_written, seconds_left)
@@ -162,14 +157,26 @@ def measured_choice(
     if any_process(not compiled_still()):
         return figures | {"why": "it could not be compiled"}
     compiled = seconds_of_a_step(step, wait, clock)
-    why_not = None
-    saved, paid = rest * (1 - compiled / as_written), (sizes - 1) * compilation  # this size's code is in the cache by now
-    if compiled >= as_written:
-        why_not = "it is not faster compiled"
-    elif saved <= paid and not however_short:
-        why_not = f"compiling for {sizes} sizes would take longer than the {saved:.0f} s that it saves"
+    why_not = does_not_pay(compiled / as_written, rest, sizes, 0.0 if however_short else compilation)
     figures |= {"step_compiled": compiled, "compilation": compilation}
     return figures | {"compiled": why_not is None, "why": why_not or "it is faster compiled"}
+
+
+def does_not_pay(ratio, rest, sizes, compilation):
+    """Return why a network is not compiled for the rest of a run, or None if it is.
+
+    Args:
+        ratio: time of a compiled step over that of one as written.
+        rest: seconds that the rest takes as written.
+        sizes: as a count; the code of one is in the cache by now.
+        compilation: seconds for one size.
+    """
+    if ratio >= 1:
+        return "it is not faster compiled"
+    saved = rest * (1 - ratio)
+    if saved <= (sizes - 1) * compilation:
+        return f"compiling for {sizes} sizes would take longer than the {saved:.0f} s that it saves"
+    return None
 
 
 def seconds_of_a_step(step, wait, clock):
