@@ -4,6 +4,7 @@ A forked process is a real one: it has a process id, streams, signals and an end
 What an import reads (PYTHONPATH, OMP_NUM_THREADS and the like) is the server's; whoever needs another value starts Python anew.
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -14,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 from pathlib import Path
@@ -177,7 +179,32 @@ def become(request):
     return Path(first).read_text(encoding="utf-8"), first
 
 
+def run_as_main(code, file):
+    """Run code as the interpreter runs a script, and end this process as it does, but without taking its memory apart."""
+    sys.modules["__main__"] = main = types.ModuleType("__main__")
+    main.__file__, status, interrupted = file, 0, False
+    try:
+        exec(code, main.__dict__)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if end.code is not None and not isinstance(end.code, int):
+            print(end.code, file=sys.stderr)
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        status, interrupted = 1, isinstance(error, KeyboardInterrupt)
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    if interrupted:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit(status & 0xFF)
+
+
 if __name__ == "__main__":
+    import gc
     import importlib
 
     sys.path[:1] = [str(REPOSITORY), str(REPOSITORY / "tests")]
@@ -188,8 +215,6 @@ if __name__ == "__main__":
     model.build_model = narrow_build_model()
     for module in PRELOADED:
         importlib.import_module(module)
+    gc.freeze()  # what is imported is never collected: a process that has ended would spend a second on it
     source, file = become(serve(sys.argv[1]))
-    code = compile(source, file, "exec")
-    sys.modules["__main__"] = main = types.ModuleType("__main__")
-    main.__file__ = file
-    exec(code, main.__dict__)
+    run_as_main(compile(source, file, "exec"), file)
