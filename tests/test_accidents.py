@@ -84,6 +84,7 @@ def test_a_run_goes_on_wherever_its_output_goes(tail, image_tree, tmp_path):
         assert "note: standard output cannot be written to" in tmp_path.joinpath("run.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_file_name_that_the_output_cannot_show_is_shown_as_an_escape(image_tree, tmp_path):
     folder = tmp_path / "läuft ✓"
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -204,6 +205,7 @@ def test_evaluate_ends_silently_without_a_reader_and_in_words_on_a_full_disk(tra
     assert (status, errors) == (1, "evaluate.py: standard output cannot be written to: No space left on device\n")
 
 
+@pytest.mark.slow
 def test_a_report_is_written_though_nobody_hears_of_it(finished, tmp_path):
     status, _, errors = run_shell(shell("report.py", [finished, f"--output={tmp_path}/r"], ">/dev/full 2>&-"))
     assert (status, errors) == (0, "")

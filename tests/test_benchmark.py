@@ -55,6 +55,7 @@ def test_the_readmes_tables_are_the_newest_measurements(name):
     assert table == "\n".join(TABLES[name]()), "run PYTHONPATH=.:tests python tests/test_benchmark.py"
 
 
+@pytest.mark.slow
 def test_the_input_benchmark_measures_every_contender_on_real_files(tmp_path):
     pytest.importorskip("pyarrow")
     flags = ["input", "--images=8", "--rounds=1", "--resolutions", "64", "--num-workers=1", "--loader-batches=1", "--no-record"]
@@ -279,6 +280,7 @@ def test_the_table_of_recipes_gives_means_spreads_and_paired_differences():
     assert "with flip 53.00" in lines[-1] and "at 56 px (its training resolution) 50.00" in lines[-1]
 
 
+@pytest.mark.slow
 def test_the_recipe_benchmark_trains_and_goes_on_with_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.measuring.RESULTS", tmp_path)
     flags = ["recipes", f"--data-dir={tmp_path / 'images'}", "--architecture=resnet18", "--resolution=32", "--batch-size=16"]

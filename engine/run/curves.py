@@ -8,14 +8,14 @@ from engine.system.files import replacing
 RAW, AVERAGED, EMA, MUTED = "#2166ac", "#d6604d", "#1b7837", "#8c8c8c"
 
 
-def new_figure(rows, columns, size):
+def new_figure(rows, columns, size, layout="constrained"):
     """Return (figure, axes), or None where matplotlib is missing; imported here, since it takes half a second."""
     os.environ["MPLBACKEND"] = "agg"  # no display is needed; a notebook's setting stops the import elsewhere
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout=layout)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.grid(alpha=0.25)
@@ -35,10 +35,11 @@ def draw_curves(records, path):
     Returns:
         False if matplotlib is not installed.
     """
-    drawing = new_figure(2, 2, (11, 7))
+    drawing = new_figure(2, 2, (11, 7), layout=None)
     if drawing is None:
         return False
     figure, ((loss, top1), (rate, speed)) = drawing
+    figure.subplots_adjust(0.07, 0.08, 0.98, 0.94, wspace=0.17, hspace=0.32)  # half the time of matplotlib's own layout
 
     def plot(axis, key, label, colour, style="-"):
         points = [(r["epoch"], r[key]) for r in records if r.get(key) is not None]

@@ -36,11 +36,13 @@ def test_on_a_t4(standin):
     prove(standin, 75, "card", "deterministic", "epoch", "pinning", "step")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_on_an_a100_and_an_h100(standin, capability):
     prove(standin, capability, "card")
 
 
+@pytest.mark.slow
 def test_on_an_a100_the_step_keeps_its_layout_in_bf16(standin):
     prove(standin, 80, "step", only="precision and bf16")
 

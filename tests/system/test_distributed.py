@@ -166,7 +166,8 @@ def test_a_run_goes_on_with_another_number_of_processes_wherever_any_of_them_is_
 # Interruptions -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_torchrun_itself_asked_to_stop_leaves_one_good_checkpoint(number, image_tree, tmp_path):
     arguments = tiny_run(image_tree, tmp_path / "run", epochs=50, **SETTINGS)
     process = start_torchrun(2, arguments, restarts=3)
@@ -202,6 +203,7 @@ def kill_again_and_again(arguments, processes, kills, longest_wait, seed):
     return killed, output
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_job_of_which_a_process_was_killed_and_nothing_is_lost(image_tree, reference, tmp_path):
     arguments = tiny_run(image_tree, tmp_path / "run", checkpoint_minutes=0.001, **SETTINGS)
     killed, output = kill_again_and_again(arguments, processes=2, kills=1, longest_wait=8, seed=1)
@@ -278,6 +280,7 @@ def test_machines_come_and_go_and_nothing_is_lost(image_tree, tmp_path):
     assert records()[-1]["epoch"] == checkpoint_files.read(folder / "last.pt")["epoch"]
 
 
+@pytest.mark.slow
 def test_a_killed_process_takes_the_job_down_with_a_clear_message(image_tree, tmp_path):
     arguments = tiny_run(image_tree, tmp_path / "run", epochs=50, checkpoint_minutes=0.001, **SETTINGS)
     process = start_torchrun(2, arguments)
@@ -324,6 +327,7 @@ def test_a_bad_image_is_named_and_counted_once_whoever_finds_it(tmp_path):
     assert len(checkpoint_files.read(tmp_path / "run/last.pt")["bad_images"]) == 3
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_said_once(tmp_path):
     status, output = run_torchrun(2, [f"--data-dir={tmp_path}/nowhere", f"--log-file={tmp_path}/log", "--device=cpu"])
     assert status != 0
@@ -332,6 +336,7 @@ def test_what_is_wrong_is_said_once(tmp_path):
     assert "[rank" not in output
 
 
+@pytest.mark.slow
 def test_the_command_line_is_complained_of_once(tmp_path):
     status, output = run_torchrun(2, ["--epocs=3"])
     assert status != 0

@@ -246,6 +246,7 @@ def test_a_compiled_network_keeps_its_keys_and_so_do_its_averages():
         assert list(getattr(compiled, part).state_dict()) == list(getattr(plain, part).state_dict())
 
 
+@pytest.mark.slow
 def test_without_a_compiler_a_run_that_asks_for_one_stops_and_says_why(image_tree, tmp_path):
     environment = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     arguments = tiny_run(image_tree, tmp_path / "run", compile="on")
@@ -256,6 +257,7 @@ def test_without_a_compiler_a_run_that_asks_for_one_stops_and_says_why(image_tre
     assert "Traceback" not in output.split("train.py: the network")[1]
 
 
+@pytest.mark.slow
 def test_where_compiling_fails_under_auto_the_same_step_is_taken_as_written_and_it_is_said(monkeypatch, tmp_path):
     monkeypatch.setitem(os.environ, "TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     said = []

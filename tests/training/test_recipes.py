@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import run_here, run_program, tiny_run
 
+import train
 from config import CONFIG, RECIPES
 from engine.cli.command_line import parse_command_line
 from engine.cli.keys import config_problems
@@ -178,7 +179,6 @@ def test_the_fast_recipe_trains_from_the_command_line(image_tree, tmp_path):
 # Resolution at test time ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("whole_network")
 def test_the_finished_weights_are_scored_at_further_resolutions_as_evaluate_scores_them(image_tree, tmp_path):
     folder = tmp_path / "run"
     assert run_here(tiny_run(image_tree, folder, more_val_resolutions="48,64", val_flip=True)) == 0
@@ -188,7 +188,7 @@ def test_the_finished_weights_are_scored_at_further_resolutions_as_evaluate_scor
     for other in last["more_val"]:
         size = other["val_resolution"]
         config = parse_command_line(tiny_run(image_tree, folder, val_resolution=size)).config
-        model = build_model(config, 10)
+        model = train.build_model(config, 10)
         model.load_state_dict(checkpoint_files.read(folder / "last.pt")["model"])
         server = BatchLoader(open_splits(image_tree), config, torch.device("cpu"), torch.float32, StopRequest(), print)
         expected = evaluate({"raw": model}, server.validation(), 20, torch.no_grad(), flip=True)["raw"]

@@ -41,7 +41,7 @@ def trained(memory, precision="fp32", steps=3, **changes):
     [
         ("resnet18", "fp32", {}),
         ("resnet50", "fp32", {"micro_batch_size": 4, "blur_pool": True}),
-        ("resnet50", "bf16", {"stochastic_depth": 0.3}),
+        pytest.param("resnet50", "bf16", {"stochastic_depth": 0.3}, marks=pytest.mark.slow),
     ],
 )
 def test_losses_gradients_weights_and_statistics_are_the_same_to_the_last_bit(memory, architecture, precision, changes):
@@ -53,6 +53,7 @@ def test_losses_gradients_weights_and_statistics_are_the_same_to_the_last_bit(me
     assert int(less[1]["bn1.num_batches_tracked"]) == int(less[1]["layer1.0.bn1.num_batches_tracked"]) > 0
 
 
+@pytest.mark.slow
 def test_each_mode_holds_less_memory_between_forward_and_backward():
     held = {}
     for memory in ("lowest", "low", "fast"):
