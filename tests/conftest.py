@@ -40,12 +40,10 @@ NOTICE = '{"action": "terminate", "time": "2026-01-01T00:00:00Z"}'  # a spot ins
 NOT_REPEATABLE = ("images_per_s", "seconds", "time", "data_wait_share")
 
 
-@pytest.fixture(scope="module")
-def whole_network():
+@pytest.fixture
+def whole_network(monkeypatch):
     """Let runs have the whole ResNet-18, for tests that compare with torchvision's."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(WHOLE, "1")
-        yield
+    monkeypatch.setenv(WHOLE, "1")
 
 
 @pytest.fixture(scope="session")

@@ -139,6 +139,7 @@ def lines_in(results):
     return [json.loads(line) for line in results.read_text().splitlines() if not line.endswith("cut sho")]
 
 
+@pytest.mark.slow
 def test_a_sitting_keeps_each_part_at_once_and_goes_on_with_what_is_missing(tmp_path):
     results = tmp_path / "gpu.jsonl"
     status, output = rehearse(results, "longest batch, memory fast")
@@ -162,11 +163,13 @@ def test_a_sitting_keeps_each_part_at_once_and_goes_on_with_what_is_missing(tmp_
     assert re.search(r"\| torchvision, channels-last \| \d+, 1.00x \| \d+, 1.00x \|", report)
 
 
+@pytest.mark.slow
 def test_a_part_that_takes_too_long_ends_with_all_its_processes():
     assert in_a_process({"do": "tests"}, seconds=3) is None
     assert not [child for child in children_of(os.getpid()) if "gpu_sitting" in Path(f"/proc/{child}/cmdline").read_text()]
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_says_why_and_is_no_end():
     assert "KeyError" in in_a_process({"do": "step"}, seconds=60)["failed"]
 

@@ -23,15 +23,12 @@ from engine.inference.networks import load_networks
 from engine.inference.scoring import log_mean_probabilities
 from engine.run import checkpoint_files
 from engine.system.errors import DataError, UserError
-from model import build_model
-
-pytestmark = pytest.mark.usefixtures("whole_network")
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def runs(whole_network, image_tree, tmp_path_factory):
+def runs(image_tree, tmp_path_factory):
     """Two finished runs of the same network with different seeds, one with blurs."""
     folder = tmp_path_factory.mktemp("runs")
     changes = {"learning_rate": 0.003, "epochs": 4, "swa_start_epoch": 3}
@@ -54,7 +51,7 @@ def images_and_labels(image_tree, resolution=32):
 
 
 def network_of(path, kind="raw"):
-    (network,) = load_networks(path, kind, CONFIG, lambda config, classes: build_model(config, classes).eval())
+    (network,) = load_networks(path, kind, CONFIG, lambda config, classes: evaluate.build_model(config, classes).eval())
     return network
 
 
@@ -141,6 +138,7 @@ def test_torchvisions_own_weights_are_scored_from_pt_and_safetensors(image_tree,
         assert figures(capsys.readouterr().out.splitlines()[0])[2] == pytest.approx(expected, abs=0.05)  # bf16 where there is
 
 
+@pytest.mark.usefixtures("whole_network")
 def test_weights_that_do_not_fit_are_refused_with_a_word(image_tree, tmp_path):
     torch.save({"something": torch.zeros(3)}, tmp_path / "odd.pt")
     torch.save(torchvision.models.resnet18(num_classes=7).state_dict(), tmp_path / "seven.pt")
@@ -216,7 +214,9 @@ def test_each_checkpoint_is_scored_as_its_own_run_did_and_votes_only_with_its_li
 def test_the_mean_of_different_networks_is_refused_in_words(runs, tmp_path):
     contents = checkpoint_files.read(runs / "a/last.pt")
     larger = contents["config"] | {"architecture": "resnet34"}
-    checkpoint_files.write(tmp_path / "34.pt", contents | {"config": larger, "model": build_model(larger, 10).state_dict()})
+    checkpoint_files.write(
+        tmp_path / "34.pt", contents | {"config": larger, "model": evaluate.build_model(larger, 10).state_dict()}
+    )
     checkpoint_files.write(tmp_path / "named.pt", contents | {"classes": [f"other {name}" for name in contents["classes"]]})
     for other, said in (
         (tmp_path / "34.pt", r"architecture resnet18, .*34.pt resnet34"),
@@ -311,7 +311,10 @@ def test_classify_says_what_the_network_says(runs, image_tree, capsys):
 # Weights for other programs ------------------------------------------------------------------------------------------
 
 
-def test_exported_weights_load_into_torchvisions_own_network(runs, image_tree, tmp_path, capsys):
+@pytest.mark.usefixtures("whole_network")
+def test_exported_weights_load_into_torchvisions_own_network(image_tree, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    assert run_here(tiny_run(image_tree, runs / "a", epochs=2)) == 0
     safetensors = pytest.importorskip("safetensors.torch")
     load_file = safetensors.load_file
     images, _ = images_and_labels(image_tree)
