@@ -17,8 +17,6 @@ from engine.preparation import finding
 from engine.preparation.finding import ImageFolder, Labelled, class_order
 from engine.system.errors import DataError
 
-pytestmark = pytest.mark.usefixtures("whole_network")
-
 WNIDS = [f"n{number:08d}" for number in range(1_440_764, 1_441_764)]
 
 
@@ -106,6 +104,7 @@ def always_10(tmp_path_factory):
     return folder / "always_10.pt", folder
 
 
+@pytest.mark.usefixtures("whole_network")
 def test_numbered_folders_are_scored_as_numbers_without_training_images(always_10, capsys):
     weights, folder = always_10
     for where in (folder, folder / "val"):  # the folder of class folders itself will do, too
@@ -115,6 +114,7 @@ def test_numbered_folders_are_scored_as_numbers_without_training_images(always_1
         assert "numbers in" in said
 
 
+@pytest.mark.usefixtures("whole_network")
 def test_a_file_of_classes_decides(always_10, tmp_path, capsys):
     weights, folder = always_10
     names = [str(n) for n in range(12)]
@@ -150,6 +150,7 @@ def test_a_run_that_began_with_numbers_in_the_order_of_text_goes_on_with_the_sam
     assert figures(capsys.readouterr().out.splitlines()[-1])[0] == pytest.approx(top1, abs=0.01)
 
 
+@pytest.mark.usefixtures("whole_network")
 def test_networks_that_order_their_classes_differently_have_no_ensemble(always_10, tmp_path, capsys):
     weights, folder = always_10
     names = [str(n) for n in range(12)]
@@ -165,6 +166,7 @@ def test_networks_that_order_their_classes_differently_have_no_ensemble(always_1
         evaluated(weights, tmp_path / "other.safetensors", *flags)
 
 
+@pytest.mark.usefixtures("whole_network")
 def test_evaluation_without_images_names_what_is_missing(always_10, tmp_path):
     weights, _ = always_10
     (tmp_path / "train/cat").mkdir(parents=True)
@@ -173,6 +175,7 @@ def test_evaluation_without_images_names_what_is_missing(always_10, tmp_path):
         evaluated(weights, "--architecture=resnet18", f"--data-dir={tmp_path}")
 
 
+@pytest.mark.usefixtures("whole_network")
 def test_classifying_nothing_is_no_success(always_10, tmp_path):
     weights, folder = always_10
     (tmp_path / "empty/.hidden").mkdir(parents=True)

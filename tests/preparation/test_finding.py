@@ -272,9 +272,10 @@ for arguments, status in zip(evaluations, (0, 0, 1)):
 
 @pytest.mark.parametrize(
     ("environment", "encoding"),
-    [({"LC_ALL": "C", "PYTHONUTF8": "0"}, "ascii"), pytest.param({"LC_ALL": "C.UTF-8"}, "utf-8", marks=pytest.mark.slow)],
+    [({"LC_ALL": "C", "PYTHONUTF8": "0"}, "ascii"), ({"LC_ALL": "C.UTF-8"}, "utf-8")],
     ids=["ascii", "utf-8"],
 )
+@pytest.mark.slow
 def test_names_of_any_bytes_go_through_every_program_in_any_locale(environment, encoding, tmp_path):
     tree = os.path.join(os.fsencode(tmp_path), b"tr\xe4e")
     classes = ["Käfer".encode(), b"caf\xe9", b"plain"]

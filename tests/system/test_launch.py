@@ -108,6 +108,7 @@ def test_a_parent_that_is_not_torchrun_is_left_alone(tmp_path):
     assert finish(start_python([parent], environment=environment)) == (0, "")
 
 
+@pytest.mark.slow
 def test_torchruns_script_is_asked_to_end(tmp_path):
     child = tmp_path / "child.py"
     child.write_text(
