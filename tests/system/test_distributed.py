@@ -36,7 +36,7 @@ from engine.run import checkpoint_files
 from engine.run.records import read_records
 from engine.system import distributed
 
-ROUNDING = 1e-5  # of losses and norms after 3 epochs; seen on a CPU: 3e-7
+ROUNDING = 5e-6  # of losses and norms after 3 epochs, relative: sums in another order in fp32; seen on a CPU: 2.6e-6
 # 9 images over 4 processes are 3, 2, 2 and 2; of the last validation batch, 2 images, two processes get none
 SETTINGS = {"sync_batch_norm": "true", "batch_size": 9}
 STEPS = 6  # of an epoch
@@ -67,7 +67,7 @@ def assert_same_figures(folder, reference):
     for record, expected in zip(ours, theirs, strict=True):
         record.pop("processes", None)
         assert record == {
-            name: pytest.approx(value, abs=ROUNDING) if "loss" in name or name == "grad_norm" else value
+            name: pytest.approx(value, rel=ROUNDING) if "loss" in name or name == "grad_norm" else value
             for name, value in expected.items()
         }
 
