@@ -213,6 +213,7 @@ def test_torchrun_restarts_a_job_of_which_a_process_was_killed_and_nothing_is_lo
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("whole_network")  # the narrow one has ended before the tenth
 def test_ten_kills_of_a_random_process_lose_nothing(image_tree, tmp_path):
     settings = SETTINGS | {"epochs": 12, "checkpoint_minutes": 0.001}
     assert run_program("train.py", tiny_run(image_tree, tmp_path / "reference", **settings))[0] == 0
