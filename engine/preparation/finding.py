@@ -186,12 +186,7 @@ class ArchiveTree:
         for path in listing.folders:
             self._folder(path)
         for path in listing.files:
-            folder, _, name = path.rpartition("/")
-            folders, files, rest = self._folder(folder)
-            if is_junk(name):
-                rest.append((JUNK, name))
-            else:
-                files.add(name)
+            self._enter(path, kind=1)
         for path, reason in listing.refused:
             folder, _, name = path.rpartition("/")
             self._folder(folder)[2].append((reason, name))
@@ -199,13 +194,17 @@ class ArchiveTree:
     def _folder(self, path):
         if path not in self._inside:
             self._inside[path] = (set(), set(), [])
-            around, _, name = path.rpartition("/")
-            folders, _, rest = self._folder(around)
-            if is_junk(name):
-                rest.append((JUNK, name))
-            else:
-                folders.add(name)
+            self._enter(path, kind=0)
         return self._inside[path]
+
+    def _enter(self, path, kind):
+        """Enter a folder (kind 0) or a file (1) in the folder around it; junk among the rest."""
+        around, _, name = path.rpartition("/")
+        inside = self._folder(around)
+        if is_junk(name):
+            inside[2].append((JUNK, name))
+        else:
+            inside[kind].add(name)
 
     def entries(self, path):
         """Return (folders, files, [(reason, name)] of the rest) right inside of a folder, names in order."""

@@ -24,7 +24,6 @@ SPLITS = ("train", "val")
 IMAGENET_COUNTS = (1_281_167, 50_000)  # images for training and for validation
 # Names of the splits' folders and files. Those of one group mean the same; a later group counts where there is none before it.
 SPLIT_NAMES = {"train": (("train",),), "val": (("val", "validation", "valid"), ("test",))}
-IN_WORDS = {"train": "training", "val": "validation"}
 DEPTH = 4  # folders to go down in search of train/; Kaggle's tree lies at 3
 
 

@@ -31,7 +31,7 @@ class MetricAccumulator:
         self.values = torch.zeros(len(OWN + SHARED), dtype=torch.float64, device=device)
         self._own, self._shared = self.values[: len(OWN)], self.values[len(OWN) :]
         self._of = dict(zip(OWN + SHARED, self.values.unbind(), strict=True))  # views: changed in place
-        self._summed = self.values[: -len(("row", "longest_row"))]
+        self._summed = self.values[:-2]  # without the rows
 
     def reset(self):
         """Begin a new epoch; a row of steps without a finite gradient goes on across its beginning."""

@@ -112,7 +112,8 @@ def open_device(config):
 def log_beginning(config, recipe, splits, device, precision, remarks, monitor):
     """Log what the run works with, and the remarks of its opening."""
     images = splits["train"]
-    here = environment()
+    here, steps = environment(), len(images) // config["batch_size"]
+    hardware = f"{describe_device(device)}, {precision}, PyTorch {torch.__version__}"
     monitor.log_to_file(f"environment: {to_json(here)}")
     monitor.log_to_file(f"configuration: {to_json(config)}")
     monitor.event(
@@ -120,15 +121,14 @@ def log_beginning(config, recipe, splits, device, precision, remarks, monitor):
         recipe=recipe,
         images=len(images),
         classes=len(images.classes),
-        steps_per_epoch=len(images) // config["batch_size"],
-        hardware=f"{describe_device(device)}, {precision}, PyTorch {torch.__version__}",
+        steps_per_epoch=steps,
+        hardware=hardware,
         environment=here,
         config=config,
     )
     monitor.log(
         f"recipe {recipe}: {config['architecture']} on {len(images):,} images of {len(images.classes)} classes, "
-        f"{len(images) // config['batch_size']} steps an epoch; {describe_device(device)}, {precision}, "
-        f"PyTorch {torch.__version__}"
+        f"{steps} steps an epoch; {hardware}"
     )
     if distributed.launched():
         monitor.log(f"{distributed.describe()}; batches of {config['batch_size']} over all of them")
