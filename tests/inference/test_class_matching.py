@@ -152,6 +152,7 @@ def test_a_run_that_began_with_numbers_in_the_order_of_text_goes_on_with_the_sam
 
 @pytest.mark.usefixtures("whole_network")
 def test_networks_that_order_their_classes_differently_have_no_ensemble(always_10, tmp_path, capsys):
+    pytest.importorskip("safetensors")
     weights, folder = always_10
     names = [str(n) for n in range(12)]
     (tmp_path / "first.txt").write_text("\n".join(names))
