@@ -64,7 +64,7 @@ class Sizes(NamedTuple):
     recipe_architecture: str
 
 
-ON_A_GPU = Sizes(256, (224, 160, 192, 128), 4.0, 4096, 60, (20_000, 5_000), 100, 128, 16, "resnet50")
+ON_A_GPU = Sizes(256, (224, 160, 192, 128), 2.5, 4096, 60, (20_000, 5_000), 100, 128, 16, "resnet50")
 REHEARSED = Sizes(2, (64, 32), 0.1, 4, 2, (32, 16), 4, 32, 3, "resnet18")
 
 
