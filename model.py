@@ -23,8 +23,8 @@ LAYERS = {
 def build_model(config, num_classes, device="cpu"):
     """Return a freshly initialised network in channels-last format on a device, its weights drawn from config['seed'].
 
-    Convolutions get He initialisation (fan-out), norms weight 1 and bias 0; with `zero_init_residual` the last norm of
-    each block starts at weight 0. Input: float [B, 3, H, W] of any size from 32 px; output: logits [B, num_classes].
+    Convolutions get Kaiming's normal initialisation by fan-out, norms weight 1 and bias 0, or with `initialization` fan_in
+    what draw_by_fan_in says; with `zero_init_residual` the last norm of each block starts at weight 0. Input: float [B, 3, H, W] of any size from 32 px; output: logits [B, num_classes].
     With `blur_pool` the strided convolutions blur their input; the state-dict keys stay the same.
     """
     block, layers = LAYERS[config["architecture"]]
@@ -35,6 +35,8 @@ def build_model(config, num_classes, device="cpu"):
         if config["sync_batch_norm"]:
             norm = synced_batch_norm(torch.device(device))
         model = ResNet(block, layers, num_classes=num_classes, zero_init_residual=zero_init, norm_layer=norm)
+        if config["initialization"] == "fan_in":
+            draw_by_fan_in(model, zero_init)
     torch.nn.init.constant_(model.fc.bias, start_bias_for(config["loss"], num_classes))
     drop_blocks_by_chance(model, config["stochastic_depth"])
     if config["blur_pool"]:
@@ -42,6 +44,26 @@ def build_model(config, num_classes, device="cpu"):
     if config["blur_max_pool"]:
         model.maxpool = BlurredMaxPool2d(channels=64)
     return model.to(device, memory_format=torch.channels_last)
+
+
+def draw_by_fan_in(model, zero_init_residual):
+    """Draw the weights anew as MosaicML's recipes do.
+
+    Convolutions and the last layer: normal by fan-in (arXiv:1502.01852); norms: weight uniform in [0, 1], bias 0.
+    """
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            torch.nn.init.kaiming_normal_(module.weight)
+        elif isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            torch.nn.init.uniform_(module.weight)
+    for norm in last_norms(model) if zero_init_residual else ():
+        torch.nn.init.zeros_(norm.weight)
+
+
+def last_norms(model):
+    """Return the last batch norm of each residual block, in order."""
+    blocks = [block for layer in (model.layer1, model.layer2, model.layer3, model.layer4) for block in layer]
+    return [block.bn3 if isinstance(block, Bottleneck) else block.bn2 for block in blocks]
 
 
 def _blur_filter(channels):
@@ -95,10 +117,9 @@ def drop_blocks_by_chance(model, probability):
 
     What is left is scaled up, so that evaluation needs nothing. A hook on each block's last norm: no key changes.
     """
-    blocks = [block for layer in (model.layer1, model.layer2, model.layer3, model.layer4) for block in layer]
-    for number, block in enumerate(blocks if probability else ()):
-        last_norm = block.bn3 if isinstance(block, Bottleneck) else block.bn2
-        last_norm.register_forward_hook(_Drop(probability * number / (len(blocks) - 1)))
+    norms = last_norms(model)
+    for number, norm in enumerate(norms if probability else ()):
+        norm.register_forward_hook(_Drop(probability * number / (len(norms) - 1)))
 
 
 class _Drop:

@@ -43,7 +43,7 @@ DURATIONS = ("warmup_epochs", "swa_start_epoch", "swa_anneal_epochs")
 def stretched(recipe_config, recipe, given):
     """Return a recipe's configuration with the given keys; where they change `epochs`, other durations keep their share.
 
-    These are the DURATIONS, rounded to whole epochs, unless one of their kind is given.
+    These are the DURATIONS, unless one of their kind is given; in whole epochs where the recipe averages those.
     """
     config = recipe_config | given
     epochs, usual = config["epochs"], recipe_config["epochs"]
@@ -51,12 +51,13 @@ def stretched(recipe_config, recipe, given):
         return config
 
     def share(key):
-        return int(recipe_config[key] * epochs / usual + 0.5)
+        exact = recipe_config[key] * epochs / usual
+        return int(exact + 0.5) if recipe_config["swa_start_epoch"] else exact
 
     if "warmup_epochs" not in given and recipe not in WARMUP_OF_ANY_LENGTH:
         config["warmup_epochs"] = share("warmup_epochs")
     if config["swa_start_epoch"] and not {"swa_start_epoch", "swa_anneal_epochs"} & set(given):
-        first = config["warmup_epochs"] + 1 if isinstance(config["warmup_epochs"], int) else 1
+        first = int(config["warmup_epochs"]) + 1 if ALLOWED["warmup_epochs"].admits(config["warmup_epochs"]) else 1
         config["swa_start_epoch"] = min(max(share("swa_start_epoch"), first), epochs)
         config["swa_anneal_epochs"] = share("swa_anneal_epochs")
     return config
@@ -68,7 +69,7 @@ def stretching_in_words(recipe, config, given):
     changed = [key for key in DURATIONS if key not in given and config[key] != usual[key]]
     if not changed:
         return None
-    shown = ", ".join(f"{key} = {config[key]} (was {usual[key]})" for key in changed)
+    shown = ", ".join(f"{key} = {config[key]:g} (was {usual[key]:g})" for key in changed)
     return f"epochs = {config['epochs']} (the recipe's are {usual['epochs']}): {shown} follow; flags set them otherwise"
 
 

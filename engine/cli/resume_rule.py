@@ -11,6 +11,16 @@ RULED_ON_RESUME = {
 }
 
 
+# Keys of old whose values were steps, and what they are called since these are images.
+FORMERLY_IN_STEPS = {"ema_half_life_steps": "ema_half_life_images", "ema_every_steps": "ema_every_images"}
+
+
+def with_keys_of_today(saved):
+    """Return a checkpoint's configuration with the keys that it would have been written with today."""
+    in_images = {new: saved[old] * saved["batch_size"] for old, new in FORMERLY_IN_STEPS.items() if old in saved}
+    return {key: value for key, value in saved.items() if key in CONFIG} | in_images
+
+
 def resumed_config(saved, given, batch, done=0):
     """Return the configuration that a resumed run goes on with.
 
@@ -22,7 +32,7 @@ def resumed_config(saved, given, batch, done=0):
     Raises:
         ConfigError: with one line for each given key that would bend the run.
     """
-    problems = []
+    problems, saved = [], with_keys_of_today(saved)
     given = {key: value for key, value in given.items() if value != "auto" or key != "learning_rate"}  # found already
     begun = done + (1 if batch else 0)
     if given.get("epochs", begun) < begun:
@@ -41,7 +51,7 @@ def resumed_config(saved, given, batch, done=0):
                 f"{key} = {value!r}: this run was started with {saved.get(key, CONFIG[key])!r}, and a resumed run keeps it "
                 f"({ALLOWED[key].kept}); leave the flag out, or start a new run with another --checkpoint-dir"
             )
-    config = CONFIG | {key: value for key, value in saved.items() if key in CONFIG} | given
+    config = CONFIG | saved | given
     problems += config_problems(config)
     if problems:
         raise ConfigError(problems)

@@ -22,10 +22,15 @@ def build_swa_model(model):
 
 def build_ema_model(model, config):
     """Return an empty exponential moving average of the model's parameters and batch-norm statistics, or None for none."""
-    if config["ema_half_life_steps"] == 0:
+    if config["ema_half_life_images"] == 0:
         return None
-    decay = 0.5 ** (config["ema_every_steps"] / config["ema_half_life_steps"])
+    decay = 0.5 ** (ema_every_steps(config) * config["batch_size"] / config["ema_half_life_images"])
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def ema_every_steps(config):
+    """Return the steps between the weights that enter the running average, a whole number."""
+    return max(1, round(config["ema_every_images"] / config["batch_size"]))
 
 
 @torch.no_grad()
@@ -34,7 +39,7 @@ def update_ema(running_average, model, config, steps_done):
 
     As AveragedModel.update_parameters does it, which copies its counter to the device and makes the host wait there.
     """
-    if running_average is None or steps_done % config["ema_every_steps"] != 0:
+    if running_average is None or steps_done % ema_every_steps(config) != 0:
         return
     if running_average.n_averaged == 0:
         running_average.update_parameters(model)

@@ -22,15 +22,44 @@ def lr_scale(config):
     return config["batch_size"] / 256 if config["scale_learning_rate"] else 1.0
 
 
+class SGDW(torch.optim.SGD):
+    """torch's SGD, fused, whose decay is apart from the gradient (arXiv:1711.05101), as MosaicML's Composer has it.
+
+    Before a step's gradient is followed, the weights shrink by their group's decay times the rate's share of the peak rate.
+    """
+
+    def __init__(self, groups, peak_rate, **options):
+        """groups: with `weight_decay`, the share of the weights that a step at peak_rate takes away."""
+        super().__init__([group | {"weight_decay": 0.0} for group in groups], lr=peak_rate, fused=True, **options)
+        self._peak_rate = peak_rate  # these two follow from the configuration, and so are in no checkpoint
+        self._decays = [group["weight_decay"] for group in groups]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        found_inf = getattr(self, "found_inf", None)  # the GradScaler's verdict, on the device
+        for group, decay in zip(self.param_groups, self._decays, strict=True):
+            if decay:
+                keep = 1 - decay * min(group["lr"] / self._peak_rate, 1.0)
+                if found_inf is not None:
+                    keep = torch.where(found_inf.reshape(()) > 0, 1.0, keep)
+                torch._foreach_mul_(group["params"], keep)
+        return super().step(closure)
+
+
 def build_optimizer(model, config):
     """Return the optimizer that the configuration names, fused.
 
     Fused optimizers take the GradScaler's verdict on the device; the others make the host wait for it at each step.
     """
-    groups = parameter_groups(model, config["weight_decay"], config["decay_norms_and_biases"])
+    of_each_batch = lr_scale(config) if config["optimizer"] == "sgdw" else 1.0
+    groups = parameter_groups(model, config["weight_decay"] * of_each_batch, config["decay_norms_and_biases"])
     rate = config["learning_rate"] * lr_scale(config)
-    if config["optimizer"] == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=rate, momentum=config["momentum"], nesterov=config["nesterov"], fused=True)
+    if config["optimizer"] in ("sgd", "sgdw"):
+        options = {"momentum": config["momentum"], "nesterov": config["nesterov"]}
+        if config["optimizer"] == "sgdw":
+            optimizer = SGDW(groups, rate, **options)
+        else:
+            optimizer = torch.optim.SGD(groups, lr=rate, fused=True, **options)
         # If the first step overflows, fused SGD leaves its new momentum as uninitialised memory (torch 2.11 to 2.14).
         # Zeros beforehand give the same first step, since momentum * 0 + gradient is the gradient.
         for group in optimizer.param_groups:
@@ -98,7 +127,7 @@ def build_schedule(optimizer, config, steps_per_epoch):
     rate begins with epoch swa_start_epoch.
     """
     total_steps = config["epochs"] * steps_per_epoch
-    warmup_steps = config["warmup_epochs"] * steps_per_epoch
+    warmup_steps = round(config["warmup_epochs"] * steps_per_epoch)
     averages = config["swa_start_epoch"] > 0 and config["swa_learning_rate"] > 0
     passage = {
         "constant_from_step": (config["swa_start_epoch"] - 1) * steps_per_epoch if averages else math.inf,

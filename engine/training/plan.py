@@ -84,7 +84,7 @@ class Plan(NamedTuple):
 def networks_scored(config, epochs_trained):
     """Return how many kinds of weights are validated after so many epochs: raw, averaged, EMA."""
     averages = averaging.epochs_to_average(config, epochs_trained) > 0
-    return 1 + averages + bool(config["ema_half_life_steps"])
+    return 1 + averages + bool(config["ema_half_life_images"])
 
 
 def plan_new_run(config, options, counts, measure, stretch, is_sound):

@@ -4,9 +4,10 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from config import CONFIG
 from engine.cli.command_line import stretching_in_words
 from engine.cli.keys import ConfigError, config_problems
-from engine.cli.resume_rule import RULED_ON_RESUME, resumed_config
+from engine.cli.resume_rule import RULED_ON_RESUME, resumed_config, with_keys_of_today
 from engine.run import checkpoint_files
 from engine.system import distributed
 from engine.system.errors import CheckpointError
@@ -84,9 +85,9 @@ def _resumed(command, path, checkpoint, remarks, folder):
     remarks.append(f"resumed {path}, {position} (best so far {checkpoint['best']['top1']:.2f} %)")
     if path.name != checkpoint_files.LAST:
         remarks.append(f"note: {path.name} instead of {checkpoint_files.LAST}: whatever the run did after it is done again")
-    for key in config:
-        if config[key] != checkpoint["config"].get(key):
+    before = CONFIG | with_keys_of_today(checkpoint["config"])
+    for key, was in before.items():
+        if config[key] != was:
             rule = f" ({RULED_ON_RESUME[key]})" if key in RULED_ON_RESUME else ""
-            was = checkpoint["config"].get(key)
             remarks.append(f"changed on resume: {key} = {config[key]!r}, was {was!r}{rule}")
     return Beginning(config, checkpoint["recipe"], checkpoint, remarks)
