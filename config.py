@@ -35,14 +35,14 @@ HYPERPARAMETERS = {
     "label_smoothing": 0.0,  # share of each label spread evenly over all classes
     "mixup_alpha": 0.0,  # of the Beta distribution of shares in which two images are blended; 0 never blends (arXiv:1710.09412)
     "cutmix_alpha": 0.0,  # of the Beta distribution of the area pasted from another image; 0 never pastes (arXiv:1905.04899)
-    "augmentation": "none",  # randaugment (arXiv:1909.13719), composer_randaugment (of MosaicML), trivialaugment (arXiv:2103.10158)
+    "augmentation": "none",  # randaugment (arXiv:1909.13719), composer_randaugment, trivialaugment (arXiv:2103.10158)
     "randaugment_ops": 2,  # of both randaugments: changes to each image
-    "randaugment_magnitude": 9,  # of both: strength of each, from 0 to 30; MosaicML's is drawn up to it
+    "randaugment_magnitude": 9,  # of both: strength of each, from 0 to 30; composer_randaugment draws it up to this
     "color_jitter": 0.0,  # largest relative change of brightness, contrast and saturation
     "random_erasing": 0.0,  # probability that a box of an image is painted over (arXiv:1708.04896)
     "colout": 0.0,  # share of the rows and of the columns that a batch loses, the same in all its images (MosaicML's ColOut)
     # Optimizer.
-    "optimizer": "adamw",  # adamw, adam, sgd (both: decay inside the gradient) or sgdw (weight_decay of a step at the peak rate)
+    "optimizer": "adamw",  # adamw, adam (decay inside the gradient), sgd (likewise) or sgdw (decay apart, as rate over peak)
     "momentum": 0.9,  # of sgd and sgdw; Adam's betas are torch's defaults
     "nesterov": False,  # true looks ahead along sgd's momentum
     "scale_learning_rate": False,  # true multiplies the rates, and sgdw's weight_decay, by batch_size / 256

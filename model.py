@@ -23,8 +23,9 @@ LAYERS = {
 def build_model(config, num_classes, device="cpu"):
     """Return a freshly initialised network in channels-last format on a device, its weights drawn from config['seed'].
 
-    Convolutions get Kaiming's normal initialisation by fan-out, norms weight 1 and bias 0, or with `initialization` fan_in
-    what draw_by_fan_in says; with `zero_init_residual` the last norm of each block starts at weight 0. Input: float [B, 3, H, W] of any size from 32 px; output: logits [B, num_classes].
+    Convolutions get Kaiming's normal initialisation by fan-out, norms weight 1 and bias 0, or what draw_by_fan_in says; with
+    `zero_init_residual` the last norm of each block starts at weight 0.
+    Input: float [B, 3, H, W] of any size from 32 px; output: logits [B, num_classes].
     With `blur_pool` the strided convolutions blur their input; the state-dict keys stay the same.
     """
     block, layers = LAYERS[config["architecture"]]

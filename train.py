@@ -30,6 +30,7 @@ from engine.inference.scoring import topk_correct
 from engine.system.device import autocast, skip_unless_finite
 from engine.system.errors import run_program
 from engine.system.gpu_memory import stop_on_oom
+from engine.training import sam
 from engine.training.loss import build_mixing, main_class, training_loss
 from engine.training.micro_batches import backward, micro_batches
 from engine.training.opening import exit_status, open_run, print_plan
@@ -39,10 +40,24 @@ from engine.training.validation import BETWEEN_STEPS, average_and_validate, stop
 from model import build_model
 
 
-def train_step(state, images, targets, config, probe=False):
-    """Take one optimizer step on a batch, in micro-batches whose gradients add up to the batch's mean gradient.
+def loss_and_gradient(state, images, targets, config, sync=True):
+    """Add the batch's mean gradient to the parameters', in micro-batches; return its loss and hits, scalars on the device."""
+    loss = torch.zeros((), device=images.device)
+    correct = torch.zeros((), device=images.device)
+    for some_images, some_targets, share in micro_batches(state, images, targets, config, sync):
+        with autocast(images.device, state.precision):
+            logits = state.ddp_model(some_images)
+            part = training_loss(logits.float(), some_targets, config) * share
+        backward(state, part)
+        loss += part.detach()
+        correct += topk_correct(logits.detach(), main_class(some_targets), 1)
+    return loss, correct
 
-    A gradient that is not finite leaves the weights as they were. The host never waits for the device.
+
+def train_step(state, images, targets, config, probe=False):
+    """Take one optimizer step on a batch. A gradient that is not finite leaves the weights as they were.
+
+    The host never waits for the device.
 
     Args:
         images: [B, 3, H, W], ready for the network, on its device: this process's shard of the batch.
@@ -50,15 +65,10 @@ def train_step(state, images, targets, config, probe=False):
         probe: only find out whether the step fits the memory: exchange no gradients and change no weights.
     """
     state.optimizer.zero_grad(set_to_none=True)
-    loss = torch.zeros((), device=images.device)
-    correct = torch.zeros((), device=images.device)
-    for some_images, some_targets, share in micro_batches(state, images, targets, config, sync=not probe):
-        with autocast(images.device, state.precision):
-            logits = state.ddp_model(some_images)
-            part = training_loss(logits.float(), some_targets, config) * share
-        backward(state, part)
-        loss += part.detach()
-        correct += topk_correct(logits.detach(), main_class(some_targets), 1)
+    loss, correct = loss_and_gradient(state, images, targets, config, sync=not probe)
+    if sam.is_due(state, config, probe):
+        with sam.uphill(state, config):
+            loss_and_gradient(state, images, targets, config, sync=not probe)
     if probe:
         return StepResult(loss, None, correct)
     state.scaler.unscale_(state.optimizer)  # clip the true gradient, not the scaled one

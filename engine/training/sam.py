@@ -1,0 +1,36 @@
+"""Sharpness-aware minimisation (SAM, arXiv:2010.01412): at some steps the gradient is taken uphill of the weights."""
+
+import contextlib
+
+import torch
+
+EPSILON = 1e-12  # beside the gradient's norm, as in MosaicML's recipes
+
+
+def is_due(state, config, probe=False):
+    """Return whether the step in progress takes its gradient uphill: each sam_every_steps-th does, and a probe of the memory."""
+    return config["sam_rho"] > 0 and (probe or (state.schedule.last_epoch + 1) % config["sam_every_steps"] == 0)
+
+
+@contextlib.contextmanager
+def uphill(state, config):
+    """Within, the weights lie sam_rho along the gradient from where they are, and no gradient is there yet.
+
+    Then weights and batch-norm statistics are again what they were, to the bit, and the gradient is that of the other place.
+    A gradient that is not finite leads to one that is not finite either, so that the step is skipped whole.
+    """
+    weights = list(state.model.parameters())
+    changed = [*weights, *state.model.buffers()]
+    before = [tensor.detach().clone() for tensor in changed]
+    with torch.no_grad():
+        gradients = [weight.grad for weight in weights]  # at the GradScaler's scale, which the quotient does without
+        norm = torch.nn.utils.get_total_norm(gradients)
+        epsilon = state.scaler.scale(torch.full_like(norm, EPSILON))
+        torch._foreach_mul_(gradients, config["sam_rho"] / (norm + epsilon))
+        torch._foreach_add_(weights, gradients)
+    state.optimizer.zero_grad(set_to_none=True)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(changed, before)
