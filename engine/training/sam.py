@@ -8,7 +8,7 @@ EPSILON = 1e-12  # beside the gradient's norm, as in MosaicML's recipes
 
 
 def is_due(state, config, probe=False):
-    """Return whether the step in progress takes its gradient uphill: each sam_every_steps-th does, and a probe of the memory."""
+    """Return whether the step in progress takes its gradient uphill: each sam_every_steps-th does, and each probe."""
     return config["sam_rho"] > 0 and (probe or (state.schedule.last_epoch + 1) % config["sam_every_steps"] == 0)
 
 

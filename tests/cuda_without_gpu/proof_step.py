@@ -23,7 +23,7 @@ VARIANTS = {
     "bce": {"loss": "bce", "label_smoothing": 0.1},
     "blur": {"blur_pool": True, "blur_max_pool": True},
     "stochastic depth": {"stochastic_depth": 0.2},
-    "running average": {"ema_half_life_steps": 100, "ema_every_steps": 1},
+    "running average": {"ema_half_life_images": 1600, "ema_every_images": 16},
     "low": {"memory": "low"},
     "lowest": {"memory": "lowest"},
     "low, stochastic depth, blur": {"memory": "low", "stochastic_depth": 0.2, "blur_pool": True, "architecture": "resnet50"},
@@ -55,7 +55,7 @@ def test_the_host_reads_and_copies_nothing_whatever_is_switched_on(variant):
 @pytest.mark.parametrize("recipe", ["seed", "fast", "mild"])  # long is fast for longer, demo is for a CPU
 def test_the_host_reads_and_copies_nothing_in_any_recipe(recipe):
     settings = CONFIG | RECIPES[recipe] | {key: QUICK[key] for key in ("batch_size", "epochs", "warmup_epochs", "compile")}
-    settings |= {"swa_start_epoch": 3 if settings["swa_start_epoch"] else 0, "ema_every_steps": 1}
+    settings |= {"swa_start_epoch": 3 if settings["swa_start_epoch"] else 0, "ema_every_images": 16}
     del settings["precision"]
     require_device_alone(*steps("fp16", **settings))
 
@@ -91,7 +91,7 @@ def test_recomputing_batch_norm_statistics_reads_nothing_on_the_host():
 @pytest.mark.parametrize("flip", [False, True])
 def test_scoring_reads_the_device_once_at_its_end(flip):
     with fake_cuda():
-        state = fresh_state(CONFIG | QUICK | {"ema_half_life_steps": 100}, "fp16", 1000, 50, "cuda")
+        state = fresh_state(CONFIG | QUICK | {"ema_half_life_images": 1600}, "fp16", 1000, 50, "cuda")
         served = []
 
         def batches():

@@ -130,7 +130,7 @@ def test_several_processes_train_what_one_does(processes, image_tree, reference,
 
 @pytest.mark.slow
 def test_one_process_under_torchrun_trains_what_one_without_does_to_the_last_bit(image_tree, tmp_path):
-    settings = {"epochs": 2, "mixup_alpha": 0.2, "ema_half_life_steps": 4, "ema_every_steps": 2, "micro_batch_size": 3}
+    settings = {"epochs": 2, "mixup_alpha": 0.2, "ema_half_life_images": 32, "ema_every_images": 16, "micro_batch_size": 3}
     assert run_torchrun(1, tiny_run(image_tree, tmp_path / "with", **settings))[0] == 0
     assert run_program("train.py", tiny_run(image_tree, tmp_path / "without", **settings))[0] == 0
     assert figures(tmp_path / "with") == figures(tmp_path / "without")

@@ -87,7 +87,7 @@ def test_refreshed_statistics_do_not_remember_earlier_ones():
 
 
 def test_the_running_average_halves_a_steps_share_after_its_half_life():
-    config = CONFIG | {"ema_half_life_steps": 12, "ema_every_steps": 3}
+    config = CONFIG | {"batch_size": 10, "ema_half_life_images": 120, "ema_every_images": 30}
     model = network()
     average = build_ema_model(model, config)
     expected = None
@@ -132,7 +132,7 @@ def test_statistics_that_could_not_be_finished_leave_the_norms_momentum_as_it_wa
 
 
 def test_the_running_average_has_the_bits_of_torchs_own():
-    config = CONFIG | {"ema_half_life_steps": 7, "ema_every_steps": 1}
+    config = CONFIG | {"batch_size": 1, "ema_half_life_images": 7, "ema_every_images": 1}
     model = network()
     ours, theirs = build_ema_model(model, config), build_ema_model(model, config)
     for step in range(1, 9):

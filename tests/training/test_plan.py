@@ -53,7 +53,7 @@ def test_validation_is_counted_once_for_each_kind_of_weights_and_twice_with_flip
     flipped = config | {"val_flip": True}
     assert plan_run(flipped, rates_stated(1000 / 3, flipped), 1000, 3600).validation_hours == pytest.approx(2 * plain)
     assert plan_run(config | {"swa_start_epoch": 6}, rates, 1000, 3600).validation_hours == pytest.approx(1.5 * plain)
-    both = config | {"swa_start_epoch": 6, "ema_half_life_steps": 9, "val_flip": True}
+    both = config | {"swa_start_epoch": 6, "ema_half_life_images": 9, "val_flip": True}
     assert plan_run(both, rates_stated(1000 / 3, both), 1000, 3600).validation_hours == pytest.approx(5 * plain)
 
 
