@@ -51,7 +51,7 @@ def train_flags(flag):
 
 def gpu_flags(flag):
     """Add the flags of `benchmark.py gpu`."""
-    flag("--minutes", **count(25, "that it may take"))
+    flag("--minutes", type=float, default=25, help="that it may take; default 25")
     flag("--rehearse", action="store_true", help="go through everything at a tiny size on the CPU")
     flag("--anew", action="store_true", help="do not go on with this card's newest sitting")
     flag("--parts", nargs="+", metavar="NAME", help="only those whose names begin so, such as step; default: all")
@@ -95,10 +95,9 @@ def fill_in_step_flags(arguments):
 
 def at_least_one(text):
     """Return the whole number of at least 1 that the text is."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least 1")
+    return int(text)
 
 
 FLAGS = {  # command: function that adds its flags

@@ -107,7 +107,7 @@ def parts_of(sizes, device):
         Part("end to end", 4.0, shared | {"do": "train", "resolution": first[0], "steps": sizes.train_steps}),
         *(
             Part(f"recipe {name}", 5.0, {"do": "recipe", "contender": name, "device": device, "sizes": sizes._asdict()})
-            for name in ("mild", "fast", "seed")
+            for name in ("mild", "medium", "fast", "seed")
         ),
         Part("second start of a compiled run", 3.0, shared | {"do": "restart", "resolution": first[0]}),
         *(step("ours, compiled", COMPILED["ours, compiled"], (px,), 2.0) for px in others),
@@ -319,7 +319,8 @@ def recipe(job):
         "min_crop_area": 0.25,
     }
     arguments = argparse.Namespace(data_dir=folder, device=job["device"], num_workers="auto")
-    changes = recipe_evidence.contenders(sizes.recipe_resolution, sizes.recipe_epochs)[job["contender"]]
+    of_all = recipe_evidence.contenders(sizes.recipe_resolution, sizes.recipe_epochs, sizes.recipe_images[0])
+    changes = of_all[job["contender"]]
     run = recipe_evidence.one_run(changes | {"compile": "off"}, 0, study, arguments)
     return {key: run[key] for key in ("top1", "flip_top1", "train_loss", "seconds")} | {
         "epochs": changes["epochs"],

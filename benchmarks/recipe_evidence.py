@@ -14,6 +14,7 @@ from benchmarks.measuring import REPOSITORY, record, recorded, run_quietly
 from config import CONFIG, RECIPES
 from engine.data.batches import resolution_of_epoch
 from engine.data.demo import HARD_CLASSES, make_demo_data
+from engine.preparation.trees import IMAGENET_COUNTS
 from engine.run.records import read_records
 from engine.run.weights import PREFERENCE, WEIGHTS
 from engine.system.environment import environment
@@ -23,26 +24,39 @@ NAME = "recipes"
 STEP = 8  # px, between resolutions
 
 
-def contenders(resolution, epochs):
+def contenders(resolution, epochs, train_images=IMAGENET_COUNTS[0]):
     """Return {name: what it changes of CONFIG}, all of about the compute of the fast recipe in so many epochs.
 
     Args:
         resolution: px; stands for the 224 px of ImageNet: every recipe's sizes shrink by the same factor.
+        train_images: of the data set; what recipes count in images is the same share of an epoch as on ImageNet.
     """
-
     fast = fast_like(resolution, epochs)
     pixels = compute(fast)
-    mild = min(
-        (mild_like(resolution, length) for length in range(2, 4 * epochs)),
-        key=lambda changes: abs(compute(changes) - pixels),
-    )
+
+    def mosaic(recipe, **changes):
+        """Return a recipe of MosaicML's at about the compute of fast."""
+        lengths = [mosaic_like(recipe, resolution, length, train_images) | changes for length in range(2, 6 * epochs)]
+        return min(lengths, key=lambda config: abs(compute(config) - pixels))
+
     seed = seed_like(resolution, max(2, round(pixels / resolution**2)))
     small = {"start_resolution": 0, "train_resolution": fast["start_resolution"]}
     seeds_optimizer = {key: CONFIG[key] for key in ("optimizer", "learning_rate", "scale_learning_rate")}
     return {
         "seed": seed,
         "seed, no averaging": seed | {"swa_start_epoch": 0},
-        "mild": mild,
+        "mild": mosaic("mild"),
+        "mild, no BlurPool": mosaic("mild", blur_pool=False, blur_max_pool=False),
+        "mild, no EMA": mosaic("mild", ema_half_life_images=0),
+        "mild, no growing": mosaic("mild", start_resolution=0),
+        "mild, cross-entropy": mosaic("mild", loss="cross_entropy"),
+        "mild, no label smoothing": mosaic("mild", label_smoothing=0.0),
+        "mild, initialised by fan-out": mosaic("mild", initialization="fan_out"),
+        "mild, decay inside the gradient": mosaic("mild", optimizer="sgd", weight_decay=6.25e-5 * 0.125 / 0.256),
+        "mild, no decay on norms and biases": mosaic("mild", decay_norms_and_biases=False),
+        "medium": mosaic("medium"),
+        "medium, no SAM": mosaic("medium", sam_rho=0.0),
+        "medium, no mixup": mosaic("medium", mixup_alpha=0.0),
         "fast": fast,
         "fast, no label smoothing": fast | {"label_smoothing": 0.0},
         "fast, no BlurPool": fast | {"blur_pool": False},
@@ -86,17 +100,25 @@ def seed_like(resolution, epochs):
     }
 
 
-def mild_like(resolution, epochs):
-    """Return what the mild recipe changes of CONFIG at such a size and length."""
-    mild = RECIPES["mild"]
-    return mild | {
-        "epochs": epochs,
-        "warmup_epochs": max(1, round(epochs * mild["warmup_epochs"] / mild["epochs"])),
-        "resolution_step": STEP,
-        "start_resolution": shrunk(88, resolution),
-        "train_resolution": shrunk(176, resolution),
-        "val_resolution": resolution,
+def mosaic_like(recipe, resolution, epochs, train_images):
+    """Return what a recipe of MosaicML's changes of CONFIG at such a size, length and number of images."""
+    usual = RECIPES[recipe]
+    in_images = {
+        key: max(1, round(usual[key] * train_images / IMAGENET_COUNTS[0]))
+        for key in ("ema_half_life_images", "ema_every_images")
     }
+    return (
+        usual
+        | in_images
+        | {
+            "epochs": epochs,
+            "warmup_epochs": usual["warmup_epochs"] * epochs / usual["epochs"],
+            "resolution_step": STEP,
+            "start_resolution": shrunk(usual["start_resolution"], resolution),
+            "train_resolution": shrunk(usual["train_resolution"], resolution),
+            "val_resolution": resolution,
+        }
+    )
 
 
 def some_classes(count):
@@ -105,9 +127,10 @@ def some_classes(count):
 
 
 def compute(config):
-    """Return the pixels that an image takes through a run: the sum of the squares of its epochs' resolutions."""
+    """Return the pixels that an image takes through a run: the sum of the squares of its epochs' resolutions, SAM included."""
     config = CONFIG | config
-    return sum(resolution_of_epoch(config, epoch) ** 2 for epoch in range(config["epochs"]))
+    passes = 1 + (1 / config["sam_every_steps"] if config["sam_rho"] else 0)
+    return passes * sum(resolution_of_epoch(config, epoch) ** 2 for epoch in range(config["epochs"]))
 
 
 def recipe_benchmark(arguments):
@@ -127,7 +150,7 @@ def recipe_benchmark(arguments):
     if make_demo_data(folder, arguments.train_images, arguments.val_images, 0, some_classes(arguments.classes), sides):
         print(f"made {arguments.train_images:,} training and {arguments.val_images:,} validation images in {folder}")
     runs = [run for run in recorded(NAME) if run["study"] == study]
-    changes = contenders(arguments.resolution, arguments.epochs)
+    changes = contenders(arguments.resolution, arguments.epochs, arguments.train_images)
     for seed in range(arguments.seeds):
         for name in arguments.contenders or changes:
             if any((run["contender"], run["seed"]) == (name, seed) for run in runs):
