@@ -11,7 +11,7 @@ import time
 import torch
 
 from benchmarks.measuring import REPOSITORY, installed_timm, rate_cell
-from config import CONFIG
+from config import CONFIG, RECIPES
 from engine.run.telemetry import GpuFigures
 from engine.system import distributed
 from engine.system.device import AUTOCAST_DTYPES, autocast, choose_device, choose_precision
@@ -31,10 +31,14 @@ CONTENDERS = {
     "ours, under torchrun": {"loop": "ours", "compile": "off", "torchrun": True},  # one process: what the exchange costs
     "ours, memory low": {"loop": "ours", "compile": "off", "memory": "low"},
     "ours, memory lowest": {"loop": "ours", "compile": "off", "memory": "lowest"},
+    "ours, as in fast": {"loop": "ours", "compile": "off", "recipe": "fast"},
+    "ours, as in mild": {"loop": "ours", "compile": "off", "recipe": "mild"},
+    "ours, as in medium": {"loop": "ours", "compile": "off", "recipe": "medium", "steps_at_once": 10},  # one of them with SAM
     "ours, compiled": {"loop": "ours", "compile": "on"},
     "ours, compiled, memory low": {"loop": "ours", "compile": "on", "memory": "low"},
 }
-ON_CPU = (REFERENCE, "torchvision reference, channels-last", "timm", "ours, fp32", "ours", "ours, under torchrun")
+OF_RECIPES = ("ours, as in fast", "ours, as in mild", "ours, as in medium")
+ON_CPU = (REFERENCE, "torchvision reference, channels-last", "timm", "ours, fp32", "ours", "ours, under torchrun", *OF_RECIPES)
 CPU_CONTENDERS = CONTENDERS | {"ours, fp32": {"loop": "ours", "compile": "off", "precision": "fp32"}}
 NUM_CLASSES = 1000
 LEARNING_RATE = 0.01
@@ -103,13 +107,13 @@ def timm_step(job, device, precision):
 
 def our_step(job, device, precision):
     """Return train.py's own train_step, with clipping, schedule, sums, and what processes ask each other at each step."""
+    from engine.training.loss import build_mixing
     from engine.training.state import new_state
     from model import build_model
     from train import train_step
 
-    config = CONFIG | {
-        "optimizer": "sgd",
-        "learning_rate": LEARNING_RATE,
+    config = CONFIG | {"optimizer": "sgd", "learning_rate": LEARNING_RATE} | RECIPES.get(job.get("recipe"), {})
+    config |= {
         "batch_size": job["batch_size"],
         "swa_start_epoch": 0,
         "compile": job["compile"],
@@ -120,12 +124,13 @@ def our_step(job, device, precision):
     model = build_model(config, NUM_CLASSES, device)
     state = new_state(model, config, 100_000, precision, compiled=config["compile"] == "on")
     state.model.train()
+    mix = build_mixing(config, NUM_CLASSES)
 
     def step(images, labels):
         distributed.gather_events(None)
-        result = train_step(state, images, labels, config)
+        result = train_step(state, *mix(images, labels), config)
         distributed.any_process(False)
-        state.sums.add(result.loss, result.correct, result.grad_norm, len(labels))
+        state.count_step(result, config)
 
     return step
 
