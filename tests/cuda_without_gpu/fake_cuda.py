@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from config import CONFIG
 from engine.system.device import AUTOCAST_DTYPES
 from engine.training import averaging
-from engine.training.loss import build_mixing
+from engine.training.mixing import build_mixing
 from engine.training.out_of_memory import take_step
 from train import train_step
 

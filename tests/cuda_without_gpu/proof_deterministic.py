@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from config import CONFIG
-from engine.training.loss import build_mixing
+from engine.training.mixing import build_mixing
 from train import train_step
 
 LIBRARIES = ("convolution", "mm", "addmm", "batch_norm")  # of cuDNN and cuBLAS; batch norm's own kernels have no atomics
