@@ -5,7 +5,7 @@ import torch
 from torchvision.transforms import v2
 
 from config import CONFIG
-from engine.training.mixing import build_mixing
+from engine.training.mixing import build_mixing, draw_kept_runs
 
 
 def numbered_batch():
@@ -66,3 +66,48 @@ def test_with_both_each_batch_gets_one_of_them():
     mix = build_mixing(CONFIG | {"mixup_alpha": 1.0, "cutmix_alpha": 1.0}, 8)
     pasted = [torch.isin(mix(images, labels)[0], images).all().item() for _ in range(40)]
     assert 8 < sum(pasted) < 32
+
+
+# ColOut --------------------------------------------------------------------------------------------------------------
+
+
+def coordinates(height, width):
+    """One image in channels-last whose channels hold each pixel's row and column, and a second one with 1000 added."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    image = torch.stack([rows, columns, rows]).float()
+    return torch.stack([image, image + 1000]).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("share", "height", "width"), [(0.05, 176, 104), (0.5, 64, 64), (0.29, 100, 33)])
+def test_colout_keeps_a_share_of_rows_and_columns_in_their_order_the_same_in_all_images(share, height, width):
+    torch.manual_seed(0)
+    images, labels = coordinates(height, width), torch.tensor([3, 1])
+    mixed, targets = build_mixing(CONFIG | {"colout": share}, 8)(images, labels)
+    assert targets is labels
+    assert mixed.shape == (2, 3, int((1 - share) * height), int((1 - share) * width))
+    assert mixed.is_contiguous(memory_format=torch.channels_last)
+    rows, columns = mixed[0, 0, :, 0].long(), mixed[0, 1, 0].long()
+    assert (rows.diff() > 0).all() and (columns.diff() > 0).all()
+    assert torch.equal(mixed, images[:, :, rows[:, None], columns])
+    again, _ = build_mixing(CONFIG | {"colout": share}, 8)(images, labels)
+    assert not torch.equal(again, mixed)
+
+
+def test_colout_drops_each_row_equally_often():
+    torch.manual_seed(0)
+    kept = torch.zeros(20)
+    for _ in range(2000):
+        for first, length in draw_kept_runs(20, 15):
+            kept[first : first + length] += 1
+    assert kept.sum() == 2000 * 15
+    assert (kept / 2000 - 0.75).abs().max() < 0.05  # five standard deviations
+
+
+def test_colout_comes_before_mixup_and_draws_from_torchs_random_state():
+    images, labels = torch.randn(8, 3, 64, 64).contiguous(memory_format=torch.channels_last), torch.arange(8)
+    torch.manual_seed(5)
+    fewer, _ = build_mixing(CONFIG | {"colout": 0.1}, 8)(images, labels)
+    expected, expected_targets = build_mixing(CONFIG | {"mixup_alpha": 0.7}, 8)(fewer, labels)
+    torch.manual_seed(5)
+    mixed, targets = build_mixing(CONFIG | {"colout": 0.1, "mixup_alpha": 0.7}, 8)(images, labels)
+    assert torch.equal(mixed, expected) and torch.equal(targets, expected_targets)
