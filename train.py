@@ -31,8 +31,9 @@ from engine.system.device import autocast, skip_unless_finite
 from engine.system.errors import run_program
 from engine.system.gpu_memory import stop_on_oom
 from engine.training import sam
-from engine.training.loss import build_mixing, main_class, training_loss
+from engine.training.loss import main_class, training_loss
 from engine.training.micro_batches import backward, micro_batches
+from engine.training.mixing import build_mixing
 from engine.training.opening import exit_status, open_run, print_plan
 from engine.training.out_of_memory import cure, retry_on_oom
 from engine.training.state import StepResult, new_state

@@ -107,7 +107,7 @@ def timm_step(job, device, precision):
 
 def our_step(job, device, precision):
     """Return train.py's own train_step, with clipping, schedule, sums, and what processes ask each other at each step."""
-    from engine.training.loss import build_mixing
+    from engine.training.mixing import build_mixing
     from engine.training.state import new_state
     from model import build_model
     from train import train_step

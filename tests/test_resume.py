@@ -58,17 +58,23 @@ MOMENTS = {  # function of a module, its n-th call, and where the run then says 
 }
 
 
-def test_a_run_with_every_building_block_goes_on_as_if_nothing_had_happened(image_tree, tmp_path):
-    changes = {
-        "mixup_alpha": 0.2,
-        "cutmix_alpha": 1.0,
-        "loss": "bce",
-        "schedule": "cosine",
-        "nesterov": True,
-        "optimizer": "sgd",
-    }
-    changes |= {"swa_start_epoch": 0, "epochs": 2, "start_resolution": 32, "train_resolution": 64}
-    changes |= {"ema_half_life_steps": 4, "ema_every_steps": 2, "stochastic_depth": 0.2, "augmentation": "trivialaugment"}
+BLOCKS = {
+    "of torchvision": {"cutmix_alpha": 1.0, "augmentation": "trivialaugment", "start_resolution": 32},
+    "of MosaicML": {
+        "colout": 0.2,
+        "augmentation": "composer_randaugment",
+        "randaugment_magnitude": 30,
+        "start_resolution": 40,
+        "resolution_step": 8,
+    },
+}
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_a_run_with_every_building_block_goes_on_as_if_nothing_had_happened(blocks, image_tree, tmp_path):
+    changes = {"mixup_alpha": 0.2, "loss": "bce", "schedule": "cosine", "nesterov": True, "optimizer": "sgd"}
+    changes |= {"swa_start_epoch": 0, "epochs": 2, "train_resolution": 64, "stochastic_depth": 0.2}
+    changes |= {"ema_half_life_images": 32, "ema_every_images": 16} | BLOCKS[blocks]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run_program("train.py", tiny_run(image_tree, whole, **changes))[0] == 0
     moment = ("train", "train_step")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from engine.system.errors import UserError
 from engine.system.files import ADDRESS, NO_ADDRESS
-from engine.system.micro_batches import ONE_PIXEL_PX, enough_for_batch_norm
+from engine.system.micro_batches import ONE_PIXEL_PX, enough_for_batch_norm, network_px
 from engine.system.torchrun import launched_size
 
 
@@ -253,7 +253,7 @@ def _durations(epochs, warmup_epochs, swa_start_epoch, **others):
 
 def _batches(batch_size, micro_batch_size, **others):
     config = {"batch_size": batch_size, "micro_batch_size": micro_batch_size} | others
-    processes, smallest = launched_size(), others["start_resolution"] or others["train_resolution"]
+    processes, smallest = launched_size(), network_px(config, others["start_resolution"] or others["train_resolution"])
     largest = micro_batch_size or batch_size
     several = f" with {processes} processes" if processes > 1 else ""
     return [
@@ -287,6 +287,8 @@ def _arithmetic(precision, device, deterministic, compile, nesterov, optimizer, 
 
 def _resolutions(start_resolution, train_resolution, resolution_step, resolution_ramp_start, resolution_ramp_end, **others):
     grows = start_resolution > 0
+    smallest = start_resolution or train_resolution
+    seen = network_px(others, smallest)
     return [
         (
             not grows or (start_resolution % resolution_step == 0 and train_resolution % resolution_step == 0),
@@ -301,5 +303,10 @@ def _resolutions(start_resolution, train_resolution, resolution_step, resolution
         (
             resolution_ramp_start <= resolution_ramp_end,
             f"resolution_ramp_start = {resolution_ramp_start}: after resolution_ramp_end = {resolution_ramp_end}",
+        ),
+        (
+            seen >= 32 or smallest < 32,
+            f"colout = {others['colout']}: leaves {seen} of {smallest} px, and the network needs 32; lower it, or raise "
+            f"{'start_resolution' if grows else 'train_resolution'}",
         ),
     ]

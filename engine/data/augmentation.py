@@ -1,7 +1,9 @@
-"""What changes an image's colours and shapes in training, beyond crop and flip: torchvision's own transforms."""
+"""What changes an image's colours and shapes in training, beyond crop and flip."""
 
 import torch
 from torchvision.transforms import InterpolationMode, v2
+
+from engine.data.composer_randaugment import ComposerRandAugment
 
 IMAGENET_MEAN_COLOUR = [124, 116, 104]  # which the normalisation turns into zeros
 
@@ -9,8 +11,8 @@ IMAGENET_MEAN_COLOUR = [124, 116, 104]  # which the normalisation turns into zer
 def build_augmentation(config):
     """Return the transform of a training view, uint8 [3, H, W] to the same, or None where the configuration names none.
 
-    In the order of torchvision's reference: the policy (RandAugment arXiv:1909.13719, TrivialAugment arXiv:2103.10158), then
-    colour jitter, then random erasing (arXiv:1708.04896).
+    In the order of torchvision's reference: the policy (RandAugment arXiv:1909.13719, or MosaicML's; TrivialAugment
+    arXiv:2103.10158), then colour jitter, then random erasing (arXiv:1708.04896).
     """
     transforms = []
     if config["augmentation"] == "randaugment":
@@ -21,6 +23,8 @@ def build_augmentation(config):
                 interpolation=InterpolationMode.BILINEAR,
             )
         )
+    elif config["augmentation"] == "composer_randaugment":
+        transforms.append(ComposerRandAugment(config["randaugment_ops"], config["randaugment_magnitude"]))
     elif config["augmentation"] == "trivialaugment":
         transforms.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR))
     if jitter := config["color_jitter"]:

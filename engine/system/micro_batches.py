@@ -1,6 +1,11 @@
-"""How a batch is divided over the processes, and each one's share into micro-batches. Needs no torch."""
+"""How a batch is divided over the processes and into micro-batches, and what these must not fall below. Needs no torch."""
 
 ONE_PIXEL_PX = 32  # of images so small ResNet's strides leave a single pixel for its last norms
+
+
+def network_px(config, resolution):
+    """Return the side in px at which the network sees a training crop of so many px: `colout` takes its share."""
+    return int((1 - config["colout"]) * resolution)
 
 
 def num_micro_batches(batch_size, micro_batch_size, processes):
@@ -22,7 +27,7 @@ def enough_for_batch_norm(config, resolution, micro_batch_size, processes):
     """Return whether each micro-batch has two values per channel or more, without which batch norm has no variance.
 
     Args:
-        resolution: px, of the images.
+        resolution: px, as the network sees the images.
     """
     if resolution > ONE_PIXEL_PX or (config["sync_batch_norm"] and processes > 1):
         return True

@@ -13,6 +13,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from engine.data.batches import resolution_of_epoch
 from engine.system.device import AUTOCAST_DTYPES, describe_device
 from engine.system.distributed import all_gather_object, any_process, broadcast_from_rank0, largest_shard, rank, size
+from engine.system.micro_batches import network_px
 
 LEAST_CAPABILITY = (7, 0)  # that Inductor compiles for: torch/_dynamo/device_interface.py, torch 2.11 to 2.14
 SHAPES = 64  # that may be compiled: a run's resolutions, each with its micro-batches
@@ -276,9 +277,11 @@ def _measured(config, work, seconds_left, trials):
 
 
 def random_batch(config, resolution, trials):
-    """Return (images [B, 3, H, W] in the autocast dtype and channels-last, labels int64 [B]) of a rank's shard."""
+    """Return (images [B, 3, H, W] in the autocast dtype and channels-last, labels int64 [B]) of a rank's shard, as the network
+    sees one of so many px."""
     generator = torch.Generator(trials.device).manual_seed(0)
-    shape = largest_shard(config["batch_size"]), 3, resolution, resolution
+    px = network_px(config, resolution)
+    shape = largest_shard(config["batch_size"]), 3, px, px
     images = torch.randn(shape, device=trials.device, generator=generator).to(AUTOCAST_DTYPES[trials.precision])
     labels = torch.zeros(len(images), dtype=torch.int64, device=trials.device)
     return images.to(memory_format=torch.channels_last), labels

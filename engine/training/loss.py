@@ -1,9 +1,8 @@
-"""The training loss, and the mixing of a batch's images that changes its targets."""
+"""The training loss."""
 
 import math
 
 import torch.nn.functional as F
-from torchvision.transforms import v2
 
 
 def training_loss(logits, targets, config):
@@ -26,33 +25,6 @@ def training_loss(logits, targets, config):
 def start_bias_for(loss, num_classes):
     """Return the last layer's first bias: under bce each class begins at a probability of about one in num_classes."""
     return -math.log(num_classes) if loss == "bce" else 0.0
-
-
-def build_mixing(config, num_classes):
-    """Return the function (images [B, 3, H, W], labels int64 [B]) -> (images, targets) that a batch goes through.
-
-    Mixup (arXiv:1710.09412) blends each image with another, cutmix (arXiv:1905.04899) pastes a box of another into it; with
-    both, each batch gets one of them by chance. Targets become float [B, C]. It draws from torch's random state on the CPU,
-    which checkpoints keep, and never waits for the device. Without either, labels stay as they are.
-    """
-    mixers = []
-    if config["mixup_alpha"]:
-        mixers.append(_in_channels_last(v2.MixUp(alpha=config["mixup_alpha"], num_classes=num_classes)))
-    if config["cutmix_alpha"]:
-        mixers.append(v2.CutMix(alpha=config["cutmix_alpha"], num_classes=num_classes))
-    if not mixers:
-        return lambda images, labels: (images, labels)
-    return v2.RandomChoice(mixers)
-
-
-def _in_channels_last(mixup):
-    """Return mixup for images [B, 3, H, W] in channels-last: its roll would lay them out anew, so it gets [B, H, W, 3]."""
-
-    def mix(images, labels):
-        mixed, targets = mixup(images.permute(0, 2, 3, 1), labels)
-        return mixed.permute(0, 3, 1, 2), targets
-
-    return mix
 
 
 def main_class(targets):

@@ -17,7 +17,7 @@ from engine.system.distributed import all_reduce_sum, any_process, broadcast_fro
 from engine.system.gpu_memory import retry_in_parts_on_oom, stop_on_oom
 from engine.system.interruption import StopRequest
 from engine.training.compiling import eager_mode
-from engine.training.loss import build_mixing
+from engine.training.mixing import build_mixing
 from engine.training.plan import Rates, networks_scored
 
 MEASURED_LAPS = 2  # at least, of a batch from each worker

@@ -11,7 +11,7 @@ from engine.run.throughput import Throughput
 from engine.system import distributed
 from engine.system.device import build_scaler, load_scaler
 from engine.system.gpu_memory import stop_on_oom
-from engine.system.micro_batches import enough_for_batch_norm
+from engine.system.micro_batches import enough_for_batch_norm, network_px
 from engine.system.random_state import random_state, set_random_state
 from engine.training import averaging
 from engine.training.compiling import compile_network
@@ -126,7 +126,7 @@ class TrainState:
         """Go on with the micro-batch that has fitted the memory, unless a flag says otherwise."""
         was = saved["config"]
         if saved["micro_batch_size"] < was["batch_size"] and config["micro_batch_size"] == was["micro_batch_size"]:
-            resolution = resolution_of_epoch(config, self.epoch)
+            resolution = network_px(config, resolution_of_epoch(config, self.epoch))
             if enough_for_batch_norm(config, resolution, saved["micro_batch_size"], distributed.size()):
                 self.micro_batch_size = saved["micro_batch_size"]
 

@@ -94,6 +94,8 @@ def test_all_problems_are_reported_at_once_with_range_and_nearest_key():
         ("--zero-init-residual maybe", "zero_init_residual"),
         ("--data-dir=", "data_dir"),
         ("--recipe dmeo", "did you mean demo"),
+        ("--train-resolution 33 --colout 0.05", "colout = 0.05: leaves 31 of 33 px"),
+        ("--train-resolution 64 --start-resolution 32 --colout 0.01", "lower it, or raise start_resolution"),
     ],
 )
 def test_impossible_values_and_combinations_are_refused(arguments, named):
@@ -113,6 +115,9 @@ def test_impossible_values_and_combinations_are_refused(arguments, named):
         ("--batch-size 3 --train-resolution 32 --sync-batch-norm true", 2, None),
         ("--batch-size 1 --train-resolution 32 --sync-batch-norm true", 1, "batch_size = 1 at 32 px"),
         ("--batch-size 4 --train-resolution 32", 2, None),
+        ("--batch-size 1 --train-resolution 64 --colout 0.5", 1, "batch_size = 1 at 32 px"),
+        ("--batch-size 1 --train-resolution 66 --colout 0.5", 1, None),
+        ("--batch-size 2 --train-resolution 64 --colout 0.5", 1, None),
     ],
 )
 def test_a_single_image_of_a_single_last_pixel_is_refused(arguments, processes, refused, monkeypatch):

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from config import CONFIG
 from engine.system.device import AUTOCAST_DTYPES
-from engine.training import averaging
-from engine.training.loss import build_mixing
+from engine.training import averaging, mixing
+from engine.training.mixing import build_mixing
 from engine.training.out_of_memory import take_step
 from train import train_step
 
@@ -32,10 +32,11 @@ def fake_cuda():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.Module, "_apply", _apply)
         patch.setattr(swa_utils, "deepcopy", _copied)
-        for mixing in (v2.MixUp, v2.CutMix):
-            patch.setattr(mixing, "__init__", _outside(mixing.__init__))
-            patch.setattr(mixing, "make_params", _drawn_outside(mixing.make_params))
+        for mixer in (v2.MixUp, v2.CutMix):
+            patch.setattr(mixer, "__init__", _outside(mixer.__init__))
+            patch.setattr(mixer, "make_params", _drawn_outside(mixer.make_params))
         patch.setattr(v2.RandomChoice, "forward", _choice)
+        patch.setattr(mixing, "draw_kept_runs", _outside(mixing.draw_kept_runs))
         torch.autograd.set_multithreading_enabled(False)  # the backward pass in this thread, where the mode is
         try:
             with FakeTensorMode(allow_non_fake_inputs=True):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from config import CONFIG
-from engine.training.loss import build_mixing
+from engine.training.mixing import build_mixing
 from train import train_step
 
 LIBRARIES = ("convolution", "mm", "addmm", "batch_norm")  # of cuDNN and cuBLAS; batch norm's own kernels have no atomics
@@ -45,6 +45,7 @@ def deterministic():
     [
         {"optimizer": "sgd", "mixup_alpha": 0.2, "cutmix_alpha": 1.0, "loss": "bce", "blur_pool": True, "blur_max_pool": True},
         {"optimizer": "adamw", "label_smoothing": 0.1, "stochastic_depth": 0.2, "memory": "low", "micro_batch_size": 4},
+        {"optimizer": "sgdw", "colout": 0.05, "mixup_alpha": 0.25},
     ],
 )
 def test_no_operator_of_the_step_lacks_a_deterministic_form(deterministic, changes):

@@ -20,6 +20,8 @@ VARIANTS = {
     "mixup": {"mixup_alpha": 0.2},
     "cutmix": {"cutmix_alpha": 1.0},
     "mixup and cutmix, bce, micro-batches": {"mixup_alpha": 0.2, "cutmix_alpha": 1.0, "loss": "bce", "micro_batch_size": 5},
+    "colout": {"colout": 0.05},
+    "colout, mixup and cutmix, micro-batches": {"colout": 0.3, "mixup_alpha": 0.2, "cutmix_alpha": 1.0, "micro_batch_size": 5},
     "bce": {"loss": "bce", "label_smoothing": 0.1},
     "blur": {"blur_pool": True, "blur_max_pool": True},
     "stochastic depth": {"stochastic_depth": 0.2},

@@ -1,4 +1,4 @@
-"""Augmentations are torchvision's, and each image's are a pure function of (seed, epoch, index)."""
+"""Augmentations are those of their sources, and each image's are a pure function of (seed, epoch, index)."""
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from engine.system.interruption import StopRequest
 VIEW = photo(64, 64)
 KINDS = {
     "randaugment": {"augmentation": "randaugment"},
+    "composer_randaugment": {"augmentation": "composer_randaugment"},
     "trivialaugment": {"augmentation": "trivialaugment"},
     "jitter": {"color_jitter": 0.4},
     "erasing": {"random_erasing": 0.5},
@@ -77,8 +78,9 @@ def test_erasing_paints_a_box_in_the_mean_colour_with_its_probability():
         assert (box == [124, 116, 104]).all()
 
 
-def test_augmented_batches_do_not_depend_on_num_workers(image_tree):
-    changes = KINDS["everything"] | {"train_resolution": 32, "batch_size": 8}
+@pytest.mark.parametrize("kind", ["everything", "composer_randaugment"])
+def test_augmented_batches_do_not_depend_on_num_workers(kind, image_tree):
+    changes = KINDS[kind] | {"train_resolution": 32, "batch_size": 8}
     seen = []
     for workers in (0, 1, 2):
         config = CONFIG | changes | {"num_workers": workers}

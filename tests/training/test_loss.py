@@ -1,15 +1,14 @@
-"""Losses and mixing do what their sources say, on real tensors."""
+"""Losses do what their sources say, on real tensors."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torchvision.transforms import v2
 
 from config import CONFIG
 from engine.cli.command_line import parse_command_line
-from engine.training.loss import build_mixing, main_class, training_loss
+from engine.training.loss import main_class, training_loss
 from model import build_model
 
 
@@ -41,66 +40,6 @@ def test_mixed_targets_give_the_mixture_of_the_losses(loss):
 def test_bce_starts_with_each_class_at_about_one_in_as_many():
     assert build_model(CONFIG | {"loss": "bce"}, 1000).fc.bias.tolist() == pytest.approx([-math.log(1000)] * 1000)
     assert build_model(CONFIG, 1000).fc.bias.tolist() == [0.0] * 1000
-
-
-def numbered_batch():
-    """Eight images, each of one value, with as many labels."""
-    labels = torch.arange(8)
-    return (10.0 ** -labels.float()).view(8, 1, 1, 1).expand(8, 3, 32, 32).contiguous(), labels
-
-
-def test_without_mixing_the_batch_stays_as_it_is():
-    images, labels = numbered_batch()
-    assert build_mixing(CONFIG, 8)(images, labels) == (images, labels)
-
-
-def test_mixup_blends_images_as_it_blends_labels():
-    torch.manual_seed(0)
-    images, labels = numbered_batch()
-    mixed, targets = build_mixing(CONFIG | {"mixup_alpha": 1.0}, 8)(images, labels)
-    expected = torch.einsum("bc,cdhw->bdhw", targets, images)
-    torch.testing.assert_close(mixed, expected)
-    torch.testing.assert_close(targets.sum(1), torch.ones(8))
-    assert (targets > 0).sum(1).tolist() == [2] * 8
-
-
-@pytest.mark.parametrize("key", ["mixup_alpha", "cutmix_alpha"])
-def test_mixing_gives_torchvisions_values_and_keeps_channels_last(key):
-    kind = {"mixup_alpha": v2.MixUp, "cutmix_alpha": v2.CutMix}[key]
-    images = torch.randn(8, 3, 32, 32).to(memory_format=torch.channels_last)
-    labels = torch.arange(8)
-    results = []
-    for mix in (build_mixing(CONFIG | {key: 0.7}, 8), v2.RandomChoice([kind(alpha=0.7, num_classes=8)])):
-        torch.manual_seed(2)
-        results.append([mix(images, labels) for _ in range(3)])
-    for (ours, our_targets), (theirs, their_targets) in zip(*results, strict=True):
-        assert torch.equal(ours, theirs) and torch.equal(our_targets, their_targets)
-        assert ours.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_cutmix_pastes_a_box_whose_area_is_the_labels_share():
-    torch.manual_seed(1)
-    images, labels = numbered_batch()
-    shares = set()
-    for _ in range(10):
-        mixed, targets = build_mixing(CONFIG | {"cutmix_alpha": 1.0}, 8)(images, labels)
-        for number in range(8):
-            own = mixed[number] == images[number]
-            assert own.float().mean().item() == pytest.approx(targets[number, number].item(), abs=1e-5)
-            other = (~own[0]).nonzero()
-            if len(other):
-                (top, left), (bottom, right) = other.min(0).values.tolist(), other.max(0).values.tolist()
-                assert len(other) == (bottom - top + 1) * (right - left + 1)  # one whole box
-        shares.add(targets[0, 0].item())
-    assert len(shares) > 3
-
-
-def test_with_both_each_batch_gets_one_of_them():
-    torch.manual_seed(0)
-    images, labels = numbered_batch()
-    mix = build_mixing(CONFIG | {"mixup_alpha": 1.0, "cutmix_alpha": 1.0}, 8)
-    pasted = [torch.isin(mix(images, labels)[0], images).all().item() for _ in range(40)]
-    assert 8 < sum(pasted) < 32
 
 
 def test_top1_counts_the_class_that_a_mixed_image_is_most_about():
