@@ -93,6 +93,26 @@ def gradients_are_those_of_the_whole_batch_in_one_process():
 
 
 @claim
+def sam_looks_uphill_along_the_gradient_of_the_whole_batch():
+    for micro_batch_size in (BATCH, 1):
+        network, alone = WithoutBatchNorm().double(), WithoutBatchNorm().double()
+        config = QUICK | {"sam_rho": 0.5, "sam_every_steps": 1}
+        state = state_of(network, config)
+        state.micro_batch_size = micro_batch_size
+        images, labels = the_whole_batch(torch.float64)
+        train.train_step(state, *my_part(images, labels), config)
+        weights = list(alone.parameters())
+        gradients = torch.autograd.grad(F.cross_entropy(alone(images).float(), labels), weights)
+        length = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+        with torch.no_grad():
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight += 0.5 * gradient / length
+        uphill = torch.autograd.grad(F.cross_entropy(alone(images).float(), labels), weights)
+        for ours, theirs in zip(network.parameters(), uphill, strict=True):
+            torch.testing.assert_close(ours.grad, theirs, rtol=1e-5, atol=1e-7)
+
+
+@claim
 def synced_batch_norm_is_batch_norm_over_the_whole_batch():
     torch.manual_seed(3)
     whole = torch.randn(BATCH, 4, 5, 5, dtype=torch.float32) * 3 + 1

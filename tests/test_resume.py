@@ -66,6 +66,10 @@ BLOCKS = {
         "randaugment_magnitude": 30,
         "start_resolution": 40,
         "resolution_step": 8,
+        "optimizer": "sgdw",
+        "initialization": "fan_in",
+        "sam_rho": 0.5,
+        "sam_every_steps": 3,
     },
 }
 

@@ -26,6 +26,8 @@ VARIANTS = {
     "blur": {"blur_pool": True, "blur_max_pool": True},
     "stochastic depth": {"stochastic_depth": 0.2},
     "running average": {"ema_half_life_images": 1600, "ema_every_images": 16},
+    "SAM": {"sam_rho": 0.5, "sam_every_steps": 1},
+    "SAM in micro-batches, sgdw": {"sam_rho": 0.5, "sam_every_steps": 1, "micro_batch_size": 5, "optimizer": "sgdw"},
     "low": {"memory": "low"},
     "lowest": {"memory": "lowest"},
     "low, stochastic depth, blur": {"memory": "low", "stochastic_depth": 0.2, "blur_pool": True, "architecture": "resnet50"},
@@ -54,10 +56,10 @@ def test_the_host_reads_and_copies_nothing_whatever_is_switched_on(variant):
     require_device_alone(*steps(**VARIANTS[variant]))
 
 
-@pytest.mark.parametrize("recipe", ["seed", "fast", "mild"])  # long is fast for longer, demo is for a CPU
+@pytest.mark.parametrize("recipe", ["seed", "fast", "mild", "medium", "hot"])  # long is fast for longer, demo is for a CPU
 def test_the_host_reads_and_copies_nothing_in_any_recipe(recipe):
     settings = CONFIG | RECIPES[recipe] | {key: QUICK[key] for key in ("batch_size", "epochs", "warmup_epochs", "compile")}
-    settings |= {"swa_start_epoch": 3 if settings["swa_start_epoch"] else 0, "ema_every_images": 16}
+    settings |= {"swa_start_epoch": 3 if settings["swa_start_epoch"] else 0, "ema_every_images": 16, "sam_every_steps": 1}
     del settings["precision"]
     require_device_alone(*steps("fp16", **settings))
 
