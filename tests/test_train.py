@@ -232,8 +232,9 @@ def test_a_resumed_run_keeps_the_micro_batch_that_fitted_unless_a_flag_changes_i
         assert checkpoint_files.read(last)["micro_batch_size"] == expected
 
 
-def test_a_micro_batch_that_fitted_at_64_px_is_not_taken_to_32_px_if_it_is_a_single_image(image_tree, tmp_path):
-    arguments = tiny_run(image_tree, tmp_path / "run", swa_start_epoch=0)
+@pytest.mark.parametrize("seen", [{"train_resolution": 32}, {"train_resolution": 64, "colout": 0.5}])
+def test_a_micro_batch_that_fitted_at_64_px_is_not_taken_to_32_px_if_it_is_a_single_image(seen, image_tree, tmp_path):
+    arguments = tiny_run(image_tree, tmp_path / "run", swa_start_epoch=0, **seen)
     assert run_here([*arguments, "--epochs=1"]) == 0
     last = tmp_path / "run/last.pt"
     checkpoint_files.write(last, checkpoint_files.read(last) | {"micro_batch_size": 1})

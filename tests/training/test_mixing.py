@@ -5,7 +5,9 @@ import torch
 from torchvision.transforms import v2
 
 from config import CONFIG
+from engine.training.compiling import random_batch
 from engine.training.mixing import build_mixing, draw_kept_runs
+from engine.training.trials import Trials
 
 
 def numbered_batch():
@@ -91,6 +93,13 @@ def test_colout_keeps_a_share_of_rows_and_columns_in_their_order_the_same_in_all
     assert torch.equal(mixed, images[:, :, rows[:, None], columns])
     again, _ = build_mixing(CONFIG | {"colout": share}, 8)(images, labels)
     assert not torch.equal(again, mixed)
+
+
+def test_the_trial_of_the_compiler_is_of_the_size_that_the_step_gets():
+    config = CONFIG | {"colout": 0.05, "batch_size": 4}
+    images, labels = random_batch(config, 72, Trials(None, None, 10, torch.device("cpu"), "fp32"))
+    mixed, _ = build_mixing(config, 8)(torch.zeros(4, 3, 72, 72).contiguous(memory_format=torch.channels_last), labels)
+    assert (images.shape, images.stride()) == (mixed.shape, mixed.stride())
 
 
 def test_colout_drops_each_row_equally_often():
