@@ -22,15 +22,19 @@ def uphill(state, config):
     weights = list(state.model.parameters())
     changed = [*weights, *state.model.buffers()]
     before = [tensor.detach().clone() for tensor in changed]
-    with torch.no_grad():
-        gradients = [weight.grad for weight in weights]  # at the GradScaler's scale, which the quotient does without
-        norm = torch.nn.utils.get_total_norm(gradients)
-        epsilon = state.scaler.scale(torch.full_like(norm, EPSILON))
-        torch._foreach_mul_(gradients, config["sam_rho"] / (norm + epsilon))
-        torch._foreach_add_(weights, gradients)
+    _move_uphill(weights, config["sam_rho"], state.scaler)
     state.optimizer.zero_grad(set_to_none=True)
     try:
         yield
     finally:
         with torch.no_grad():
             torch._foreach_copy_(changed, before)
+
+
+@torch.no_grad()
+def _move_uphill(weights, rho, scaler):
+    """Move the weights by rho along their gradient, which is at the GradScaler's scale and is not needed any more."""
+    gradients = [weight.grad for weight in weights]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    torch._foreach_mul_(gradients, rho / (norm + scaler.scale(torch.full_like(norm, EPSILON))))
+    torch._foreach_add_(weights, gradients)
