@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import figures, fresh_state, run_program, run_torchrun, tiny_run
 
-from config import CONFIG
+from config import CONFIG, RECIPES
 from engine.data.batches import Batch, training_requests
 from engine.data.demo import make_demo_data
 from engine.data.loader import IMAGENET_MEAN, IMAGENET_STD, BatchLoader, to_device
@@ -16,6 +16,7 @@ from engine.run.throughput import Throughput
 from engine.system.device import AUTOCAST_DTYPES, build_scaler
 from engine.system.interruption import StopRequest
 from engine.training.metrics import MetricAccumulator
+from engine.training.mixing import build_mixing
 from engine.training.out_of_memory import take_step
 from train import train_step
 
@@ -60,6 +61,36 @@ def test_every_precision_learns_a_batch_by_heart(precision):
     state.model.train()
     losses = [train_step(state, images, labels, config).loss.item() for _ in range(60)]
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("recipe", ["fast", "mild", "medium", "hot"])
+def test_the_step_of_every_recipe_learns_in_fp16_and_never_waits_for_the_device(recipe):
+    shorter = {
+        "batch_size": 16,
+        "epochs": 4,
+        "warmup_epochs": 0,
+        "compile": "off",
+        "learning_rate": 0.1,
+        "label_smoothing": 0.0,
+    }
+    shorter |= {"sam_rho": min(RECIPES[recipe].get("sam_rho", 0), 0.05), "stochastic_depth": 0.0}  # to learn within 60 steps
+    config = CONFIG | RECIPES[recipe] | shorter
+    state, mix = fresh_state(config, "fp16", 10, 50, "cuda"), build_mixing(config, 10)
+    images, labels = random_batch(config, torch.float16)
+    state.model.train()
+    losses = []
+    for number in range(60):
+        if number == 2:  # by then everything is allocated and loaded
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            result = train_step(state, *mix(images, labels), config)
+            state.count_step(result, config)
+        finally:
+            torch.cuda.set_sync_debug_mode("default" if number < 2 or number == 59 else "error")
+        losses.append(result.loss)
+    losses = [loss.item() for loss in losses]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
 def test_fused_sgd_has_no_wild_momentum_after_an_overflow_in_the_first_step():

@@ -22,9 +22,9 @@ def uphill(state, config):
     weights = list(state.model.parameters())
     changed = [*weights, *state.model.buffers()]
     before = [tensor.detach().clone() for tensor in changed]
-    _move_uphill(weights, config["sam_rho"], state.scaler)
-    state.optimizer.zero_grad(set_to_none=True)
     try:
+        _move_uphill(weights, config["sam_rho"], state.scaler)
+        state.optimizer.zero_grad(set_to_none=True)
         yield
     finally:
         with torch.no_grad():
