@@ -23,9 +23,13 @@ from engine.cli.keys import config_problems
 from model import build_model
 
 
-def newest_study():
-    runs = recorded("recipes")
-    return [run for run in runs if run["study"] == runs[-1]["study"]]
+def tables_of_studies():
+    """The tables of all studies of recipes, one after the other."""
+    runs, lines = recorded("recipes"), []
+    studies = [json.loads(text) for text in dict.fromkeys(json.dumps(run["study"]) for run in runs)]
+    for study in studies:
+        lines += [*([""] if lines else []), *recipe_tables([run for run in runs if run["study"] == study])]
+    return lines
 
 
 TABLES = {
@@ -33,7 +37,7 @@ TABLES = {
     "step": lambda: step_tables(recorded("step")[-1]),
     "train": lambda: train_tables(recorded("train")[-1]),
     "scaling": scaling_tables,
-    "recipes": lambda: recipe_tables(newest_study()),
+    "recipes": tables_of_studies,
 }
 if SITTING := newest_sitting(recorded("gpu")):  # until a card was measured, the documentation has no such table
     TABLES["gpu"] = lambda: gpu_tables(SITTING)

@@ -221,8 +221,8 @@ def test_compiled_gradients_are_the_plain_ones(monkeypatch):
         state.model.train()
         train_step(state, images, labels, config)
         gradients[compile] = [p.grad.flatten() for p in state.model.parameters()]
-    for ours, theirs in zip(gradients["on"], gradients["off"], strict=True):
-        assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.999
+    for ours, theirs in zip(gradients["on"], gradients["off"], strict=True):  # behind a block's zeroed norm they are 0
+        assert (ours - theirs).norm() <= 0.04 * theirs.norm()
 
 
 def test_batches_from_workers_arrive_pinned_and_whole(tmp_path):
