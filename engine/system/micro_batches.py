@@ -3,6 +3,11 @@
 ONE_PIXEL_PX = 32  # of images so small ResNet's strides leave a single pixel for its last norms
 
 
+def network_px(config, resolution):
+    """Return the side in px at which the network sees a training crop of so many px: `colout` takes its share."""
+    return int((1 - config["colout"]) * resolution)
+
+
 def num_micro_batches(batch_size, micro_batch_size, processes):
     """Return the number of micro-batches in which each process takes its share: for all the same, and none empty.
 

@@ -20,7 +20,12 @@ DIVERGED = 2.0  # times the lowest smoothed loss: the test has seen enough
 LONGEST_SKIPPED_ROW = 30  # steps in a row without a finite gradient: diverged, and not a loss scale that is still falling
 FEWEST_POINTS = 10
 BATCHES_IN_CYCLE = 8
-USUAL_RANGE = {"adamw": (1e-5, 1.0, 100), "adam": (1e-5, 1.0, 100), "sgd": (1e-4, 10.0, 100), "sgdw": (1e-4, 10.0, 100)}  # lowest, highest rate; steps
+USUAL_RANGE = {
+    "adamw": (1e-5, 1.0, 100),
+    "adam": (1e-5, 1.0, 100),
+    "sgd": (1e-4, 10.0, 100),
+    "sgdw": (1e-4, 10.0, 100),
+}  # lowest, highest rate; steps
 SMOOTHING = 0.04  # of the test's length; standard deviation of the smoothing in steps
 
 
