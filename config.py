@@ -42,7 +42,7 @@ HYPERPARAMETERS = {
     "random_erasing": 0.0,  # probability that a box of an image is painted over (arXiv:1708.04896)
     "colout": 0.0,  # share of the rows and of the columns that a batch loses, the same in all its images (MosaicML's ColOut)
     # Optimizer. The seed's notes name SGD and AdamW as not yet tried, so its run probably used Adam; adamw is our choice.
-    "optimizer": "adamw",  # adamw, adam, sgd (both: decay inside the gradient) or sgdw (weight_decay of a step at the peak rate)
+    "optimizer": "adamw",  # adamw, adam, sgd (both: decay inside the gradient) or sgdw (weight_decay of a step at peak rate)
     "momentum": 0.9,  # of sgd and sgdw; Adam's betas are torch's defaults
     "nesterov": False,  # true looks ahead along sgd's momentum
     "scale_learning_rate": False,  # true multiplies the rates, and sgdw's weight_decay, by batch_size / 256
