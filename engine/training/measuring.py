@@ -37,7 +37,7 @@ def steady_pace(batches, work, workers, queued, seconds, clock=time.perf_counter
 
     While the first batch takes its time, for the compiler or cuDNN's trials, the workers fill their queue. So the batches of a
     whole queue are passed over, then each worker makes one that is worked on, and only then the clock starts; it stops after
-    whole laps, as batches of workers in step arrive in bursts of one from each, and after a multiple of `repeats` batches.
+    whole laps, as batches of workers in step arrive in bursts of one from each, and a multiple of `repeats` steps.
 
     Args:
         batches: endless iterable of (images, labels).
@@ -45,10 +45,9 @@ def steady_pace(batches, work, workers, queued, seconds, clock=time.perf_counter
         workers: that make the batches in turn; 0 if this process makes them.
         queued: batches that they have been asked for ahead.
         seconds: of measuring, at least.
-        repeats: batches after which the work repeats itself; with SAM, every so many take longer.
+        repeats: steps after which the work repeats itself: with SAM, one of so many takes longer.
     """
-    batches, lap = iter(batches), max(workers, 1)
-    asked = clock()
+    batches, lap, asked = iter(batches), max(workers, 1), clock()
     batch = next(batches)
     there = clock()
     work(*batch).item()

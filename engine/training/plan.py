@@ -98,7 +98,7 @@ def plan_new_run(config, options, counts, measure, stretch, is_sound):
     """Return (config, lines): the configuration with the epochs that fit, if hours are asked for, and its plan in words.
 
     Args:
-        options: of the command line: hours, images_per_s, price_per_hour.
+        options: of the command line: hours, dollars, images_per_s, price_per_hour.
         counts: of the images for training and for validation.
         measure: returns the Rates of this machine; not called where the options state images_per_s.
         stretch: returns the configuration of a run of so many epochs.
@@ -106,12 +106,13 @@ def plan_new_run(config, options, counts, measure, stretch, is_sound):
     Raises:
         PlanError: an option is no number above 0, or the hours are too few.
     """
-    hours, images_per_s, price = (positive(name, options) for name in ("hours", "images_per_s", "price_per_hour"))
+    images_per_s, price = (positive(name, options) for name in ("images_per_s", "price_per_hour"))
+    hours = budget_hours(options)
     rates = rates_stated(images_per_s, config) if images_per_s is not None else measure()
     if hours is not None:
         epochs = epochs_within(hours, stretch, rates, *counts, is_sound)
         if epochs == 0:
-            raise PlanError(f"--hours {hours:g}: too short for this recipe on this machine ({rates.source}); allow more")
+            raise too_short(options, rates)
         config = stretch(epochs)
     return config, plan_lines(plan_run(config, rates, *counts), config, rates, *counts, price)
 
@@ -127,6 +128,20 @@ def positive(name, options):
     if not 0 < value < math.inf:
         raise PlanError(f"--{name.replace('_', '-')} {options[name]}: must be a number above 0")
     return value
+
+
+def budget_hours(options):
+    """Return the hours that a run may take, as given or as what the dollars pay for, or None if there is no such limit."""
+    dollars, price = positive("dollars", options), positive("price_per_hour", options)
+    return positive("hours", options) if dollars is None else dollars / price
+
+
+def too_short(options, rates):
+    """Return the PlanError of a budget that not one epoch fits into."""
+    asked = "hours" if "hours" in options else "dollars"
+    return PlanError(
+        f"--{asked} {positive(asked, options):g}: too short for this recipe on this machine ({rates.source}); allow more"
+    )
 
 
 def plan_run(config, rates, train_images, val_images):
