@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import run_program
+from conftest import run_here, run_program
 
 import train
 from config import CONFIG, RECIPES
@@ -197,3 +197,14 @@ def test_a_plain_run_on_imagenet_says_what_mild_would_give():
     assert "about 12 hours of training at the same speed, 282 images/s at 224 px (calculated)" in line
     assert frontier.remark_on_default(parse_command_line(["--recipe=seed"], train.OWN_FLAGS), images) is None
     assert frontier.remark_on_default(plain, Images(10, 60)) is None
+
+
+def test_it_is_the_first_line_of_the_run_and_only_of_a_new_one(tiny_arguments, tmp_path, monkeypatch, capsys):
+    assert run_here(tiny_arguments) == 0
+    assert "the seed's recipe" not in capsys.readouterr().out
+    monkeypatch.setattr(frontier, "IMAGENET_LIKE", (10, 60))
+    assert run_here([*tiny_arguments, "--overwrite"]) == 0
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    assert first.startswith("note: this is the seed's recipe") and second.startswith("recipe seed: ")
+    assert run_here([f"--resume={tmp_path / 'run'}", "--epochs=4"]) == 0
+    assert "the seed's recipe" not in capsys.readouterr().out
