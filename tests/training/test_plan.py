@@ -254,7 +254,7 @@ def test_a_plan_is_right_when_held_against_the_run_that_follows(tmp_path):
 
     def planned():
         begun = time.process_time()
-        state = Trials(train.train_step, build_model, 10, cpu, "fp32").scratch_state(config)
+        state = Trials(train.train_step, train.build_model, 10, cpu, "fp32").scratch_state(config)
         with Monitor(config | {"log_file": None}, cpu) as monitor:
             rates = measure_machine(config, splits, state, step, monitor, begun, seconds=4, clock=time.process_time)
         return 3600 * plan_run(config, rates, 480, 160).hours
