@@ -41,7 +41,7 @@ HYPERPARAMETERS = {
     "color_jitter": 0.0,  # largest relative change of brightness, contrast and saturation
     "random_erasing": 0.0,  # probability that a box of an image is painted over (arXiv:1708.04896)
     "colout": 0.0,  # share of the rows and of the columns that a batch loses, the same in all its images (MosaicML's ColOut)
-    # Optimizer.
+    # Optimizer. The seed's notes name SGD and AdamW as not yet tried, so its run probably used Adam; adamw is our choice.
     "optimizer": "adamw",  # adamw, adam (decay inside the gradient), sgd (likewise) or sgdw (decay apart, as rate over peak)
     "momentum": 0.9,  # of sgd and sgdw; Adam's betas are torch's defaults
     "nesterov": False,  # true looks ahead along sgd's momentum

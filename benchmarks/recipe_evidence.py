@@ -19,6 +19,7 @@ from engine.run.records import read_records
 from engine.run.weights import PREFERENCE, WEIGHTS
 from engine.system.environment import environment
 from engine.system.plain_json import from_json, to_json
+from engine.training.plan import passes_of_a_step
 
 NAME = "recipes"
 STEP = 8  # px, between resolutions
@@ -129,8 +130,7 @@ def some_classes(count):
 def compute(config):
     """Return the pixels that an image takes through a run: the sum of the squares of its epochs' resolutions, SAM included."""
     config = CONFIG | config
-    passes = 1 + (1 / config["sam_every_steps"] if config["sam_rho"] else 0)
-    return passes * sum(resolution_of_epoch(config, epoch) ** 2 for epoch in range(config["epochs"]))
+    return passes_of_a_step(config) * sum(resolution_of_epoch(config, epoch) ** 2 for epoch in range(config["epochs"]))
 
 
 def recipe_benchmark(arguments):

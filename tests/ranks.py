@@ -24,7 +24,7 @@ from engine.data.loader import BatchLoader
 from engine.system import distributed
 from engine.system.errors import TrainingStopped, UserError
 from engine.system.interruption import Interrupted, StopRequest
-from engine.training import opening
+from engine.training import settling
 from engine.training.metrics import MetricAccumulator
 from engine.training.out_of_memory import take_step
 from engine.training.sync_batch_norm import CpuSyncBatchNorm2d
@@ -256,9 +256,9 @@ def all_train_the_epochs_that_the_first_has_planned():
 
     command = parse_command_line(["--hours=1", "--checkpoint-dir=nowhere", "--log-file=/dev/null", "--device=cpu"], ["hours H"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opening, "plan_new_run", plan)
+        patch.setattr(settling, "plan_new_run", plan)
         trials = Trials(None, None, 1, CPU, "fp32")
-        config, *_ = opening.settle(command, command.config, None, {"train": range(256), "val": range(2)}, trials, None, 0.0)
+        config, *_ = settling.settle(command, command.config, None, {"train": range(256), "val": range(2)}, trials, None, 0.0)
     assert config["epochs"] == 50
 
 

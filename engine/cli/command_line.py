@@ -29,6 +29,11 @@ class Command(NamedTuple):
     recipe: str | None  # as named on the command line; None means the default, seed
     options: dict  # the program's own flags, such as resume
 
+    def with_recipe(self, recipe):
+        """Return the Command with another recipe, whose values the given keys override."""
+        config = stretched(CONFIG | RECIPES[recipe], recipe, self.given)
+        return self._replace(config=config, recipe=recipe)
+
     def durations(self, epochs):
         """Return {key: value} of what the length of a new run decides: what is not given keeps its share of it."""
         config = stretched(CONFIG | RECIPES.get(self.recipe, {}), self.recipe, self.given | {"epochs": epochs})

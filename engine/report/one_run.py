@@ -7,8 +7,8 @@ from engine.report.charts import chart, timeline
 from engine.report.figures import best_of, column, conditions, energy_kwh, is_imagenet, machine_hours, phases
 from engine.report.history import SILENT_END, interruptions
 from engine.report.page import heading, paragraph, table
-from engine.report.published import SEED_RUN, published_curve, published_result
 from engine.report.words import clock, interruptions_of, percent, position, spread
+from engine.run.published import SEED_RUN, published_curve, published_result
 from engine.run.weights import WEIGHTS
 
 
@@ -203,10 +203,18 @@ def published_figures(run, price_per_hour):
         found.append(paragraph("This run is not on ImageNet-1K's 50,000 validation images: the accuracies cannot be compared."))
     found.append(table(("", "this run", SEED_RUN["name"]), rows))
     if published is not None:
-        found.append(
-            paragraph(f"Published for this recipe at {run.config['epochs']} epochs: {published[0]} % ({published[1]}).")
-        )
+        found.append(paragraph(_published_in_words(published, run.config["epochs"])))
     return found
+
+
+def _published_in_words(published, epochs):
+    if not published.between:
+        return f"Published for this recipe at {epochs} epochs: {published.top1} % ({published.source})."
+    low, high = published.between
+    return (
+        f"Nothing is published for this recipe at {epochs} epochs; interpolated between {low} and {high} epochs: "
+        f"{published.top1:.2f} % ({published.source})."
+    )
 
 
 def settings(run, price_per_hour):

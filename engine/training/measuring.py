@@ -16,9 +16,10 @@ from engine.system.device import AUTOCAST_DTYPES, autocast, describe_device
 from engine.system.distributed import all_reduce_sum, any_process, broadcast_from_rank0, run_on_rank0
 from engine.system.gpu_memory import retry_in_parts_on_oom, stop_on_oom
 from engine.system.interruption import StopRequest
+from engine.system.micro_batches import network_px
 from engine.training.compiling import eager_mode
 from engine.training.mixing import build_mixing
-from engine.training.plan import Rates, networks_scored
+from engine.training.plan import Rates, networks_scored, passes_of_a_step
 
 MEASURED_LAPS = 2  # at least, of a batch from each worker
 
@@ -31,12 +32,12 @@ class Pace(NamedTuple):
     first_work: float  # on it, more than on another one
 
 
-def steady_pace(batches, work, workers, queued, seconds, clock=time.perf_counter):
+def steady_pace(batches, work, workers, queued, seconds, clock=time.perf_counter, repeats=1):
     """Return the Pace at which batches can be made and worked on for as long as one likes.
 
     While the first batch takes its time, for the compiler or cuDNN's trials, the workers fill their queue. So the batches of a
     whole queue are passed over, then each worker makes one that is worked on, and only then the clock starts; it stops after
-    whole laps, as batches of workers in step arrive in bursts of one from each.
+    whole laps, as batches of workers in step arrive in bursts of one from each, and a multiple of `repeats` steps.
 
     Args:
         batches: endless iterable of (images, labels).
@@ -44,9 +45,9 @@ def steady_pace(batches, work, workers, queued, seconds, clock=time.perf_counter
         workers: that make the batches in turn; 0 if this process makes them.
         queued: batches that they have been asked for ahead.
         seconds: of measuring, at least.
+        repeats: steps after which the work repeats itself: with SAM, one of so many takes longer.
     """
-    batches, lap = iter(batches), max(workers, 1)
-    asked = clock()
+    batches, lap, asked = iter(batches), max(workers, 1), clock()
     batch = next(batches)
     there = clock()
     work(*batch).item()
@@ -58,7 +59,7 @@ def steady_pace(batches, work, workers, queued, seconds, clock=time.perf_counter
     result.item()
     batch, counted, waited, laps = next(batches), 0, 0.0, 0
     started = clock()
-    while laps < MEASURED_LAPS or not any_process(clock() - started > seconds):
+    while laps < MEASURED_LAPS or laps * lap % repeats or not any_process(clock() - started > seconds):
         for _ in range(lap):
             result = work(*batch)
             counted += len(batch[1])
@@ -96,9 +97,10 @@ def measure_with(batches, config, state, step, monitor, begun, seconds, clock):
     """Return measure_machine's Rates, with a BatchLoader."""
     start_seconds, work = clock() - begun, Work(config, state, step)
 
-    def pace(of_a_batch, of_batches):
+    def pace(of_a_batch, of_batches, repeats=1):
         monitor.start("measuring this machine", None)
-        measured = steady_pace(monitor.watch(of_batches), of_a_batch, batches.workers, batches.queued, seconds, clock)
+        workers, queued = batches.workers, batches.queued
+        measured = steady_pace(monitor.watch(of_batches), of_a_batch, workers, queued, seconds, clock, repeats)
         monitor.finish()
         return measured
 
@@ -107,13 +109,14 @@ def measure_with(batches, config, state, step, monitor, begun, seconds, clock):
         return batches.training(endless(lambda epoch: training_requests(batches.splits["train"], fixed, epoch)), set())
 
     sizes = sorted({resolution_of_epoch(config, epoch) for epoch in range(config["epochs"])})
-    at = {size: pace(work.train, training(size)) for size in sorted({sizes[0], sizes[-1]})}
+    repeats = config["sam_every_steps"] if config["sam_rho"] > 0 else 1
+    at = {size: pace(work.train, training(size), repeats) for size in sorted({sizes[0], sizes[-1]})}
     counts = sorted({1, networks_scored(config, config["epochs"])})
     scoring = {count: pace(work.score_with(count), endless(lambda epoch: batches.validation())) for count in counts}
     statistics = pace(work.recompute, training(sizes[-1])).images_per_s if config["swa_start_epoch"] else 0.0
     save_seconds, first_drawing, drawing_seconds = seconds_to_keep(config, state, monitor.log, clock)
     return Rates(
-        training={size: measured.images_per_s for size, measured in at.items()},
+        training={network_px(config, px): of_px.images_per_s * passes_of_a_step(config) for px, of_px in at.items()},
         validation={count: measured.images_per_s for count, measured in scoring.items()},
         statistics=statistics,
         source=f"measured on {describe_device(state.device)}, {state.precision}, data included",

@@ -2,15 +2,12 @@
 
 import contextlib
 import functools
-import math
 import traceback
 import types
 
 import torch
 
-from engine.cli.keys import ConfigError, config_problems
 from engine.data.loader import BatchLoader
-from engine.preparation.trees import IMAGENET_COUNTS
 from engine.run.checkpoint_files import LAST, delete_run
 from engine.run.monitor import Monitor
 from engine.system import distributed
@@ -24,18 +21,15 @@ from engine.system.device import (
 )
 from engine.system.environment import environment
 from engine.system.errors import DataError, UserError, first_line
-from engine.system.host_memory import keep_freed_memory
 from engine.system.interruption import Interrupted, RunEnded, StopRequest, watch_spot_notice
 from engine.system.lock import folder_lock
 from engine.system.plain_json import to_json
 from engine.system.workers import WorkerDied
-from engine.training.compiling import choose_compile, choose_compiled, keep_compiled_code_in
+from engine.training import frontier
 from engine.training.images import open_images
-from engine.training.measuring import measure_machine
-from engine.training.plan import plan_new_run, positive
-from engine.training.range_test import USUAL_RANGE, describe_rates, find_learning_rate
 from engine.training.resuming import beginning_of_run, source_of_run
 from engine.training.run import Run
+from engine.training.settling import open_device, require_consistent_flags, settle, settle_by_budget, with_found_rate
 from engine.training.trials import Trials
 
 
@@ -77,11 +71,15 @@ def _open(stack, command, train_step, build_model, begun):
     monitor = stack.enter_context(Monitor(config, device))
     splits = open_images(config, checkpoint, monitor.log)
     trials = Trials(train_step, build_model, len(splits["train"].classes), device, precision)
-    config, compile_choice, lines = settle(command, config, checkpoint, splits, trials, monitor, begun)
+    if checkpoint is None and frontier.leaves_recipe_open(command):
+        recipe, config, compile_choice, lines = settle_by_budget(command, splits, trials, monitor, begun)
+    else:
+        config, compile_choice, lines = settle(command, config, checkpoint, splits, trials, monitor, begun)
+    first = frontier.remark_on_default(command, splits["train"]) if checkpoint is None else None
     monitor.epochs = config["epochs"]
     stop = stack.enter_context(StopRequest())
     remarks = [*lines, *([lock.note] if lock.note else []), *remarks, *precision_remarks(precision, device)]
-    log_beginning(config, recipe, splits, device, precision, remarks, monitor)
+    log_beginning(config, recipe, splits, device, precision, remarks, monitor, first)
     batches = BatchLoader(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.log)
     stack.callback(batches.close)
     if config["spot_notice"] and distributed.local_rank() == 0:
@@ -89,28 +87,8 @@ def _open(stack, command, train_step, build_model, begun):
     return Run(config, recipe, checkpoint, compile_choice, device, precision, batches, monitor, lock, stop), trials
 
 
-def require_consistent_flags(command):
-    """Raise ConfigError where the program's own flags do not go together."""
-    planning = {"plan", "hours"} & set(command.options)
-    if planning and "resume" in command.options:
-        raise ConfigError(
-            [f"--{' and --'.join(sorted(planning))} with --resume: a plan is made for a new run; change --epochs"]
-        )
-    idle = sorted({"images_per_s", "price_per_hour"} & set(command.options))
-    if idle and not planning:
-        raise ConfigError([f"--{name.replace('_', '-')}: belongs to a plan; add --plan or --hours" for name in idle])
-
-
-def open_device(config):
-    """Return the torch.device of a configuration, the process being set up for it."""
-    device = choose_device(config)
-    if device.type == "cpu":
-        keep_freed_memory()
-    return device
-
-
-def log_beginning(config, recipe, splits, device, precision, remarks, monitor):
-    """Log what the run works with, and the remarks of its opening."""
+def log_beginning(config, recipe, splits, device, precision, remarks, monitor, first=None):
+    """Log what the run works with, and the remarks of its opening; `first` is a remark to come before all, or None."""
     images = splits["train"]
     here, steps = environment(), len(images) // config["batch_size"]
     hardware = f"{describe_device(device)}, {precision}, PyTorch {torch.__version__}"
@@ -126,6 +104,8 @@ def log_beginning(config, recipe, splits, device, precision, remarks, monitor):
         environment=here,
         config=config,
     )
+    if first is not None:
+        monitor.log(first)
     monitor.log(
         f"recipe {recipe}: {config['architecture']} on {len(images):,} images of {len(images.classes)} classes, "
         f"{steps} steps an epoch; {hardware}"
@@ -134,79 +114,6 @@ def log_beginning(config, recipe, splits, device, precision, remarks, monitor):
         monitor.log(f"{distributed.describe()}; batches of {config['batch_size']} over all of them")
     for remark in remarks:
         monitor.log(remark)
-
-
-# What makes a configuration final --------------------------------------------------------------------------------------
-
-
-def settle(command, config, checkpoint, splits, trials, monitor, begun):
-    """Return (config, compile_choice, lines): how the network is compiled and, where a plan is asked for, the epochs that fit.
-
-    The lines are to be logged. A learning rate that is to be found is found later, by with_found_rate.
-    """
-    images = splits["train"]
-    if choose_compile(config, trials.device)[0] != "off":
-        keep_compiled_code_in(config["checkpoint_dir"], create="plan" not in command.options)
-    own_step = "resolution_step" in command.given or checkpoint is not None
-    hours = positive("hours", command.options) or math.inf
-    config, choice, lines = choose_compiled(config, checkpoint, own_step, len(images), hours, trials)
-    if not {"plan", "hours"} & set(command.options) or checkpoint is not None:
-        return config, choice, lines + trials.remarks
-
-    def measure():
-        state = trials.scratch_state(config, compiled=choice["compiled"])
-        step = lambda state, *batch: trials.step(state, *batch, config)  # noqa: E731
-        return measure_machine(config, splits, state, step, monitor, begun)
-
-    counts = len(images), len(splits["val"])
-    config, planned = distributed.broadcast_from_rank0(plan_for(command, config, counts, measure))
-    return config, choice, lines + planned + trials.remarks
-
-
-def plan_for(command, config, counts, measure):
-    """Return (config, lines) of plan_new_run for a command."""
-    return plan_new_run(
-        config,
-        command.options,
-        counts,
-        measure,
-        lambda epochs: config | command.durations(epochs),
-        lambda stretched: not config_problems(stretched),
-    )
-
-
-def with_found_rate(config, trials, batches, monitor):
-    """Return the configuration with the learning rate that a range test suggests."""
-    found = find_learning_rate(trials, config, batches, monitor, *USUAL_RANGE[config["optimizer"]])
-    monitor.log(describe_rates(found))
-    config = config | {"learning_rate": distributed.broadcast_from_rank0(found["suggestion"])}
-    monitor.log_to_file(f"configuration: {to_json(config)}")  # the final one
-    monitor.event("configuration", config=config)
-    return config
-
-
-def print_plan(command, train_step, build_model, begun):
-    """Print what a new run would take; nothing is written. Arguments as of open_run."""
-    require_consistent_flags(command)
-    device = open_device(command.config)
-    config = command.config
-    with distributed.process_group(device), Monitor(config | {"log_file": None}, device) as monitor:
-        set_up_arithmetic(config, device)
-        if "images_per_s" in command.options:
-            try:
-                splits = open_images(config, None, monitor.log)
-                counts = len(splits["train"]), len(splits["val"])
-            except DataError:
-                counts = IMAGENET_COUNTS
-                monitor.log(f"no images in {config['data_dir']}: planned for ImageNet-1K")
-            _, lines = plan_for(command, config, counts, None)
-        else:
-            splits = open_images(config, None, monitor.log)
-            num_classes, precision = len(splits["train"].classes), choose_precision(config, device)
-            trials = Trials(train_step, build_model, num_classes, device, precision)
-            _, _, lines = settle(command, config, None, splits, trials, monitor, begun)
-        monitor.log("\n".join(lines))
-    return 0
 
 
 # Leaving a run ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What a run will take: epochs, resolutions, hours, cost."""
 
+import bisect
 import itertools
 import math
 import time
@@ -8,6 +9,7 @@ from typing import NamedTuple
 from engine.data.batches import resolution_of_epoch
 from engine.run.monitor import DRAWING_SECONDS
 from engine.system.errors import UserError
+from engine.system.micro_batches import network_px
 from engine.system.wording import duration
 from engine.training import averaging
 
@@ -21,7 +23,7 @@ class PlanError(UserError):
 class Rates(NamedTuple):
     """What a machine takes for the parts of a run. Seconds that are not known are 0."""
 
-    training: dict  # {px: images/s}
+    training: dict  # {px that the network sees: images/s in steps without SAM}
     validation: dict  # {networks that are scored at once: images/s at val_resolution}
     statistics: float  # images/s in recomputing batch-norm statistics at the largest resolution of training
     source: str  # in words
@@ -55,6 +57,11 @@ def rates_stated(images_per_s, config):
     validation = 3 * images_per_s * (224 / config["val_resolution"]) ** 2 / views
     statistics = 3 * images_per_s * (224 / config["train_resolution"]) ** 2
     return Rates({224: images_per_s}, {1: validation}, statistics, f"calculated from {images_per_s:g} images/s at 224 px")
+
+
+def passes_of_a_step(config):
+    """Return how often a step passes forward and backward, on average: with SAM, twice at every sam_every_steps-th."""
+    return 1 + 1 / config["sam_every_steps"] if config["sam_rho"] > 0 else 1.0
 
 
 class Phase(NamedTuple):
@@ -91,7 +98,7 @@ def plan_new_run(config, options, counts, measure, stretch, is_sound):
     """Return (config, lines): the configuration with the epochs that fit, if hours are asked for, and its plan in words.
 
     Args:
-        options: of the command line: hours, images_per_s, price_per_hour.
+        options: of the command line: hours, dollars, images_per_s, price_per_hour.
         counts: of the images for training and for validation.
         measure: returns the Rates of this machine; not called where the options state images_per_s.
         stretch: returns the configuration of a run of so many epochs.
@@ -99,12 +106,13 @@ def plan_new_run(config, options, counts, measure, stretch, is_sound):
     Raises:
         PlanError: an option is no number above 0, or the hours are too few.
     """
-    hours, images_per_s, price = (positive(name, options) for name in ("hours", "images_per_s", "price_per_hour"))
+    images_per_s, price = (positive(name, options) for name in ("images_per_s", "price_per_hour"))
+    hours = budget_hours(options)
     rates = rates_stated(images_per_s, config) if images_per_s is not None else measure()
     if hours is not None:
         epochs = epochs_within(hours, stretch, rates, *counts, is_sound)
         if epochs == 0:
-            raise PlanError(f"--hours {hours:g}: too short for this recipe on this machine ({rates.source}); allow more")
+            raise too_short(options, rates)
         config = stretch(epochs)
     return config, plan_lines(plan_run(config, rates, *counts), config, rates, *counts, price)
 
@@ -122,12 +130,27 @@ def positive(name, options):
     return value
 
 
+def budget_hours(options):
+    """Return the hours that a run may take, as given or as what the dollars pay for, or None if there is no such limit."""
+    dollars, price = positive("dollars", options), positive("price_per_hour", options)
+    return positive("hours", options) if dollars is None else dollars / price
+
+
+def too_short(options, rates):
+    """Return the PlanError of a budget that not one epoch fits into."""
+    asked = "hours" if "hours" in options else "dollars"
+    return PlanError(
+        f"--{asked} {positive(asked, options):g}: too short for this recipe on this machine ({rates.source}); allow more"
+    )
+
+
 def plan_run(config, rates, train_images, val_images):
     """Return the Plan of a whole run."""
     phases, epochs, steps = [], config["epochs"], train_images // config["batch_size"]
     by_resolution = itertools.groupby(range(epochs), lambda epoch: resolution_of_epoch(config, epoch))
     for resolution, group in by_resolution:
-        group, rate = list(group), rates.training_at(resolution)
+        group = list(group)
+        rate = rates.training_at(network_px(config, resolution)) / passes_of_a_step(config)
         hours = len(group) * steps * config["batch_size"] / rate / 3600
         phases.append(Phase(group[0] + 1, group[-1] + 1, resolution, rate, hours))
     fewest, most = (networks_scored(config, epoch) for epoch in (0, epochs))
@@ -139,7 +162,7 @@ def plan_run(config, rates, train_images, val_images):
     for phase in phases if averaged else ():
         count = averaging.epochs_to_average(config, phase.last_epoch)
         count -= averaging.epochs_to_average(config, phase.first_epoch - 1)
-        rate = rates.statistics * phase.images_per_s / rates.training_at(phases[-1].resolution)
+        rate = rates.statistics * phase.images_per_s / phases[-1].images_per_s
         statistics += count * min(config["swa_batch_norm_batches"], steps) * config["batch_size"] / rate
     saves = epochs
     for phase in phases:  # each epoch's end starts the minutes anew
@@ -152,21 +175,25 @@ def plan_run(config, rates, train_images, val_images):
     return Plan(phases, validation / 3600, statistics / 3600, starting / 3600, saves, keeping / 3600)
 
 
-def epochs_within(hours, stretch, rates, train_images, val_images, is_sound):
+def epochs_within(hours, stretch, rates, train_images, val_images, is_sound, most=10_000):
     """Return the largest number of epochs with which the recipe takes at most so many hours, or 0 if there is none.
 
     Args:
         stretch: returns the configuration of a run of so many epochs.
         is_sound: tells whether a configuration can be run: averaging, for example, must begin before the run ends.
+        most: epochs that are considered.
     """
-    best = 0
-    for epochs in range(1, 10_001):
+
+    def hours_of(config):
+        return plan_run(config, rates, train_images, val_images).hours
+
+    # More epochs take longer, but for the averages, whose start jumps: the search is for what fits without them.
+    fit = bisect.bisect_right(range(1, most + 1), hours, key=lambda epochs: hours_of(stretch(epochs) | {"swa_start_epoch": 0}))
+    for epochs in range(fit, 0, -1):
         stretched = stretch(epochs)
-        if plan_run(stretched | {"swa_start_epoch": 0}, rates, train_images, val_images).hours > hours:
-            break
-        if is_sound(stretched) and plan_run(stretched, rates, train_images, val_images).hours <= hours:
-            best = epochs
-    return best
+        if is_sound(stretched) and hours_of(stretched) <= hours:
+            return epochs
+    return 0
 
 
 def plan_lines(plan, config, rates, train_images, val_images, price_per_hour=None):

@@ -18,6 +18,7 @@ from config import CONFIG
 from engine.report.charts import SERIES, VARIABLES, chart
 from engine.report.figures import read_run
 from engine.report.history import SILENT_END, interruptions, read_sessions
+from engine.report.one_run import report_of_run
 from engine.report.page import as_html, as_markdown, heading, paragraph, table
 from engine.run.monitor import Monitor
 from engine.run.telemetry import GpuFigures, GpuSampler, summary_of
@@ -335,3 +336,31 @@ def test_a_run_without_tensorboard_says_what_to_install(image_tree, tmp_path):
     assert status == 1
     assert "pip install tensorboard" in output
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("recipe", "epochs", "said", "curve"),
+    [
+        ("mild", 60, "Published for this recipe at 60 epochs: 78.1 % (an end of the range", "published: the last epoch alone"),
+        (
+            "medium",
+            120,
+            "Nothing is published for this recipe at 120 epochs; interpolated between 60 and 240 epochs: 78.80 % (",
+            "published: the last epoch alone, interpolated between 60 and 240 epochs",
+        ),
+        ("hot", 270, None, None),
+    ],
+)
+def test_what_was_published_for_the_recipe_and_its_length_is_shown_and_interpolation_is_marked(
+    recipe, epochs, said, curve, run_folder, tmp_path
+):
+    run = read_run(run_folder, CONFIG)
+    records = [record | {"val_images": 50_000} for record in run.records]
+    sessions = [session._replace(recipe=recipe) for session in run.sessions]
+    run = run._replace(records=records, sessions=sessions, config=run.config | {"epochs": epochs})
+    page = as_markdown(*report_of_run(run)) + html.unescape(as_html(*report_of_run(run)))
+    assert said is None or said in page
+    assert curve is None or curve in page
+    if said is None:
+        assert "published for this recipe" not in page.lower()
+        assert "published: " not in page

@@ -1,5 +1,6 @@
 """What a run will take is said before it begins, and can be chosen."""
 
+import itertools
 import re
 import statistics
 import time
@@ -16,6 +17,7 @@ from engine.data.demo import make_demo_data
 from engine.data.splits import open_splits
 from engine.run.monitor import Monitor
 from engine.run.records import read_records
+from engine.training import measuring
 from engine.training.measuring import measure_machine, steady_pace
 from engine.training.out_of_memory import take_step
 from engine.training.plan import PlanError, Rates, epochs_within, plan_run, rates_stated
@@ -36,6 +38,34 @@ def test_the_fast_recipe_takes_the_hours_that_its_pixels_amount_to(epochs, hours
     assert sum(phase.hours for phase in plan.phases) == pytest.approx(hours, rel=0.01)
     assert [phase.resolution for phase in plan.phases] == [160, 192]
     assert plan.phases[-1].last_epoch == epochs
+
+
+def hours_of_training(config, rate=282):
+    """The phases' hours on ImageNet-1K, at a rate at 224 px."""
+    return sum(phase.hours for phase in plan_run(config, rates_stated(rate, config), *IMAGENET).phases)
+
+
+@pytest.mark.parametrize(("recipe", "epochs", "hours"), [("mild", 29, 12.2), ("mild", 60, 25.0), ("medium", 135, 62.0)])
+def test_mosaics_recipes_take_the_hours_that_their_pixels_and_sam_amount_to(recipe, epochs, hours):
+    """docs and FACTS: 9.7, 19.7 and 48.9 epochs' worth of 224 px, SAM at every tenth step included."""
+    config = CONFIG | RECIPES[recipe] | {"epochs": epochs}
+    assert hours_of_training(config) == pytest.approx(hours, rel=0.015)
+
+
+def test_a_step_with_sam_costs_a_second_pass():
+    config = CONFIG | {"epochs": 4, "swa_start_epoch": 0, "sam_every_steps": 4}
+    plain = hours_of_training(config)
+    assert hours_of_training(config | {"sam_rho": 0.5}) == pytest.approx(1.25 * plain)
+    assert hours_of_training(config | {"sam_rho": 0.5, "sam_every_steps": 1}) == pytest.approx(2 * plain)
+    with_sam = plan_run(config | {"sam_rho": 0.5}, rates_stated(500, config), *IMAGENET).phases[0]
+    assert with_sam.images_per_s == pytest.approx(400)
+
+
+def test_with_colout_the_network_sees_fewer_pixels_than_the_crop_has():
+    config = CONFIG | {"epochs": 4, "swa_start_epoch": 0, "train_resolution": 176, "colout": 0.05}
+    (phase,) = plan_run(config, rates_stated(500, config), *IMAGENET).phases
+    assert phase.resolution == 176
+    assert phase.images_per_s == pytest.approx(500 * (224 / 167) ** 2)
 
 
 def test_between_two_measured_sizes_the_time_is_linear_in_the_pixels():
@@ -129,6 +159,22 @@ def test_a_machine_is_measured_at_the_speed_that_it_keeps_up(workers, working, f
     assert pace.first_work == pytest.approx(max(first_step - working, 0), abs=0.01)
 
 
+@pytest.mark.parametrize("workers", [0, 1, 3, 8])
+@pytest.mark.parametrize("every", [1, 5, 10, 7])
+def test_a_machine_is_measured_over_whole_periods_of_steps_that_take_longer(workers, every):
+    machine = Simulation(workers, making=0.001, working=0.05, first_step=0.0)
+    steps = itertools.count()
+
+    def work(images, labels):
+        if next(steps) % every == 0:  # as a step with SAM, of twice the work
+            machine.now += machine.working
+        return machine.work(images, labels)
+
+    pace = steady_pace(machine.batches(), work, workers, 2 * workers, 1.1, machine.clock, repeats=every)
+    step = 0.05 * (1 + 1 / every) + (0.001 if not workers else 0.0)
+    assert pace.images_per_s == pytest.approx(10 / step, rel=1e-6)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("hours", [5, 12, 70, 200])
 def test_the_epochs_chosen_fit_and_one_more_would_not(recipe, hours):
@@ -174,6 +220,25 @@ def test_a_machines_rates_are_measured_at_the_smallest_and_largest_size_and_in_v
     assert list(tmp_path.iterdir()) == []
 
 
+def test_rates_are_kept_without_sam_and_by_the_size_that_the_network_sees(image_tree, tmp_path, monkeypatch):
+    """So that they hold for recipes that have other such keys."""
+    changes = {"start_resolution": 64, "train_resolution": 96, "sam_rho": 0.5, "sam_every_steps": 4, "colout": 0.25}
+    config = parse_command_line(tiny_run(image_tree, tmp_path / "run", **changes)).config
+    asked = []
+
+    def pace(batches, work, workers, queued, seconds, clock, repeats):
+        asked.append(repeats)
+        return measuring.Pace(100.0, 0.0, 0.0)
+
+    monkeypatch.setattr(measuring, "steady_pace", pace)
+    state = Trials(train.train_step, build_model, 10, torch.device("cpu"), "fp32").scratch_state(config)
+    with Monitor(config | {"log_file": None}, torch.device("cpu")) as monitor:
+        rates = measure_machine(config, open_splits(image_tree), state, None, monitor, time.perf_counter())
+    assert rates.training == {48: 125.0, 72: 125.0}
+    assert asked[:2] == [4, 4] and set(asked[2:]) == {1}
+    assert {phase.images_per_s for phase in plan_run(config, rates, 60, 20).phases} == {100.0}
+
+
 @pytest.mark.slow
 def test_a_plan_is_right_when_held_against_the_run_that_follows(tmp_path):
     """In seconds of CPU time, which other processes disturb little: a plan, a run, a plan and so on, beside each other."""
@@ -189,7 +254,7 @@ def test_a_plan_is_right_when_held_against_the_run_that_follows(tmp_path):
 
     def planned():
         begun = time.process_time()
-        state = Trials(train.train_step, build_model, 10, cpu, "fp32").scratch_state(config)
+        state = Trials(train.train_step, train.build_model, 10, cpu, "fp32").scratch_state(config)
         with Monitor(config | {"log_file": None}, cpu) as monitor:
             rates = measure_machine(config, splits, state, step, monitor, begun, seconds=4, clock=time.process_time)
         return 3600 * plan_run(config, rates, 480, 160).hours

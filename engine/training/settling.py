@@ -1,0 +1,182 @@
+"""What makes a configuration final before a run is built from it: compiled code, the epochs that fit, the recipe."""
+
+import math
+
+from engine.cli.keys import ConfigError, config_problems
+from engine.preparation.trees import IMAGENET_COUNTS
+from engine.run.monitor import Monitor
+from engine.system import distributed
+from engine.system.device import choose_device, choose_precision, set_up_arithmetic
+from engine.system.errors import DataError
+from engine.system.host_memory import keep_freed_memory
+from engine.system.plain_json import to_json
+from engine.training import frontier
+from engine.training.compiling import choose_compile, choose_compiled, coarser_step, keep_compiled_code_in
+from engine.training.images import open_images
+from engine.training.measuring import measure_machine
+from engine.training.plan import budget_hours, plan_new_run
+from engine.training.range_test import USUAL_RANGE, describe_rates, find_learning_rate
+from engine.training.trials import Trials
+
+
+def settle(command, config, checkpoint, splits, trials, monitor, begun):
+    """Return (config, compile_choice, lines): how the network is compiled and, where a plan is asked for, the epochs that fit.
+
+    The lines are to be logged. A learning rate that is to be found is found later, by with_found_rate.
+    """
+    config, choice, lines = settle_compiling(command, config, checkpoint, splits, trials)
+    if not {"plan", "hours", "dollars"} & set(command.options) or checkpoint is not None:
+        return config, choice, lines + trials.remarks
+
+    def measure():
+        return measure_rates(config, choice, splits, trials, monitor, begun)
+
+    config, planned = distributed.broadcast_from_rank0(plan_for(command, config, counts_of(splits), measure))
+    return config, choice, lines + planned + trials.remarks
+
+
+def settle_compiling(command, config, checkpoint, splits, trials):
+    """Return (config, compile_choice, lines) of choose_compiled, whose code is kept beside the checkpoints."""
+    if choose_compile(config, trials.device)[0] != "off":
+        keep_compiled_code_in(config["checkpoint_dir"], create="plan" not in command.options)
+    own_step = "resolution_step" in command.given or checkpoint is not None
+    hours = budget_hours(command.options) or math.inf
+    return choose_compiled(config, checkpoint, own_step, len(splits["train"]), hours, trials)
+
+
+def measure_rates(config, compile_choice, splits, trials, monitor, begun):
+    """Return the Rates of this machine with a configuration."""
+    state = trials.scratch_state(config, compiled=compile_choice["compiled"])
+    step = lambda state, *batch: trials.step(state, *batch, config)  # noqa: E731
+    return measure_machine(config, splits, state, step, monitor, begun)
+
+
+def counts_of(splits):
+    """Return how many images there are for training and for validation."""
+    return len(splits["train"]), len(splits["val"])
+
+
+def prospects_here(command, splits, trials, monitor, begun):
+    """Return (prospects, remarks, compile_choice, lines): what each recipe would be on this machine.
+
+    It is measured with one of them. Whether compiled code is faster is found out with that one, too: the network and the
+    batch are the same.
+    """
+    commands, left_out = frontier.commands_with_recipes(command)
+    recipe = frontier.recipe_to_measure(commands)
+    config, choice, lines = settle_compiling(command, commands[recipe].config, None, splits, trials)
+    rates_for = frontier.rates_stated_for(command)
+    if rates_for is None:
+        rates = distributed.broadcast_from_rank0(measure_rates(config, choice, splits, trials, monitor, begun))
+
+        def rates_for(other):
+            return frontier.rates_carried_over(rates, recipe, config, other)
+
+    def adapt(other):
+        few_sizes = choice["compiled"] and "resolution_step" not in command.given
+        return other | {"resolution_step": coarser_step(other)} if few_sizes else other
+
+    remarks = left_out + frontier.remarks_on_figures(command, splits["train"])
+    return frontier.prospects_of(commands, rates_for, adapt), remarks, choice, lines
+
+
+def settle_by_budget(command, splits, trials, monitor, begun):
+    """Return (recipe, config, compile_choice, lines): those that the hours or dollars of a command are best spent on."""
+    prospects, remarks, choice, lines = prospects_here(command, splits, trials, monitor, begun)
+    chosen, said = frontier.choose(command, prospects, counts_of(splits), remarks)
+    return chosen.recipe, chosen.config, choice, said + lines + trials.remarks
+
+
+def plan_for(command, config, counts, measure):
+    """Return (config, lines) of plan_new_run for a command."""
+    return plan_new_run(
+        config,
+        command.options,
+        counts,
+        measure,
+        lambda epochs: config | command.durations(epochs),
+        lambda stretched: not config_problems(stretched),
+    )
+
+
+def with_found_rate(config, trials, batches, monitor):
+    """Return the configuration with the learning rate that a range test suggests."""
+    found = find_learning_rate(trials, config, batches, monitor, *USUAL_RANGE[config["optimizer"]])
+    monitor.log(describe_rates(found))
+    config = config | {"learning_rate": distributed.broadcast_from_rank0(found["suggestion"])}
+    monitor.log_to_file(f"configuration: {to_json(config)}")  # the final one
+    monitor.event("configuration", config=config)
+    return config
+
+
+# A plan alone ---------------------------------------------------------------------------------------------------------
+
+
+def require_consistent_flags(command):
+    """Raise ConfigError where the program's own flags do not go together."""
+    planning = {"plan", "hours", "dollars"} & set(command.options)
+    if planning and "resume" in command.options:
+        raise ConfigError(
+            [f"--{' and --'.join(sorted(planning))} with --resume: a plan is made for a new run; change --epochs"]
+        )
+    if {"hours", "dollars"} <= planning:
+        raise ConfigError(["--hours and --dollars: each is a budget; give one of them"])
+    if "dollars" in planning and "price_per_hour" not in command.options:
+        raise ConfigError(["--dollars without --price-per-hour: add what an hour of the machine costs"])
+    idle = sorted({"images_per_s", "price_per_hour"} & set(command.options))
+    if idle and not planning:
+        raise ConfigError(
+            [f"--{name.replace('_', '-')}: belongs to a plan; add --plan or --hours, or --dollars" for name in idle]
+        )
+
+
+def open_device(config):
+    """Return the torch.device of a configuration, the process being set up for it."""
+    device = choose_device(config)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device
+
+
+def print_plan(command, train_step, build_model, begun):
+    """Print what a new run would take; nothing is written. Arguments as of open_run."""
+    require_consistent_flags(command)
+    device = open_device(command.config)
+    config = command.config
+    with distributed.process_group(device), Monitor(config | {"log_file": None}, device) as monitor:
+        set_up_arithmetic(config, device)
+        if "images_per_s" in command.options:
+            lines = stated_plan(command, monitor)
+        else:
+            splits = open_images(config, None, monitor.log)
+            num_classes, precision = len(splits["train"].classes), choose_precision(config, device)
+            trials = Trials(train_step, build_model, num_classes, device, precision)
+            if frontier.leaves_recipe_open(command):
+                prospects, remarks, _, said = prospects_here(command, splits, trials, monitor, begun)
+                lines = said + trials.remarks + open_plan(command, prospects, counts_of(splits), remarks)
+            else:
+                _, _, lines = settle(command, config, None, splits, trials, monitor, begun)
+        monitor.log("\n".join(lines))
+    return 0
+
+
+def stated_plan(command, monitor):
+    """Return the lines of a plan from a stated speed, for the images that are there, or else for ImageNet-1K."""
+    config, counts, images = command.config, IMAGENET_COUNTS, None
+    try:
+        splits = open_images(config, None, monitor.log)
+        counts, images = counts_of(splits), splits["train"]
+    except DataError:
+        monitor.log(f"no images in {config['data_dir']}: planned for ImageNet-1K")
+    if not frontier.leaves_recipe_open(command):
+        return plan_for(command, config, counts, None)[1]
+    commands, left_out = frontier.commands_with_recipes(command)
+    prospects = frontier.prospects_of(commands, frontier.rates_stated_for(command))
+    return open_plan(command, prospects, counts, left_out + frontier.remarks_on_figures(command, images))
+
+
+def open_plan(command, prospects, counts, remarks):
+    """Return the lines of a plan that leaves the recipe open: the best for the budget, or the menu where there is none."""
+    if budget_hours(command.options) is None:
+        return frontier.menu(command, prospects, counts, remarks)
+    return frontier.choose(command, prospects, counts, remarks)[1]
