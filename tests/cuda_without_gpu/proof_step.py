@@ -58,7 +58,8 @@ def test_the_host_reads_and_copies_nothing_whatever_is_switched_on(variant):
 
 @pytest.mark.parametrize("recipe", ["seed", "fast", "mild", "medium", "hot"])  # long is fast for longer, demo is for a CPU
 def test_the_host_reads_and_copies_nothing_in_any_recipe(recipe):
-    settings = CONFIG | RECIPES[recipe] | {key: QUICK[key] for key in ("batch_size", "epochs", "warmup_epochs", "compile")}
+    quick = ("batch_size", "epochs", "warmup_epochs", "compile", "architecture")
+    settings = CONFIG | RECIPES[recipe] | {key: QUICK[key] for key in quick}
     settings |= {"swa_start_epoch": 3 if settings["swa_start_epoch"] else 0, "ema_every_images": 16, "sam_every_steps": 1}
     del settings["precision"]
     require_device_alone(*steps("fp16", **settings))

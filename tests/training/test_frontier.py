@@ -44,7 +44,7 @@ def chosen_by(*words, counts=IMAGENET):
     ("hours", "recipe", "epochs", "said"),
     [
         (6, "mild", 12, "nothing published (76.19 % at 29 epochs, 13.3 hours)"),
-        (12.5, "fast", 16, "73.76 % published"),
+        (12.5, "mild", 27, "nothing published"),  # fast has 73.76 %, and mild lacks an hour to its 76.19 %
         (13.5, "mild", 29, "76.19 % published"),
         (25, "mild", 55, "%, interpolated between 29 and 60 epochs"),
         (29, "mild", 60, "78.10 % published, its longest published length"),  # medium would get 58 epochs
@@ -138,9 +138,9 @@ def test_a_plan_of_a_named_recipe_or_of_given_epochs_is_no_menu(flag, tmp_path):
 
 
 def test_a_run_is_of_the_recipe_that_was_chosen(image_tree, tmp_path):
-    """60 images: 56 in batches; 0.045 s are 3 epochs of mild at 10,000 images/s at 224 px."""
+    """60 images: 56 in batches; 0.02 s are an epoch of mild at 10,000 images/s at 224 px."""
     folder = tmp_path / "run"
-    flags = ["--hours=0.0000125", "--images-per-s=10000", f"--data-dir={image_tree}", f"--checkpoint-dir={folder}"]
+    flags = ["--hours=0.0000055", "--images-per-s=10000", f"--data-dir={image_tree}", f"--checkpoint-dir={folder}"]
     flags += [f"--log-file={folder}.log", "--architecture=resnet18", "--batch-size=8", "--device=cpu", "--precision=fp32"]
     status, output = run_program("train.py", [*flags, "--num-workers=0"], cwd=tmp_path)
     assert status == 0, output
@@ -208,11 +208,3 @@ def test_it_is_the_first_line_of_the_run_and_only_of_a_new_one(tiny_arguments, t
     assert first.startswith("note: this is the seed's recipe") and second.startswith("recipe seed: ")
     assert run_here([f"--resume={tmp_path / 'run'}", "--epochs=4"]) == 0
     assert "the seed's recipe" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("hours", "recipe"), [(11, "mild"), (12.5, "mild"), (14, "mild"), (20, "mild"), (29, "mild"), (40, "medium")]
-)
-def test_a_recipe_just_below_its_shortest_published_length_is_not_passed_over_for_a_lower_figure(hours, recipe):
-    """At 12.5 hours fast has a published 73.76 %, and mild lacks an hour to its 76.19 %."""
-    assert chosen_by(f"--hours={hours}")[0].recipe == recipe
