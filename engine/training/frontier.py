@@ -249,15 +249,15 @@ def menu(command, prospects, counts, remarks=()):
 # A plain run -----------------------------------------------------------------------------------------------------------
 
 
-def remark_on_default(command, images):
-    """Return a line for a new run on ImageNet-1K without a named recipe: what `mild` would give instead; or None."""
-    if command.recipe is not None or leaves_recipe_open(command) or not is_imagenet_like(images):
+def remark_on_default(command):
+    """Return a line for a new run without a named recipe: what `mild` would give on ImageNet-1K instead; or None."""
+    if command.recipe is not None or leaves_recipe_open(command):
         return None
     config, (epochs, mild) = CONFIG | RECIPES["mild"], min(POINTS["mild"].items())
     plan = plan_run(config | {"epochs": epochs}, rates_stated(SEED_RUN["images_per_s"], config), *IMAGENET_COUNTS)
     hours = sum(phase.hours for phase in plan.phases)
     return (
-        f"note: this is the seed's recipe, {SEED_RUN['top1']} % after about {SEED_RUN['hours']} hours on a T4; --recipe mild: "
-        f"{mild.top1} % published, about {hours:.0f} hours of training at the same speed, {SEED_RUN['images_per_s']} images/s "
-        "at 224 px (calculated)"
+        f"note: this is the seed's recipe, on ImageNet-1K {SEED_RUN['top1']} % after about {SEED_RUN['hours']} hours on a T4; "
+        f"--recipe mild: {mild.top1} % published, about {hours:.0f} hours of training at the same speed, "
+        f"{SEED_RUN['images_per_s']} images/s at 224 px (calculated)"
     )

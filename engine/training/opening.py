@@ -75,7 +75,7 @@ def _open(stack, command, train_step, build_model, begun):
         recipe, config, compile_choice, lines = settle_by_budget(command, splits, trials, monitor, begun)
     else:
         config, compile_choice, lines = settle(command, config, checkpoint, splits, trials, monitor, begun)
-    first = frontier.remark_on_default(command, splits["train"]) if checkpoint is None else None
+    first = frontier.remark_on_default(command) if checkpoint is None else None
     monitor.epochs = config["epochs"]
     stop = stack.enter_context(StopRequest())
     remarks = [*lines, *([lock.note] if lock.note else []), *remarks, *precision_remarks(precision, device)]
