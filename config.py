@@ -124,8 +124,8 @@ FFCV = {
 
 # MosaicML's three recipes for ever longer runs (mosaicml/examples, blogs/resnet/recipes/*.yaml; Composer 0.7.1), written for
 # batches of 2,048 on 8 GPUs: 76.19 % published for mild at 28.8 epochs, 75 to 78.1 below 60 epochs, 78.1 to 79.5 for medium
-# from 60 to 240. What differs from them is in docs/recipes.md. mild's 29 epochs are 9.7 epochs' worth of 224 px: 8.6 T4 hours
-# at 400 images/s, 12.2 at 282 (calculated).
+# from 60 to 240. What differs from them is in docs/recipes.md. mild's 29 epochs are 9.8 epochs' worth of 224 px: 8.7 T4 hours
+# at 400 images/s, 12.4 at 282 (calculated).
 MILD = {
     "batch_size": 256,
     "learning_rate": 0.256,  # 2.048 at batch 2,048
