@@ -240,12 +240,13 @@ def test_rates_are_kept_without_sam_and_by_the_size_that_the_network_sees(image_
 
 
 @pytest.mark.slow
-def test_a_plan_is_right_when_held_against_the_run_that_follows(tmp_path):
+@pytest.mark.parametrize("changes", [{}, {"sam_rho": 0.05, "sam_every_steps": 3, "colout": 0.1}])
+def test_a_plan_is_right_when_held_against_the_run_that_follows(changes, tmp_path):
     """In seconds of CPU time, which other processes disturb little: a plan, a run, a plan and so on, beside each other."""
     make_demo_data(tmp_path / "images", 480, 160)
     growing = {"start_resolution": 64, "train_resolution": 96, "val_resolution": 96, "val_flip": "true"}
     averaged = {"epochs": 5, "swa_start_epoch": 3, "swa_batch_norm_batches": 10, "batch_size": 16}
-    arguments = tiny_run(tmp_path / "images", tmp_path / "run", **growing, **averaged)
+    arguments = tiny_run(tmp_path / "images", tmp_path / "run", **growing, **averaged, **changes)
     config = parse_command_line(arguments).config
     splits, cpu = open_splits(config["data_dir"]), torch.device("cpu")
 
