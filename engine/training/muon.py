@@ -22,7 +22,7 @@ def orthogonalize(matrices, dtype):
     """
     # In float32 and before the cast: then no singular value is above 1, and float16 holds all that the steps make of them.
     norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True)
-    x = (matrices / norms.clamp(min=EPSILON)).to(dtype)
+    x = torch.div(matrices, norms.clamp(min=EPSILON), out=torch.empty_like(matrices, dtype=dtype))  # and cast, in one pass
     tall = x.shape[1] > x.shape[2]
     if tall:  # the products are cheapest on the shorter side
         x = x.mT
@@ -65,18 +65,21 @@ class Muon(torch.optim.Optimizer):
         of_filters, *others = self.param_groups
         found_inf = getattr(self, "found_inf", None)
         skip = None if found_inf is None else found_inf.reshape(()) > 0
-        same_shape = {}
+        keep, same_shape = 1 - of_filters["lr"] * of_filters["weight_decay"], {}
+        if skip is not None:
+            keep = torch.where(skip, 1.0, keep)
         for weight in of_filters["params"]:
             if weight.grad is not None:
                 same_shape.setdefault(weight.shape, []).append(weight)
         for weights in same_shape.values():
-            self._move(weights, of_filters, skip)
+            torch._foreach_mul_(weights, keep)
+            self._follow_momentum(weights, of_filters, skip)
         self._adamw.param_groups, self._adamw.state = others, self.state  # load_state_dict() replaces both
         self._adamw.found_inf = found_inf
         self._adamw.step()
 
-    def _move(self, weights, group, skip):
-        """Take the step of some filters of one shape, in one batch of matrices."""
+    def _follow_momentum(self, weights, group, skip):
+        """Bring the momentum of filters of one shape up to date, and move them along it, in one batch of matrices."""
         buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
         gradient, before = _stacked([weight.grad for weight in weights]), _stacked(buffers)
         momentum = torch.lerp(before, gradient, 1 - group["momentum"])
@@ -85,15 +88,14 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_copy_(_channels_last(buffers), momentum.unbind())
 
         ahead = torch.lerp(gradient, momentum, group["momentum"])
-        update = orthogonalize(ahead.flatten(2), self._dtype).to(ahead.dtype).reshape(ahead.shape)
-        out, columns = ahead.flatten(2).shape[1:]
+        matrices = ahead.flatten(2)
+        update = orthogonalize(matrices, self._dtype)
+        if skip is not None:
+            update = update.masked_fill(skip, 0.0)  # a weight minus 0 keeps its bits
+        out, columns = matrices.shape[1:]
         rate = group["lr"] * math.sqrt(max(1, out / columns))  # the post's rule, and torch.optim.Muon's "original"
-        keep = 1 - group["lr"] * group["weight_decay"]
-        if skip is not None:  # times 1, and then minus 0: no bit changes
-            keep = torch.where(skip, 1.0, keep)
-            update = update.masked_fill(skip, 0.0)
-        torch._foreach_mul_(weights, keep)
-        torch._foreach_add_(_channels_last(weights), update.unbind(), alpha=-rate)
+        update = update.to(ahead.dtype).reshape(ahead.shape).unbind()
+        torch._foreach_add_(_channels_last(weights), update, alpha=-rate)
 
 
 def _channels_last(tensors):
