@@ -42,9 +42,10 @@ HYPERPARAMETERS = {
     "random_erasing": 0.0,  # probability that a box of an image is painted over (arXiv:1708.04896)
     "colout": 0.0,  # share of the rows and of the columns that a batch loses, the same in all its images (MosaicML's ColOut)
     # Optimizer. The seed's notes name SGD and AdamW as not yet tried, so its run probably used Adam; adamw is our choice.
-    "optimizer": "adamw",  # adamw, adam (decay inside the gradient), sgd (likewise) or sgdw (decay apart, as rate over peak)
-    "momentum": 0.9,  # of sgd and sgdw; Adam's betas are torch's defaults
-    "nesterov": False,  # true looks ahead along sgd's momentum
+    "optimizer": "adamw",  # adamw, adam (decay in the gradient), sgd (likewise), sgdw (decay apart, as rate over peak), muon
+    "adamw_learning_rate": 0.001,  # of muon: peak rate of what AdamW trains: first convolution, last layer, norms, biases
+    "momentum": 0.9,  # of sgd, sgdw and muon (0.95 is usual there); Adam's betas are torch's defaults
+    "nesterov": False,  # true looks ahead along sgd's momentum; muon always does
     "scale_learning_rate": False,  # true multiplies the rates, and sgdw's weight_decay, by batch_size / 256
     "decay_norms_and_biases": False,  # true also decays the parameters of one dimension
     "sam_rho": 0.0,  # how far the gradient is taken uphill of the weights (SAM, arXiv:2010.01412); 0 takes it at the weights

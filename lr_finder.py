@@ -10,7 +10,7 @@ from engine.cli.keys import ConfigError
 from engine.cli.command_line import command_from_terminal
 
 OWN_FLAGS = {
-    "lowest-rate RATE": "where the test begins; default 1e-5, or 1e-4 for sgd",
+    "lowest-rate RATE": "where the test begins; default 1e-5, or 1e-4 for sgd and muon",
     "highest-rate RATE": "where it ends unless the loss diverges before; default 1, or 10 for sgd",
     "steps N": "optimizer steps of the test; default 100",
     "output PREFIX": "of the two files; default lr_finder",

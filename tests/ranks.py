@@ -113,6 +113,20 @@ def sam_looks_uphill_along_the_gradient_of_the_whole_batch():
 
 
 @claim
+def muon_moves_the_filters_of_all_processes_alike():
+    torch.manual_seed(4)
+    convolutions = [torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 6, 3)]
+    network = torch.nn.Sequential(*convolutions, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(6, 5))
+    config, before = QUICK | {"optimizer": "muon"}, convolutions[1].weight.detach().clone()
+    state = state_of(network, config)
+    for _ in range(2):
+        train.train_step(state, *my_part(*the_whole_batch()), config)
+    assert not torch.equal(convolutions[1].weight, before)
+    for weight in network.parameters():
+        assert all(torch.equal(weight, other) for other in distributed.all_gather_object(weight.detach()))
+
+
+@claim
 def synced_batch_norm_is_batch_norm_over_the_whole_batch():
     torch.manual_seed(3)
     whole = torch.randn(BATCH, 4, 5, 5, dtype=torch.float32) * 3 + 1

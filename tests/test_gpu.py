@@ -37,7 +37,7 @@ def random_batch(config, dtype, resolution=64):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "muon"])
 def test_train_step_never_waits_for_the_device(precision, optimizer):
     config, state = small_state(precision, optimizer=optimizer, micro_batch_size=8)
     sums = MetricAccumulator(torch.device("cuda"))

@@ -71,6 +71,7 @@ BLOCKS = {
         "sam_rho": 0.5,
         "sam_every_steps": 3,
     },
+    "with Muon": {"optimizer": "muon", "nesterov": False, "sam_rho": 0.05, "sam_every_steps": 3},
 }
 
 

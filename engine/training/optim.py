@@ -5,6 +5,9 @@ import math
 import torch
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
+from engine.system.device import AUTOCAST_DTYPES
+from engine.training.muon import Muon, split_groups
+
 
 def parameter_groups(model, weight_decay, decay_norms_and_biases):
     """Return the optimizer's parameter groups: what has one dimension (norms, biases) gets no weight decay."""
@@ -20,6 +23,12 @@ def parameter_groups(model, weight_decay, decay_norms_and_biases):
 def lr_scale(config):
     """Return what the configured rates are multiplied by: with `scale_learning_rate` they are meant per 256 images."""
     return config["batch_size"] / 256 if config["scale_learning_rate"] else 1.0
+
+
+def peak_rates(optimizer, config):
+    """Return the peak rate of each parameter group of the configuration's optimizer."""
+    of_adamw, of_all = config["adamw_learning_rate"], config["learning_rate"]
+    return [(of_adamw if group.get("by_adamw") else of_all) * lr_scale(config) for group in optimizer.param_groups]
 
 
 class SGDW(torch.optim.SGD):
@@ -46,8 +55,8 @@ class SGDW(torch.optim.SGD):
         return super().step(closure)
 
 
-def build_optimizer(model, config):
-    """Return the optimizer that the configuration names, fused.
+def build_optimizer(model, config, precision="fp32"):
+    """Return the optimizer that the configuration names, fused; Muon multiplies its matrices in the precision of the run.
 
     Fused optimizers take the GradScaler's verdict on the device; the others make the host wait for it at each step.
     """
@@ -66,15 +75,25 @@ def build_optimizer(model, config):
             for parameter in group["params"] if config["momentum"] else ():
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
+    if config["optimizer"] == "muon":
+        options = {"lr": rate, "weight_decay": config["weight_decay"], "momentum": config["momentum"]}
+        options |= {"adamw_lr": config["adamw_learning_rate"] * lr_scale(config), "dtype": AUTOCAST_DTYPES[precision]}
+        optimizer = Muon(*split_groups(groups), **options)
+        _allocate_moments(optimizer, optimizer.param_groups[1:])
+        return optimizer
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config["optimizer"]]
     optimizer = kind(groups, lr=rate, fused=True)
-    # What the first step would allocate, so that no step runs out of memory when it has changed half of the weights.
-    for group in optimizer.param_groups:
+    _allocate_moments(optimizer, optimizer.param_groups)
+    return optimizer
+
+
+def _allocate_moments(optimizer, groups):
+    """Make what Adam's first step would, so that no step runs out of memory when it has changed half of the weights."""
+    for group in groups:
         for parameter in group["params"]:
             step = torch.zeros((), dtype=torch.float32, device=parameter.device)
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             optimizer.state[parameter].update(step=step, **moments)
-    return optimizer
 
 
 class ThenConstant:
@@ -84,9 +103,9 @@ class ThenConstant:
     steps, so that a resumed run only has to set it.
     """
 
-    def __init__(self, optimizer, *, constant_from_step, constant_rate, passage_steps, **schedule):
+    def __init__(self, optimizer, *, constant_from_step, constant_rates, passage_steps, **schedule):
         self.constant_from_step = constant_from_step
-        self.constant_rate = constant_rate
+        self.constant_rates = constant_rates  # one for each parameter group
         self.passage_steps = passage_steps
         super().__init__(optimizer, **schedule)
 
@@ -100,7 +119,7 @@ class ThenConstant:
         self.last_epoch = step
         passed = min(1.0, (step - self.constant_from_step) / self.passage_steps) if self.passage_steps else 1.0
         share = (1 - math.cos(math.pi * passed)) / 2
-        return [rate + (self.constant_rate - rate) * share for rate in rates]
+        return [rate + (constant - rate) * share for rate, constant in zip(rates, self.constant_rates, strict=True)]
 
     def move_to(self, step):
         """Set the optimizer's rates to those of `step`, counted from 0."""
@@ -124,20 +143,21 @@ def build_schedule(optimizer, config, steps_per_epoch):
     """Return the run's learning-rate schedule, at step 0, to be stepped once after each optimizer step.
 
     The peak is config['learning_rate'], at the end of the warm-up. With averaging at a rate of its own, the passage to that
-    rate begins with epoch swa_start_epoch.
+    rate begins with epoch swa_start_epoch. Parameter groups with another peak follow in proportion.
     """
+    peaks, of_all = peak_rates(optimizer, config), config["learning_rate"] * lr_scale(config)
     total_steps = config["epochs"] * steps_per_epoch
     warmup_steps = round(config["warmup_epochs"] * steps_per_epoch)
     averages = config["swa_start_epoch"] > 0 and config["swa_learning_rate"] > 0
     passage = {
         "constant_from_step": (config["swa_start_epoch"] - 1) * steps_per_epoch if averages else math.inf,
-        "constant_rate": config["swa_learning_rate"] * lr_scale(config),
+        "constant_rates": [config["swa_learning_rate"] * lr_scale(config) * (peak / of_all) for peak in peaks],
         "passage_steps": config["swa_anneal_epochs"] * steps_per_epoch,
     }
     if config["schedule"] != "onecycle":
         share_after = _share_after_warmup(config, total_steps, warmup_steps, steps_per_epoch)
-        for group in optimizer.param_groups:  # a resumed optimizer brings its rate of that moment along
-            group["lr"] = group["initial_lr"] = config["learning_rate"] * lr_scale(config)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):  # resumed, it brings its rate of that moment along
+            group["lr"] = group["initial_lr"] = peak
         return LambdaThenConstantLR(
             optimizer,
             lr_lambda=lambda step: (step + 1) / warmup_steps if step < warmup_steps else share_after(step),
@@ -147,7 +167,7 @@ def build_schedule(optimizer, config, steps_per_epoch):
         warmup_steps = min(max(warmup_steps, 2), total_steps - 1) if total_steps > 2 else 0
     return OneCycleThenConstantLR(
         optimizer,
-        max_lr=config["learning_rate"] * lr_scale(config),
+        max_lr=peaks,
         total_steps=total_steps,
         pct_start=warmup_steps / total_steps,
         anneal_strategy=config["onecycle_anneal"],

@@ -14,14 +14,14 @@ from engine.data.batches import training_requests
 from engine.system.distributed import all_reduce_sum
 from engine.system.errors import TrainingStopped
 from engine.system.gpu_memory import stop_on_oom
-from engine.training.optim import lr_scale
+from engine.training.optim import peak_rates
 
 DIVERGED = 2.0  # times the lowest smoothed loss: the test has seen enough
 LONGEST_SKIPPED_ROW = 30  # steps in a row without a finite gradient: diverged, and not a loss scale that is still falling
 FEWEST_POINTS = 10
 BATCHES_IN_CYCLE = 8
-OF_ADAM, OF_SGD = (1e-5, 1.0, 100), (1e-4, 10.0, 100)  # lowest, highest rate; steps
-USUAL_RANGE = {"adamw": OF_ADAM, "adam": OF_ADAM, "sgd": OF_SGD, "sgdw": OF_SGD}
+OF_ADAM, OF_SGD, OF_MUON = (1e-5, 1.0, 100), (1e-4, 10.0, 100), (1e-4, 1.0, 100)  # lowest, highest rate; steps
+USUAL_RANGE = {"adamw": OF_ADAM, "adam": OF_ADAM, "sgd": OF_SGD, "sgdw": OF_SGD, "muon": OF_MUON}
 SMOOTHING = 0.04  # of the test's length; standard deviation of the smoothing in steps
 
 
@@ -124,8 +124,9 @@ def find_learning_rate(trials, config, batches, monitor, lowest, highest, steps)
     state.ddp_model.train()
 
     def step(rate, batch):
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate * lr_scale(config)
+        peaks = peak_rates(state.optimizer, config | {"learning_rate": rate})  # adamw_learning_rate stays as it is
+        for group, peak in zip(state.optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak
         result = trials.step(state, *batch, config)
         while trials.remarks:
             monitor.log(trials.remarks.pop(0))

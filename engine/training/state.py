@@ -145,7 +145,7 @@ def new_state(model, config, steps_per_epoch, precision, compiled=False):
     ema_model = averaging.build_ema_model(model, config)
     if compiled:
         compile_network(model, config["memory"])  # in place, after the averages were copied from it
-    optimizer = build_optimizer(model, config)
+    optimizer = build_optimizer(model, config, precision)
     return TrainState(
         model=model,
         ddp_model=distributed.wrap_ddp(model),

@@ -46,6 +46,7 @@ def deterministic():
         {"optimizer": "sgd", "mixup_alpha": 0.2, "cutmix_alpha": 1.0, "loss": "bce", "blur_pool": True, "blur_max_pool": True},
         {"optimizer": "adamw", "label_smoothing": 0.1, "stochastic_depth": 0.2, "memory": "low", "micro_batch_size": 4},
         {"optimizer": "sgdw", "colout": 0.05, "mixup_alpha": 0.25},
+        {"optimizer": "muon"},
     ],
 )
 def test_no_operator_of_the_step_lacks_a_deterministic_form(deterministic, changes):

@@ -46,7 +46,7 @@ def require_device_alone(state, copies, mixed):
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adam"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adam", "muon"])
 def test_the_host_reads_and_copies_nothing_in_any_precision_with_any_optimizer(precision, optimizer):
     require_device_alone(*steps(precision, optimizer=optimizer))
 
