@@ -113,7 +113,8 @@ def test_among_three_processes(claim, claims):
     assert [claims.get((claim, str(rank)), "never came to it") for rank in range(3)] == ["", "", ""]
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
 def test_several_processes_train_what_one_does(processes, image_tree, reference, tmp_path):
     status, output = run_torchrun(processes, tiny_run(image_tree, tmp_path / "run", **SETTINGS))
     assert status == 0, output
