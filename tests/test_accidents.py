@@ -197,6 +197,7 @@ def test_help_that_nobody_reads_ends_silently(program):
     assert errors == ""
 
 
+@pytest.mark.slow
 def test_evaluate_ends_silently_without_a_reader_and_in_words_on_a_full_disk(trained, image_tree):
     command = [trained / "last.pt", "--device=cpu", f"--data-dir={image_tree}"]
     status, _, errors = run_shell(shell("evaluate.py", command, "| true"))

@@ -26,7 +26,6 @@ VARIANTS = {
     "blur": {"blur_pool": True, "blur_max_pool": True},
     "stochastic depth": {"stochastic_depth": 0.2},
     "running average": {"ema_half_life_images": 1600, "ema_every_images": 16},
-    "SAM": {"sam_rho": 0.5, "sam_every_steps": 1},
     "SAM in micro-batches, sgdw": {"sam_rho": 0.5, "sam_every_steps": 1, "micro_batch_size": 5, "optimizer": "sgdw"},
     "low": {"memory": "low"},
     "lowest": {"memory": "lowest"},
@@ -45,8 +44,15 @@ def require_device_alone(state, copies, mixed):
         assert all(p.grad.stride() == p.stride() for p in state.model.parameters())
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adam", "muon"])
+@pytest.mark.parametrize(
+    ("precision", "optimizer"),
+    [
+        *(("fp16", optimizer) for optimizer in ("sgd", "sgdw", "adamw", "adam", "muon")),
+        ("bf16", "sgd"),
+        ("bf16", "muon"),
+        ("fp32", "sgd"),
+    ],
+)
 def test_the_host_reads_and_copies_nothing_in_any_precision_with_any_optimizer(precision, optimizer):
     require_device_alone(*steps(precision, optimizer=optimizer))
 
@@ -56,7 +62,7 @@ def test_the_host_reads_and_copies_nothing_whatever_is_switched_on(variant):
     require_device_alone(*steps(**VARIANTS[variant]))
 
 
-@pytest.mark.parametrize("recipe", ["seed", "fast", "mild", "medium", "hot"])  # long is fast for longer, demo is for a CPU
+@pytest.mark.parametrize("recipe", ["seed", "fast", "medium", "hot"])  # mild is in medium, long is fast for longer
 def test_the_host_reads_and_copies_nothing_in_any_recipe(recipe):
     quick = ("batch_size", "epochs", "warmup_epochs", "compile", "architecture")
     settings = CONFIG | RECIPES[recipe] | {key: QUICK[key] for key in quick}

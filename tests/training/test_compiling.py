@@ -289,6 +289,7 @@ def test_what_cannot_be_compiled_as_a_whole_is_an_error_and_no_silent_detour():
     assert model(torch.zeros(2)).tolist() == [1, 1]
 
 
+@pytest.mark.slow
 def test_more_shapes_than_allowed_are_an_error_and_no_silent_detour(monkeypatch):
     class Doubled(torch.nn.Module):  # torch 2.11 compiles no module of its own
         def forward(self, values):

@@ -142,7 +142,7 @@ def test_a_run_is_of_the_recipe_that_was_chosen(image_tree, tmp_path):
     folder = tmp_path / "run"
     flags = ["--hours=0.0000055", "--images-per-s=10000", f"--data-dir={image_tree}", f"--checkpoint-dir={folder}"]
     flags += [f"--log-file={folder}.log", "--architecture=resnet18", "--batch-size=8", "--device=cpu", "--precision=fp32"]
-    status, output = run_program("train.py", [*flags, "--num-workers=0"], cwd=tmp_path)
+    status, output = run_program("train.py", [*flags, "--num-workers=0", "--val-resolution=32"], cwd=tmp_path)
     assert status == 0, output
     epochs = int(re.search(r"recipe mild, (\d+) epochs in 0 seconds: nothing published", output)[1])
     assert "recipe mild: resnet18 on 60 images of 10 classes" in output
@@ -151,7 +151,7 @@ def test_a_run_is_of_the_recipe_that_was_chosen(image_tree, tmp_path):
     assert "the seed's recipe" not in output
     checkpoint = checkpoint_files.read(folder / "last.pt")
     assert (checkpoint["recipe"], checkpoint["epoch"]) == ("mild", epochs)
-    expected = CONFIG | RECIPES["mild"] | {"epochs": epochs, "batch_size": 8, "architecture": "resnet18"}
+    expected = CONFIG | RECIPES["mild"] | {"epochs": epochs, "batch_size": 8, "architecture": "resnet18", "val_resolution": 32}
     assert {key: checkpoint["config"][key] for key in RECIPES["mild"] if key != "warmup_epochs"} == {
         key: expected[key] for key in RECIPES["mild"] if key != "warmup_epochs"
     }
