@@ -106,6 +106,7 @@ def best_top1_of_the_demo(arguments, cwd):
     return float(output.split("best validation top-1 ")[1].split(" %")[0])
 
 
+@pytest.mark.slow
 def test_a_linear_classifier_on_the_raw_pixels_stays_below_40_percent(small_copy):
     assert best_top1_of_a_linear_classifier(small_copy) < 40
 

@@ -40,7 +40,7 @@ def trained(memory, precision="fp32", steps=3, **changes):
     ("architecture", "precision", "changes"),
     [
         ("resnet18", "fp32", {}),
-        ("resnet50", "fp32", {"micro_batch_size": 4, "blur_pool": True}),
+        pytest.param("resnet50", "fp32", {"micro_batch_size": 4, "blur_pool": True}, marks=pytest.mark.slow),
         pytest.param("resnet50", "bf16", {"stochastic_depth": 0.3}, marks=pytest.mark.slow),
     ],
 )
