@@ -7,6 +7,7 @@ python benchmark.py train      images/s from JPEG files to trained weights, and 
 python benchmark.py scaling    what several GPUs can give, calculated from the bytes that they exchange
 python benchmark.py gpu        all that is worth knowing of a GPU in 25 minutes, to paste as a report; goes on when called again
 python benchmark.py recipes    top-1 of the recipes on a made data set, each block left out, several seeds; takes hours
+python benchmark.py optimizers top-1 of Muon, AdamW and SGD at the best of their rates on three kinds of made pictures; hours
 
 Contenders take turns in rounds, so that a busy machine slows all alike; the figures are medians over the rounds, and the
 ratios are what to compare between machines. Results are appended to benchmarks/*.jsonl.
@@ -20,6 +21,7 @@ from benchmarks.flags import FLAGS, fill_in_step_flags
 from benchmarks.gpu_sitting import gpu_tables, sit
 from benchmarks.input_speed import input_benchmark, input_tables
 from benchmarks.measuring import record
+from benchmarks.optimizer_evidence import optimizer_benchmark, optimizer_tables
 from benchmarks.picture import draw_benchmarks
 from benchmarks.recipe_evidence import recipe_benchmark, recipe_tables
 from benchmarks.scaling import scaling_tables
@@ -39,6 +41,9 @@ MEASURES = {
 def main(arguments):
     if arguments.what == "recipes":
         print("\n".join(recipe_tables(recipe_benchmark(arguments))))
+        return 0
+    if arguments.what == "optimizers":
+        print("\n".join(optimizer_tables(optimizer_benchmark(arguments))))
         return 0
     if arguments.what == "gpu":
         print("\n".join(["", *gpu_tables(sit(arguments))]))
@@ -72,7 +77,7 @@ def parse_arguments(arguments=None):
         command.set_defaults(what=what)
         if what != "gpu":
             command.add_argument("--no-record", action="store_true", help="print only; append nothing to benchmarks/")
-        if what in ("step", "train", "recipes"):
+        if what in ("step", "train", "recipes", "optimizers"):
             command.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
         add_flags(command.add_argument)
     parsed = parser.parse_args(arguments)

@@ -6,6 +6,7 @@ Each function of FLAGS is given the add_argument of its command's parser.
 import argparse
 from pathlib import Path
 
+from benchmarks.optimizer_evidence import KINDS
 from benchmarks.recipe_evidence import contenders
 from benchmarks.step_speed import CPU_CONTENDERS
 from engine.system.device import choose_device
@@ -74,6 +75,21 @@ def recipe_flags(flag):
     flag("--contenders", nargs="+", metavar="NAME", choices=contenders(128, 16), help="default: all")
 
 
+def optimizer_flags(flag):
+    """Add the flags of `benchmark.py optimizers`."""
+    flag("--data-dir", type=path_argument, default=Path("data/kinds"), help="where the images are made; default data/kinds")
+    flag("--architecture", default="resnet18", help="default resnet18")
+    flag("--train-images", **count(3_200, "training images"))
+    flag("--val-images", **count(1_000, "validation images"))
+    flag("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help="of pictures; default: all")
+    flag("--epochs", **count(8, "epochs of the runs that find the rates"))
+    flag("--lengths", type=at_least_one, nargs="*", default=[4, 16, 32], metavar="EPOCHS", help="of further runs")
+    flag("--variants", action="store_true", help="also Muon with one thing changed")
+    flag("--seeds", **count(3, "runs of each at the best rate"))
+    flag("--jobs", **count(available_cores(), "runs at a time, a core for each"))
+    flag("--minutes", type=float, default=float("inf"), help="after which no run is begun; default: without end")
+
+
 def count(default, text):
     """Return the options of a flag that takes a whole number of at least 1."""
     return {"type": at_least_one, "default": default, "help": f"{text}; default {default}"}
@@ -107,4 +123,5 @@ FLAGS = {  # command: function that adds its flags
     "scaling": lambda flag: None,
     "gpu": gpu_flags,
     "recipes": recipe_flags,
+    "optimizers": optimizer_flags,
 }

@@ -41,6 +41,7 @@ PLAIN = {
     "timm, channels-last": {"loop": "timm", "channels_last": True},
     "ours, memory low": {"loop": "ours", "compile": "off", "memory": "low"},
     "ours, memory lowest": {"loop": "ours", "compile": "off", "memory": "lowest"},
+    "ours, Muon": {"loop": "ours", "compile": "off", "changes": {"optimizer": "muon"}},
 }
 COMPILED = {
     "ours, compiled": {"loop": "ours", "compile": "on"},

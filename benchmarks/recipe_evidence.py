@@ -17,6 +17,7 @@ from engine.data.demo import HARD_CLASSES, make_demo_data
 from engine.preparation.trees import IMAGENET_COUNTS
 from engine.run.records import read_records
 from engine.run.weights import PREFERENCE, WEIGHTS
+from engine.system.device import choose_device
 from engine.system.environment import environment
 from engine.system.plain_json import from_json, to_json
 from engine.training.plan import passes_of_a_step
@@ -149,7 +150,8 @@ def recipe_benchmark(arguments):
     sides = (round(1.25 * arguments.resolution), 2 * arguments.resolution)
     if make_demo_data(folder, arguments.train_images, arguments.val_images, 0, some_classes(arguments.classes), sides):
         print(f"made {arguments.train_images:,} training and {arguments.val_images:,} validation images in {folder}")
-    runs = [run for run in recorded(NAME) if run["study"] == study]
+    gpu = environment()["gpu"] if choose_device({"device": arguments.device}).type == "cuda" else None
+    runs = [run for run in recorded(NAME) if (run["study"], run["gpu"]) == (study, gpu)]
     changes = contenders(arguments.resolution, arguments.epochs, arguments.train_images)
     for seed in range(arguments.seeds):
         for name in arguments.contenders or changes:

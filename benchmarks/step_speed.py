@@ -34,11 +34,21 @@ CONTENDERS = {
     "ours, as in fast": {"loop": "ours", "compile": "off", "recipe": "fast"},
     "ours, as in mild": {"loop": "ours", "compile": "off", "recipe": "mild"},
     "ours, as in medium": {"loop": "ours", "compile": "off", "recipe": "medium", "steps_at_once": 10},  # one of them with SAM
+    "ours, Muon": {"loop": "ours", "compile": "off", "changes": {"optimizer": "muon"}},
     "ours, compiled": {"loop": "ours", "compile": "on"},
     "ours, compiled, memory low": {"loop": "ours", "compile": "on", "memory": "low"},
 }
 OF_RECIPES = ("ours, as in fast", "ours, as in mild", "ours, as in medium")
-ON_CPU = (REFERENCE, "torchvision reference, channels-last", "timm", "ours, fp32", "ours", "ours, under torchrun", *OF_RECIPES)
+ON_CPU = (
+    REFERENCE,
+    "torchvision reference, channels-last",
+    "timm",
+    "ours, fp32",
+    "ours",
+    "ours, under torchrun",
+    "ours, Muon",
+    *OF_RECIPES,
+)
 CPU_CONTENDERS = CONTENDERS | {"ours, fp32": {"loop": "ours", "compile": "off", "precision": "fp32"}}
 NUM_CLASSES = 1000
 LEARNING_RATE = 0.01
@@ -113,7 +123,7 @@ def our_step(job, device, precision):
     from train import train_step
 
     config = CONFIG | {"optimizer": "sgd", "learning_rate": LEARNING_RATE} | RECIPES.get(job.get("recipe"), {})
-    config |= {
+    config |= job.get("changes", {}) | {
         "batch_size": job["batch_size"],
         "swa_start_epoch": 0,
         "compile": job["compile"],

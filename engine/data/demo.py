@@ -37,7 +37,9 @@ VAL_IMAGES = 500
 COMPLETE = "complete.txt"  # written last: a folder without it is the remains of an interrupted making
 
 
-def make_demo_data(folder, train_images=TRAIN_IMAGES, val_images=VAL_IMAGES, seed=0, classes=CLASSES, sides=(80, 128)):
+def make_demo_data(
+    folder, train_images=TRAIN_IMAGES, val_images=VAL_IMAGES, seed=0, classes=CLASSES, sides=(80, 128), draw=None
+):
     """Make the demo's ImageFolder tree at `folder`, unless it is there already.
 
     The tree is built beside its place and renamed, so that an interrupted making leaves nothing half-done.
@@ -45,6 +47,7 @@ def make_demo_data(folder, train_images=TRAIN_IMAGES, val_images=VAL_IMAGES, see
     Args:
         classes: CLASSES, or HARD_CLASSES.
         sides: px, the shortest and the longest side of a picture.
+        draw: {"train": function like picture(), "val": another}; None draws picture() in both.
     Returns:
         True if it was made now, False if it was there.
     Raises:
@@ -57,36 +60,37 @@ def make_demo_data(folder, train_images=TRAIN_IMAGES, val_images=VAL_IMAGES, see
         raise DataError(f"{folder} holds something else than the demo's data; name another folder with --data-dir")
     lock = FolderLock(folder.with_name(f".{folder.name}.lock"), "data_dir", "name another folder with --data-dir")
     lock.acquire(print)  # of this process alone, not of a job: each machine makes its own
+    counts = {"train": train_images, "val": val_images}
+    draw = draw or dict.fromkeys(counts, picture)
     try:
-        return _make_there(
-            folder, folder.with_name(f".{folder.name}.unfinished"), train_images, val_images, seed, classes, sides
-        )
+        return _make_there(folder, folder.with_name(f".{folder.name}.unfinished"), counts, seed, classes, sides, draw)
     finally:
         lock.release()
 
 
-def _make_there(folder, unfinished, train_images, val_images, seed, classes, sides):
+def _make_there(folder, unfinished, counts, seed, classes, sides, draw):
     """Make the tree at `unfinished` and let it become `folder`; return False if somebody else has made it meanwhile."""
     if folder.exists():
         return False
     shutil.rmtree(unfinished, ignore_errors=True)
     jobs = []
-    for split_number, (split, count) in enumerate((("train", train_images), ("val", val_images))):
+    for split_number, (split, count) in enumerate(counts.items()):
         for name in classes:
             (unfinished / split / name).mkdir(parents=True)
         for number in range(count):
             name = classes[number % len(classes)]
-            jobs.append((unfinished / split / name / f"{number:05d}.jpg", name, (seed, split_number, number), sides))
+            path = unfinished / split / name / f"{number:05d}.jpg"
+            jobs.append((path, name, (seed, split_number, number), sides, draw[split]))
     with worker_pool(available_cores()) as pool:
         for _ in pool.map(_write_picture, *zip(*jobs, strict=True), chunksize=50):
             pass
-    (unfinished / COMPLETE).write_text(f"{train_images} training and {val_images} validation pictures, seed {seed}\n")
+    (unfinished / COMPLETE).write_text(f"{counts['train']} training and {counts['val']} validation pictures, seed {seed}\n")
     unfinished.rename(folder)
     return True
 
 
-def _write_picture(path, class_name, seed, sides):
-    Image.fromarray(picture(class_name, np.random.default_rng(seed), sides)).save(path, quality=90)
+def _write_picture(path, class_name, seed, sides, draw):
+    Image.fromarray(draw(class_name, np.random.default_rng(seed), sides)).save(path, quality=90)
 
 
 def picture(class_name, rng, sides=(80, 128)):
