@@ -24,12 +24,11 @@ from model import build_model
 
 
 def tables_of_studies():
-    """The tables of all studies of recipes, one after the other."""
-    runs, lines = recorded("recipes"), []
-    studies = [json.loads(text) for text in dict.fromkeys(json.dumps(run["study"]) for run in runs)]
-    for study in studies:
-        lines += [*([""] if lines else []), *recipe_tables([run for run in runs if run["study"] == study])]
-    return lines
+    """The tables of all studies of recipes on each kind of machine, one after the other."""
+    studies = {}
+    for run in recorded("recipes"):
+        studies.setdefault(json.dumps([run["study"], run["gpu"]]), []).append(run)
+    return "\n\n".join("\n".join(recipe_tables(runs)) for runs in studies.values()).split("\n")
 
 
 TABLES = {
