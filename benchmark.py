@@ -14,6 +14,7 @@ ratios are what to compare between machines. Results are appended to benchmarks/
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -88,4 +89,5 @@ def parse_arguments(arguments=None):
 
 if __name__ == "__main__":
     protect_output()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as Ctrl-C does: with the processes it started
     sys.exit(run_program("benchmark.py", lambda: main(parse_arguments())))

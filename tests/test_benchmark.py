@@ -3,12 +3,13 @@
 import json
 import os
 import re
+import signal
 import statistics
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, children_of, run_program
+from conftest import REPOSITORY, children_of, finish, run_program, start_program, wait_for
 
 import benchmark
 from benchmarks.gpu_sitting import ON_A_GPU, gpu_tables, in_a_process, newest_sitting, parts_of
@@ -170,6 +171,17 @@ def test_a_sitting_keeps_each_part_at_once_and_goes_on_with_what_is_missing(tmp_
 def test_a_part_that_takes_too_long_ends_with_all_its_processes():
     assert in_a_process({"do": "tests"}, seconds=3) is None
     assert not [child for child in children_of(os.getpid()) if "gpu_sitting" in Path(f"/proc/{child}/cmdline").read_text()]
+
+
+@pytest.mark.slow
+def test_a_sitting_that_is_ended_takes_its_part_along(tmp_path):
+    flags = ["gpu", "--rehearse", f"--results={tmp_path / 'r.jsonl'}", "--parts", "second start"]
+    sitting = start_program("benchmark.py", flags)
+    wait_for(lambda: children_of(sitting.pid))
+    (part,) = children_of(sitting.pid)
+    sitting.send_signal(signal.SIGTERM)
+    assert finish(sitting)[0] == 128 + signal.SIGTERM
+    assert not Path(f"/proc/{part}").exists()
 
 
 @pytest.mark.slow
