@@ -61,11 +61,16 @@ def published_result(recipe, epochs):
         return points[epochs]
     for low, high in itertools.pairwise(sorted(points)):
         if low < epochs < high:
-            share = math.log(epochs / low) / math.log(high / low)
-            top1 = points[low].top1 + share * (points[high].top1 - points[low].top1)
+            top1 = top1_on_line(points, low, high, epochs)
             sources = dict.fromkeys((points[low].source, points[high].source))
             return Published(top1, "; ".join(sources), (low, high))
     return None
+
+
+def top1_on_line(points, low, high, epochs):
+    """Return the top-1 in % at so many epochs: linear in their logarithm, through the points at `low` and `high` epochs."""
+    share = math.log(epochs / low) / math.log(high / low)
+    return points[low].top1 + share * (points[high].top1 - points[low].top1)
 
 
 def published_curve(recipe, epochs):

@@ -1,13 +1,12 @@
 """Which recipe a budget is best spent on: the published top-1 of each, at the epochs that fit into the hours."""
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 from config import CONFIG, HYPERPARAMETERS, RECIPES
 from engine.cli.keys import ConfigError, config_problems
 from engine.preparation.trees import IMAGENET_COUNTS
-from engine.run.published import POINTS, SEED_RUN, Published, published_result
+from engine.run.published import POINTS, SEED_RUN, Published, published_result, top1_on_line
 from engine.system.wording import duration
 from engine.training.plan import Rates, budget_hours, epochs_within, plan_lines, plan_run, positive, rates_stated, too_short
 
@@ -148,9 +147,7 @@ def rank_of(option):
         return option.published.top1
     if option.recipe != LIKELIEST or not HALF * min(points) <= option.epochs < min(points):
         return None
-    (short, first), (longer, second) = sorted(points.items())[:2]
-    slope = (second.top1 - first.top1) / math.log(longer / short)
-    return first.top1 + slope * math.log(option.epochs / short)
+    return top1_on_line(points, *sorted(points)[:2], option.epochs)
 
 
 def best_option(options):
