@@ -74,7 +74,7 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("tail", ["| head -1", ">/dev/full 2>&1", slow(">&- 2>&-")])
+@pytest.mark.parametrize("tail", [slow("| head -1"), ">/dev/full 2>&1", slow(">&- 2>&-")])
 def test_a_run_goes_on_wherever_its_output_goes(tail, image_tree, tmp_path):
     status, _, errors = run_shell(shell("train.py", tiny_run(image_tree, tmp_path / "run", **ONE_EPOCH), tail))
     assert status == 0, errors

@@ -75,7 +75,9 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("blocks", BLOCKS)
+@pytest.mark.parametrize(
+    "blocks", ["of MosaicML", *(pytest.param(name, marks=pytest.mark.slow) for name in BLOCKS if name != "of MosaicML")]
+)
 def test_a_run_with_every_building_block_goes_on_as_if_nothing_had_happened(blocks, image_tree, tmp_path):
     changes = {"mixup_alpha": 0.2, "loss": "bce", "schedule": "cosine", "nesterov": True, "optimizer": "sgd"}
     changes |= {"swa_start_epoch": 0, "epochs": 2, "train_resolution": 64, "stochastic_depth": 0.2}

@@ -316,6 +316,7 @@ def test_the_use_of_a_gpu_is_reported_from_its_records(run_folder, tmp_path):
 # TensorBoard ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_every_epochs_figures_once_even_after_a_resumption(image_tree, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     folder = tmp_path / "run"
@@ -328,6 +329,7 @@ def test_tensorboard_gets_every_epochs_figures_once_even_after_a_resumption(imag
     assert len(written) == 5
 
 
+@pytest.mark.slow
 def test_a_run_without_tensorboard_says_what_to_install(image_tree, tmp_path):
     (tmp_path / "without/tensorboard").mkdir(parents=True)
     (tmp_path / "without/tensorboard/__init__.py").write_text("raise ImportError('not here')")
@@ -348,7 +350,7 @@ def test_a_run_without_tensorboard_says_what_to_install(image_tree, tmp_path):
             "Nothing is published for this recipe at 120 epochs; interpolated between 60 and 240 epochs: 78.80 % (",
             "published: the last epoch alone, interpolated between 60 and 240 epochs",
         ),
-        ("hot", 270, None, None),
+        pytest.param("hot", 270, None, None, marks=pytest.mark.slow),
     ],
 )
 def test_what_was_published_for_the_recipe_and_its_length_is_shown_and_interpolation_is_marked(

@@ -243,7 +243,7 @@ assert folder.save(State(3))
 """
 
 
-@pytest.mark.parametrize("limit", [0, 100, 1000])
+@pytest.mark.parametrize("limit", [0, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (100, 1000))])
 def test_a_full_disk_leaves_the_old_checkpoint_and_the_next_save_is_tried_again(tmp_path, limit):
     here = os.path.dirname(__file__)
     paths = [here, os.path.dirname(here)]

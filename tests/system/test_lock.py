@@ -82,7 +82,8 @@ def test_a_new_run_is_refused_in_a_folder_whose_run_has_not_saved_yet(image_tree
         run_here([*tiny_run(image_tree, tmp_path / "run"), "--overwrite"])
 
 
-@pytest.mark.parametrize("left_by", [pytest.param("nobody", marks=pytest.mark.slow), "a process that is gone"])
+@pytest.mark.slow
+@pytest.mark.parametrize("left_by", ["nobody", "a process that is gone"])
 def test_of_many_that_want_the_folder_at_once_one_gets_it(left_by, tmp_path):
     for number in range(5):
         folder = tmp_path / str(number)

@@ -137,6 +137,7 @@ def test_a_plan_of_a_named_recipe_or_of_given_epochs_is_no_menu(flag, tmp_path):
     assert "plan: " in output and "budget" not in output and "chosen" not in output
 
 
+@pytest.mark.slow
 def test_a_run_is_of_the_recipe_that_was_chosen(image_tree, tmp_path):
     """60 images: 56 in batches; 0.02 s are an epoch of mild at 10,000 images/s at 224 px."""
     folder = tmp_path / "run"
