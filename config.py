@@ -21,6 +21,7 @@ HYPERPARAMETERS = {
     "sync_batch_norm": False,  # of several GPUs: true normalises over all their images, false each one over its own
     "initialization": "fan_out",  # Kaiming normal by fan_out, norms at 1; or by fan_in, norms from 0 to 1 (arXiv:1502.01852)
     "zero_init_residual": True,  # each block starts as the identity: arXiv:1706.02677, section 5.1
+    "initial_weights": "none",  # file of weights (checkpoint.pt:ema chooses a kind) or torchvision:NAME; none begins at random
     # Data.
     "train_resolution": 224,  # px; side of the random crop that the network sees in training
     "start_resolution": 0,  # px; of the first epochs, growing to train_resolution; 0 never grows

@@ -133,6 +133,21 @@ class LocalPath(NamedTuple):
         return NO_ADDRESS
 
 
+class WeightsSource(NamedTuple):
+    """A file on this machine, torchvision:NAME or none."""
+
+    kept: str = OTHER_RUN
+
+    def read(self, text):
+        return LocalPath().read(text)
+
+    def admits(self, value):
+        return LocalPath().admits(value)
+
+    def describe(self):
+        return f"{NO_ADDRESS}, torchvision:NAME or none"
+
+
 ALLOWED = {
     "batch_size": Number(1, 65536, whole=True),
     "learning_rate": Number(0, 100, or_auto=True, above_low=True, kept=UNEXPLAINED),
@@ -147,6 +162,7 @@ ALLOWED = {
     "sync_batch_norm": Flag(),
     "initialization": Choice(("fan_out", "fan_in")),
     "zero_init_residual": Flag(),
+    "initial_weights": WeightsSource(kept="its checkpoint has weights of its own"),
     "train_resolution": Number(32, 1024, whole=True, kept=OTHER_SIZE),
     "start_resolution": Number(0, 1024, whole=True, kept=OTHER_SIZE),
     "resolution_step": Number(1, 1024, whole=True),

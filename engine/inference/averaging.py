@@ -9,11 +9,12 @@ import torch
 from engine.data.batches import training_requests
 from engine.inference.batch_norm import recompute_bn_stats
 from engine.inference.images import open_loader
+from engine.inference.weight_files import BLURS
 from engine.system.device import autocast
 from engine.system.errors import UserError
 from engine.system.gpu_memory import retry_pass_on_oom
 
-SAME_KEYS = {"architecture": "architecture", "blur_pool": "BlurPool", "blur_max_pool": "blurred max-pool"}  # key: in words
+SAME_KEYS = {"architecture": "architecture"} | BLURS  # key: in words
 
 
 def refuse_to_average(networks):

@@ -1,5 +1,6 @@
 """A network's weights for other programs: PyTorch, safetensors or ONNX, and a model card beside them."""
 
+import collections
 import os
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def export(model, path, facts):
 
     Args:
         model: the network on the CPU, in float32.
-        path: ends in .pt (a state dict with torchvision's keys), .safetensors (the same, with the facts as metadata) or .onnx.
+        path: ends in .pt or .safetensors (a state dict with torchvision's keys, with the facts as metadata) or .onnx.
         facts: dict of plain values about the network, of model_facts.
     Raises:
         UserError: another suffix, or a package that is needed is not installed.
@@ -64,14 +65,17 @@ def export(model, path, facts):
     if path.suffix == ".onnx":
         return _export_onnx(model, path, facts)
     weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    told = {name: to_json(value) for name, value in facts.items()}
     if path.suffix == ".pt":
+        marked = collections.OrderedDict(weights)
+        marked._metadata = {"": {"facts": told}}  # where torch marks a module's state dict: no tensor more
         with replacing(path) as file:
-            torch.save(weights, file)
+            torch.save(marked, file)
     else:
         from safetensors.torch import save
 
         with replacing(path) as file:
-            file.write(save(weights, {name: to_json(value) for name, value in facts.items()} | {"format": "pt"}))
+            file.write(save(weights, told | {"format": "pt"}))
     warning = "; mind the blur (see the model card)" if facts["blurs"] else ""
     return f"wrote {path}: {sum(t.numel() for t in weights.values()):,} numbers with the keys of torchvision's resnet{warning}"
 

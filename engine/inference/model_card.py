@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from engine.data.loader import IMAGENET_MEAN, IMAGENET_STD
+from engine.inference.weight_files import BLURS
 from engine.run import checkpoint_files
 from engine.run.records import read_records
 
@@ -14,7 +15,7 @@ def model_facts(config, classes, class_names, accuracy, run):
         accuracy: in words, with resolution and test-time augmentation, or None where it was not measured.
         run: dict of what is known of the training run.
     """
-    blurs = [name for key, name in (("blur_pool", "BlurPool"), ("blur_max_pool", "blurred max-pool")) if config[key]]
+    blurs = [name for key, name in BLURS.items() if config[key]]
     return {
         "architecture": config["architecture"],
         "blurs": blurs,

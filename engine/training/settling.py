@@ -13,6 +13,7 @@ from engine.system.plain_json import to_json
 from engine.training import frontier
 from engine.training.compiling import choose_compile, choose_compiled, coarser_step, keep_compiled_code_in
 from engine.training.images import open_images
+from engine.training.initial_weights import with_initial_weights
 from engine.training.measuring import measure_machine
 from engine.training.plan import budget_hours, plan_new_run
 from engine.training.range_test import USUAL_RANGE, describe_rates, find_learning_rate
@@ -141,6 +142,7 @@ def open_device(config):
 def print_plan(command, train_step, build_model, begun):
     """Print what a new run would take; nothing is written. Arguments as of open_run."""
     require_consistent_flags(command)
+    command, initial, found = with_initial_weights(command)
     device = open_device(command.config)
     config = command.config
     with distributed.process_group(device), Monitor(config | {"log_file": None}, device) as monitor:
@@ -149,14 +151,14 @@ def print_plan(command, train_step, build_model, begun):
             lines = stated_plan(command, monitor)
         else:
             splits = open_images(config, None, monitor.log)
-            num_classes, precision = len(splits["train"].classes), choose_precision(config, device)
-            trials = Trials(train_step, build_model, num_classes, device, precision)
+            classes, precision = splits["train"].classes, choose_precision(config, device)
+            trials = Trials(train_step, build_model, len(classes), device, precision, initial, classes)
             if frontier.leaves_recipe_open(command):
                 prospects, remarks, _, said = prospects_here(command, splits, trials, monitor, begun)
                 lines = said + trials.remarks + open_plan(command, prospects, counts_of(splits), remarks)
             else:
                 _, _, lines = settle(command, config, None, splits, trials, monitor, begun)
-        monitor.log("\n".join(lines))
+        monitor.log("\n".join(found + lines))
     return 0
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from engine.inference.weight_files import FoundWeights, load_weights
 from engine.training.out_of_memory import take_step
 from engine.training.state import new_state
 
@@ -21,12 +22,16 @@ class Trials:
     num_classes: int
     device: torch.device
     precision: str
+    initial: FoundWeights | None = None  # that the run begins with
+    classes: list | None = None  # of the images; None: not known, as long as there are no initial weights
     remarks: list = field(default_factory=list)  # lines on what the steps had to adapt to, to be logged
 
     def scratch_state(self, config, learning_rate=1e-6, compiled=False):
-        """Return a TrainState with fresh weights, and a rate that stays where it is set."""
+        """Return a TrainState with a run's first weights, and a rate that stays where it is set."""
         config = config | {"learning_rate": learning_rate}
         model = self.build_model(config, self.num_classes, self.device)
+        if self.initial is not None:
+            load_weights(model, self.initial, self.classes)
         state = new_state(model, config, STEPS_PER_EPOCH, self.precision, compiled)
         state.schedule = LambdaLR(state.optimizer, lambda step: 1.0)
         return state
