@@ -77,8 +77,8 @@ def main(command):
         splits = open_images(config, None, monitor.log)
         start = f"range test from {lowest:g} to {highest:g} in {steps} steps; {describe_device(device)}, {precision}"
         monitor.log("\n".join([start, *found, *precision_remarks(precision, device)]))
-        classes = splits["train"].classes
-        trials = Trials(train_step, build_model, len(classes), device, precision, initial, classes)
+        images = splits["train"]
+        trials = Trials(train_step, build_model, len(images.classes), device, precision, initial, images)
         batches = BatchLoader(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.log)
         try:
             result = find_learning_rate(trials, config, batches, monitor, lowest, highest, steps)

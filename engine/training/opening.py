@@ -75,8 +75,8 @@ def _open(stack, command, train_step, build_model, begun):
     set_up_arithmetic(config, device)
     monitor = stack.enter_context(Monitor(config, device))
     splits = open_images(config, checkpoint, monitor.log)
-    classes = splits["train"].classes
-    trials = Trials(train_step, build_model, len(classes), device, precision, initial, classes)
+    images = splits["train"]
+    trials = Trials(train_step, build_model, len(images.classes), device, precision, initial, images)
     if checkpoint is None and frontier.leaves_recipe_open(command):
         recipe, config, compile_choice, lines = settle_by_budget(command, splits, trials, monitor, begun)
     else:

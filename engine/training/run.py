@@ -15,6 +15,7 @@ from engine.system.device import describe_device
 from engine.system.errors import TrainingStopped
 from engine.system.interruption import StopRequest
 from engine.system.lock import FolderLock
+from engine.training.class_balance import class_weights, weights_in_words
 from engine.training.state import TrainState
 from engine.training.validation import epoch_record, note_best
 
@@ -47,13 +48,16 @@ class Run:
 
     def restore(self, state):
         """Let a new TrainState be the run's, at the checkpoint to go on from or at the start; files of the run are opened."""
-        checkpoint, resumed = self.checkpoint, None
+        checkpoint, resumed, images = self.checkpoint, None, self.batches.splits["train"]
+        state.class_weights = class_weights(self.config, images, self.device)
+        if state.class_weights is not None:
+            self.monitor.log(weights_in_words(state.class_weights, images))
         if checkpoint is not None:
             state.load_state_dict(checkpoint, self.config, self.steps_per_epoch)
             resumed, self.checkpoint = (checkpoint["best"], checkpoint["path"]), None  # hundreds of megabytes
             self.monitor.event("resume", epoch=state.epoch, batch=state.batch, checkpoint=resumed[1], best=dict(state.best))
         elif self.initial is not None:
-            for line in load_weights(state.model, self.initial, self.batches.splits["train"].classes):
+            for line in load_weights(state.model, self.initial, images.classes):
                 self.monitor.log(line)
             self.initial = None
         self.checkpoints = CheckpointFolder(

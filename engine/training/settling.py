@@ -151,8 +151,8 @@ def print_plan(command, train_step, build_model, begun):
             lines = stated_plan(command, monitor)
         else:
             splits = open_images(config, None, monitor.log)
-            classes, precision = splits["train"].classes, choose_precision(config, device)
-            trials = Trials(train_step, build_model, len(classes), device, precision, initial, classes)
+            images, precision = splits["train"], choose_precision(config, device)
+            trials = Trials(train_step, build_model, len(images.classes), device, precision, initial, images)
             if frontier.leaves_recipe_open(command):
                 prospects, remarks, _, said = prospects_here(command, splits, trials, monitor, begun)
                 lines = said + trials.remarks + open_plan(command, prospects, counts_of(splits), remarks)
