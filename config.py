@@ -23,7 +23,9 @@ HYPERPARAMETERS = {
     "zero_init_residual": True,  # each block starts as the identity: arXiv:1706.02677, section 5.1
     "initial_weights": "none",  # file of weights (checkpoint.pt:ema chooses a kind) or torchvision:NAME; none begins at random
     "freeze": "none",  # not trained: none; stem, layer1, layer2 or layer3 and all before it; layer4: all but the last layer
+    "size_rule": "none",  # bit: epochs, warm-up, mixup, resolution follow the images unless given (arXiv:1912.11370)
     # Data.
+    "val_share": 0.0,  # of each class's images that validate where data_dir has no validation images of its own
     "train_resolution": 224,  # px; side of the random crop that the network sees in training
     "start_resolution": 0,  # px; of the first epochs, growing to train_resolution; 0 never grows
     "resolution_step": 32,  # px; resolutions in between are multiples of it; convolutions on a GPU like 32
@@ -194,6 +196,22 @@ RECIPES = {
     "mild": MILD,
     "medium": MEDIUM,
     "hot": HOT,
+    # From initial_weights to one's own classes: BiT-HyperRule (arXiv:1912.11370); docs/finetuning.md says what differs.
+    "finetune": {
+        "batch_size": 32,
+        "learning_rate": 0.0015,  # 0.003 at batch 512
+        "scale_learning_rate": True,
+        "epochs": 10,  # these two only where --epochs or --hours says how long; else size_rule does
+        "warmup_epochs": 2,
+        "weight_decay": 0.0,
+        "grad_clip_value": float("inf"),
+        "size_rule": "bit",
+        "val_share": 0.2,
+        "min_crop_area": 0.73,  # 384 of 448 px, squared
+        "optimizer": "sgd",
+        "schedule": "cosine",
+        "swa_start_epoch": 0,
+    },
     # A data set that the program makes itself, learned by the same ResNet-50 in minutes on a CPU.
     "demo": {
         "data_dir": "data/demo",

@@ -39,6 +39,7 @@ from engine.system.plain_json import to_json
 from engine.training.images import open_images
 from engine.training.initial_weights import with_initial_weights
 from engine.training.range_test import USUAL_RANGE, describe_rates, find_learning_rate
+from engine.training.size_rule import adapted
 from engine.training.trials import Trials
 from model import build_model
 from train import train_step
@@ -75,8 +76,9 @@ def main(command):
     set_up_arithmetic(config, device)
     with Monitor(config | {"log_file": None}, device) as monitor, StopRequest() as stop:
         splits = open_images(config, None, monitor.log)
+        config, sized = adapted(command, config, splits["train"])
         start = f"range test from {lowest:g} to {highest:g} in {steps} steps; {describe_device(device)}, {precision}"
-        monitor.log("\n".join([start, *found, *precision_remarks(precision, device)]))
+        monitor.log("\n".join([start, *found, *sized, *precision_remarks(precision, device)]))
         images = splits["train"]
         trials = Trials(train_step, build_model, len(images.classes), device, precision, initial, images)
         batches = BatchLoader(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.log)

@@ -164,6 +164,8 @@ ALLOWED = {
     "zero_init_residual": Flag(),
     "initial_weights": WeightsSource(kept="its checkpoint has weights of its own"),
     "freeze": Choice(("none", "stem", "layer1", "layer2", "layer3", "layer4"), kept="the saved momentum is of other weights"),
+    "size_rule": Choice(("none", "bit")),
+    "val_share": Number(0, 0.9, kept="the best figure so far was measured on other images"),
     "train_resolution": Number(32, 1024, whole=True, kept=OTHER_SIZE),
     "start_resolution": Number(0, 1024, whole=True, kept=OTHER_SIZE),
     "resolution_step": Number(1, 1024, whole=True),

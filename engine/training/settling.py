@@ -17,6 +17,7 @@ from engine.training.initial_weights import with_initial_weights
 from engine.training.measuring import measure_machine
 from engine.training.plan import budget_hours, plan_new_run
 from engine.training.range_test import USUAL_RANGE, describe_rates, find_learning_rate
+from engine.training.size_rule import adapted
 from engine.training.trials import Trials
 
 
@@ -25,7 +26,11 @@ def settle(command, config, checkpoint, splits, trials, monitor, begun):
 
     The lines are to be logged. A learning rate that is to be found is found later, by with_found_rate.
     """
+    sized = []
+    if checkpoint is None:
+        config, sized = adapted(command, config, splits["train"])
     config, choice, lines = settle_compiling(command, config, checkpoint, splits, trials)
+    lines = sized + lines
     if not {"plan", "hours", "dollars"} & set(command.options) or checkpoint is not None:
         return config, choice, lines + trials.remarks
 

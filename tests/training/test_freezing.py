@@ -44,9 +44,13 @@ def trained(config, steps=2):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"optimizer": "muon"}, {"optimizer": "sgdw", "learning_rate": 1.0, "sam_rho": 0.5, "sam_every_steps": 1}]
+    ("freeze", "changes"),
+    [
+        ("stem", {"optimizer": "muon"}),
+        ("layer3", {"optimizer": "sgdw", "learning_rate": 1.0, "sam_rho": 0.5, "sam_every_steps": 1}),
+        ("layer4", {"optimizer": "muon"}),
+    ],
 )
-@pytest.mark.parametrize("freeze", ["stem", "layer3", "layer4"])
 def test_what_is_frozen_keeps_every_bit_and_the_rest_learns(freeze, changes):
     state, before = trained(
         SMALL | {"freeze": freeze, "weight_decay": 0.1, "ema_half_life_images": 8, "ema_every_images": 8} | changes

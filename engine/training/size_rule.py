@@ -1,0 +1,52 @@
+"""What a run's configuration takes from the size of its data set: config['size_rule']."""
+
+import contextlib
+
+import numpy as np
+
+from engine.cli.keys import ConfigError, config_problems
+from engine.data.images import image_size
+
+# BiT-HyperRule (arXiv:1912.11370, section 3.3; google-research/big_transfer, bit_hyperrule.py): steps of BIT_BATCH images,
+# those that warm up, and mixup's alpha, below so many training images. The rate's fall is a cosine here, not three drops.
+BIT_BATCH = 512
+BIT_RULE = ((20_000, 500, 100, 0.0), (500_000, 10_000, 500, 0.1), (float("inf"), 20_000, 500, 0.1))
+BIT_SMALL = 96 * 96  # px; images of less are small: resized to 160 px, cropped to 128
+SAMPLE = 100  # images that tell the size
+
+
+def adapted(command, config, images):
+    """Return (config, lines): a new run's configuration with what its size_rule says and no flag does; lines to be logged.
+
+    Args:
+        images: the split for training.
+    Raises:
+        ConfigError: the flags do not go with it.
+    """
+    if config["size_rule"] == "none":
+        return config, []
+    _, steps, warmup_steps, mixup = next(row for row in BIT_RULE if len(images) < row[0])
+    epochs = max(1, round(steps * BIT_BATCH / len(images)))
+    values = {"epochs": epochs, "warmup_epochs": epochs * warmup_steps / steps, "mixup_alpha": mixup}
+    if "epochs" in command.given:
+        values["warmup_epochs"] = config["epochs"] * warmup_steps / steps
+    if median_area(images) < BIT_SMALL:
+        values |= {"train_resolution": 128, "val_resolution": 128, "val_crop_ratio": 128 / 160}
+    values = {key: value for key, value in values.items() if key not in command.given}
+    config = config | values
+    if problems := config_problems(config):
+        raise ConfigError(problems)
+    shown = ", ".join(f"{key} = {value:.4g}" for key, value in values.items())
+    return config, [
+        f"size_rule: for {len(images):,} images {shown} (BiT-HyperRule, arXiv:1912.11370); flags set them otherwise"
+    ]
+
+
+def median_area(images):
+    """Return the median number of pixels of some images of a split, evenly spaced; those that cannot be read are left out."""
+    areas = []
+    for index in np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).astype(int):
+        with contextlib.suppress(Exception):  # an unreadable one is named where it is trained on
+            height, width = image_size(images.read(index))
+            areas.append(height * width)
+    return float(np.median(areas)) if areas else float("inf")
