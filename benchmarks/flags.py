@@ -83,6 +83,7 @@ def transfer_flags(flag):
     flag("--num-workers", default="2", help="processes that decode images for each run; default 2")
     flag("--resolution", **count(64, "px"))
     flag("--batch-size", **count(32, "images of a step"))
+    flag("--classes", **count(50, "classes of each half, at most 50"))
     flag("--pretrain-images", **count(20_000, "training images of the first half of the classes"))
     flag("--pretrain-epochs", **count(16, "epochs on them"))
     flag("--images", **count(1_000, "training images of the second half"))

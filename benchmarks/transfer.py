@@ -1,8 +1,8 @@
-"""Transfer on a made data set: from half of the hard classes to the other half, at equal steps, beside training from scratch and
-beside timm's own train.py that begins with the same weights.
+"""Transfer on a made data set: from half of the hard classes to the other half.
 
-Every run is a program in a process of its own. Each finished run is a line of benchmarks/transfer.jsonl; the same command goes on
-with the runs that are missing.
+At equal steps, beside training from scratch and beside timm's own train.py that begins with the same weights. Every run is a
+program in a process of its own. Each finished run is a line of benchmarks/transfer.jsonl; the same command goes on with the
+runs that are missing.
 """
 
 import concurrent.futures
@@ -23,9 +23,6 @@ from engine.run.records import read_records
 from engine.system.environment import environment
 
 NAME = "transfer"
-HALVES = [
-    tuple(name for n, name in enumerate(HARD_CLASSES) if (n // 10 + n) % 2 == half) for half in (0, 1)
-]  # as on a chessboard
 FINETUNE = RECIPES["finetune"] | {"size_rule": "none"}  # the study says how long and how large
 FROM_SCRATCH = {
     "learning_rate": 0.001,
@@ -51,15 +48,32 @@ TIMM = {  # name: flags of timm's train.py beside those that all runs share
 }
 
 
+def halves(classes):
+    """Return two tuples of so many of HARD_CLASSES, evenly spaced; as on a chessboard, each half of all has every form."""
+    of_all = [tuple(name for n, name in enumerate(HARD_CLASSES) if (n // 10 + n) % 2 == half) for half in (0, 1)]
+    return [tuple(half[number * len(half) // classes] for number in range(classes)) for half in of_all]
+
+
 def transfer_benchmark(arguments):
     """Run what is missing of the study that the arguments describe; return its runs."""
     study = {
         key: getattr(arguments, key)
-        for key in ("architecture", "resolution", "batch_size", "pretrain_images", "pretrain_epochs", "images", "epochs")
+        for key in (
+            "architecture",
+            "resolution",
+            "batch_size",
+            "classes",
+            "pretrain_images",
+            "pretrain_epochs",
+            "images",
+            "epochs",
+        )
     }
     sides = (round(1.25 * arguments.resolution), 2 * arguments.resolution)
     folders = [arguments.data_dir / half for half in ("first_half", "second_half")]
-    for folder, classes, images in zip(folders, HALVES, (arguments.pretrain_images, arguments.images), strict=True):
+    for folder, classes, images in zip(
+        folders, halves(arguments.classes), (arguments.pretrain_images, arguments.images), strict=True
+    ):
         folder.parent.mkdir(parents=True, exist_ok=True)
         make_demo_data(folder, images, arguments.val_images, 0, classes, sides)
     weights = arguments.data_dir / "first_half.pt"
@@ -128,7 +142,7 @@ def timm_run(flags, seed, study, arguments, data_dir, weights):
             "val-split": "val",
             "model": study["architecture"],
             "pretrained-path": weights,
-            "num-classes": len(HALVES[1]),
+            "num-classes": study["classes"],
             "batch-size": study["batch_size"],
             "epochs": study["epochs"],
             "crop-pct": 0.875,
@@ -138,24 +152,15 @@ def timm_run(flags, seed, study, arguments, data_dir, weights):
             "experiment": "run",
             "device": arguments.device,
         }
-        command = [
-            sys.executable,
-            arguments.timm / "train.py",
-            "--pretrained",
-            *(f"--{key}={value}" for key, value in shared.items()),
-        ]
-        command += ["--input-size", "3", str(study["resolution"]), str(study["resolution"]), *flags]
+        flags = [*(f"--{key}={value}" for key, value in shared.items()), *flags]
+        command = [sys.executable, arguments.timm / "train.py", "--pretrained", *flags]
+        command += ["--input-size", "3", str(study["resolution"]), str(study["resolution"])]
         command += ["--amp", "--amp-dtype=bfloat16"] if arguments.device == "cuda" else []
         places = os.pathsep.join(filter(None, [str(arguments.timm), os.environ.get("PYTHONPATH")]))
-        done = subprocess.run(
-            [*map(str, command)],
-            cwd=folder,
-            env=os.environ | {"PYTHONPATH": places},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        variables = os.environ | {"PYTHONPATH": places}
+        done = subprocess.run([*map(str, command)], cwd=folder, env=variables, capture_output=True, text=True)
         if done.returncode != 0:
-            raise RuntimeError(f"timm's train.py ended with status {done.returncode}: {done.stdout.decode()[-2000:]}")
+            raise RuntimeError(f"timm's train.py ended with status {done.returncode}: {done.stderr[-2000:]}")
         with open(Path(folder) / "run/summary.csv", encoding="utf-8") as file:
             return float(list(csv.DictReader(file))[-1]["eval_top1"])
 
@@ -169,11 +174,11 @@ def transfer_tables(runs):
         of.setdefault(run["contender"], {})[run["seed"]] = run["top1"]
     ours = of.get("finetune", {})
     lines = [
-        f"{study['architecture']}, trained on {study['pretrain_images']:,} made images of one half of the 100 hard classes for "
-        f"{study['pretrain_epochs']} epochs, then on {study['images']:,} of the other half for {study['epochs']} epochs of batches of "
-        f"{study['batch_size']}; {study['resolution']} px, {first['val_images']:,} validation images, {where}, PyTorch "
-        f"{first['versions']['torch']}, {first['date']}. Top-1 in % after the last epoch, mean and standard deviation over n seeds, and "
-        "the mean difference to finetune with the same seed.",
+        f"{study['architecture']}, trained on {study['pretrain_images']:,} made images of {study['classes']} of the hard classes for "
+        f"{study['pretrain_epochs']} epochs, then on {study['images']:,} of {study['classes']} others for {study['epochs']} epochs "
+        f"of batches of {study['batch_size']}; {study['resolution']} px, {first['val_images']:,} validation images, {where}, "
+        f"PyTorch {first['versions']['torch']}, {first['date']}. Top-1 in % after the last epoch, mean and standard deviation "
+        "over n seeds, and the mean difference to finetune with the same seed.",
         "",
         "| run | top-1 | to finetune | n |",
         "|---|---|---|---|",
