@@ -23,7 +23,7 @@ from engine.run.records import read_records
 from engine.system.environment import environment
 
 NAME = "transfer"
-FINETUNE = RECIPES["finetune"] | {"size_rule": "none"}  # the study says how long and how large
+FINETUNE = {"recipe": "finetune"}
 FROM_SCRATCH = {
     "learning_rate": 0.001,
     "grad_clip_value": 1.0,
@@ -31,20 +31,19 @@ FROM_SCRATCH = {
     "zero_init_residual": True,
     "min_crop_area": 0.25,
 }
-CONTENDERS = {  # name: what it changes of CONFIG; whether it begins with the weights of the other half
+CONTENDERS = {  # name: flags of train.py beside those that all runs share; whether it begins with the weights of the other half
     "finetune": (FINETUNE, True),
-    "finetune, 10 times the rate": (FINETUNE | {"learning_rate": 10 * FINETUNE["learning_rate"]}, True),
+    "finetune, BiT's rate at any length": (FINETUNE | {"learning_rate": RECIPES["finetune"]["learning_rate"]}, True),
     "finetune, smaller crops": (FINETUNE | {"min_crop_area": 0.25}, True),
     "finetune, backbone at 0.1 of the rate": (FINETUNE | {"backbone_rate_factor": 0.1}, True),
     "finetune, frozen to layer2": (FINETUNE | {"freeze": "layer2"}, True),
     "finetune, the last layer alone": (FINETUNE | {"freeze": "layer4"}, True),
     "from scratch": (FROM_SCRATCH, False),
-    "from scratch, finetune's rate": (FINETUNE, False),
-    "from scratch, finetune at 10 times the rate": (FINETUNE | {"learning_rate": 10 * FINETUNE["learning_rate"]}, False),
+    "from scratch, as in finetune": (FINETUNE, False),
 }
 TIMM = {  # name: flags of timm's train.py beside those that all runs share
     "timm's train.py": [],
-    "timm's train.py, finetune's rate": [f"--lr-base={FINETUNE['learning_rate']}", "--weight-decay=0"],
+    "timm's train.py, crops as in finetune": ["--scale", "0.73", "1.0"],
 }
 
 
@@ -174,11 +173,11 @@ def transfer_tables(runs):
         of.setdefault(run["contender"], {})[run["seed"]] = run["top1"]
     ours = of.get("finetune", {})
     lines = [
-        f"{study['architecture']}, trained on {study['pretrain_images']:,} made images of {study['classes']} of the hard classes for "
-        f"{study['pretrain_epochs']} epochs, then on {study['images']:,} of {study['classes']} others for {study['epochs']} epochs "
-        f"of batches of {study['batch_size']}; {study['resolution']} px, {first['val_images']:,} validation images, {where}, "
-        f"PyTorch {first['versions']['torch']}, {first['date']}. Top-1 in % after the last epoch, mean and standard deviation "
-        "over n seeds, and the mean difference to finetune with the same seed.",
+        f"{study['architecture']}, trained on {study['pretrain_images']:,} made images of {study['classes']} hard classes "
+        f"for {study['pretrain_epochs']} epochs, then on {study['images']:,} of {study['classes']} others for "
+        f"{study['epochs']} epochs of batches of {study['batch_size']}; {study['resolution']} px, {first['val_images']:,} "
+        f"validation images, {where}, PyTorch {first['versions']['torch']}, {first['date']}. Top-1 in % after the last epoch, "
+        "mean and standard deviation over n seeds, and the mean difference to finetune with the same seed.",
         "",
         "| run | top-1 | to finetune | n |",
         "|---|---|---|---|",

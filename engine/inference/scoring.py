@@ -14,7 +14,17 @@ ENSEMBLE = "ensemble"
 
 
 @torch.inference_mode()
-def evaluate(models, device_batches, num_images, context, flip=False, ensemble=False, confusions_of=None, by_class=False):
+def evaluate(
+    models,
+    device_batches,
+    num_images,
+    context,
+    flip=False,
+    ensemble=False,
+    confusions_of=None,
+    by_class=False,
+    logits_of=(),
+):
     """Return {name: {'loss', 'top1', 'top5', 'images'}} of each model; the images are read once for all.
 
     Of several processes each scores its own images, and all return the figures of all images.
@@ -28,6 +38,7 @@ def evaluate(models, device_batches, num_images, context, flip=False, ensemble=F
         ensemble: also score the mean of the models' probabilities, as a further name, 'ensemble'.
         confusions_of: name whose result gets 'confusions' too, of count_confusions.
         by_class: also give 'balanced_top1', the mean of the classes' accuracies, and 'class_top1', those, None without images.
+        logits_of: names whose results get this process's 'logits', float32 [N, C] on the CPU in the order of the images.
     Returns:
         loss: mean cross-entropy without label smoothing; top1 and top5: percent.
     Raises:
@@ -37,11 +48,15 @@ def evaluate(models, device_batches, num_images, context, flip=False, ensemble=F
     for model in models.values():
         model.eval()
     sums_in_parts = retry_in_parts_on_oom(
-        lambda images, labels: _sums(_logits_by_view(models, images, context, flip, ensemble), labels, confusions_of, by_class)
+        lambda images, labels: _sums(
+            _logits_by_view(models, images, context, flip, ensemble), labels, confusions_of, by_class, logits_of
+        )
     )
-    totals, count = {}, 0
+    totals, count, logits = {}, 0, {name: [] for name in logits_of}
     for images, labels in device_batches:
         for sums in sums_in_parts(images, labels):
+            for name, kept in logits.items():
+                kept.append(sums.pop((name, "logits")))
             totals = {key: totals.get(key, 0) + value for key, value in sums.items()}
         count += len(labels)
     count = int(all_reduce_sum(torch.tensor(count)))
@@ -55,9 +70,18 @@ def evaluate(models, device_batches, num_images, context, flip=False, ensemble=F
         results[name] |= {f"{view}loss": loss, f"{view}top1": 100 * top1, f"{view}top5": 100 * top5}
     for name, figures in of_classes.items():
         results[name] |= figures
+    for name, kept in logits.items():
+        results[name]["logits"] = torch.cat(kept)
     if confusions_of is not None:
         results[confusions_of]["confusions"] = confusions
     return results
+
+
+def scores_of_logits(logits, labels):
+    """Return evaluate()'s figures of logits [N, C] that are there already."""
+    count = len(labels)
+    hits = {f"top{k}": 100 * topk_correct(logits, labels, k).item() / count for k in (1, 5)}
+    return {"images": count, "loss": F.cross_entropy(logits, labels).item()} | hits
 
 
 def _logits_by_view(models, images, context, flip, ensemble):
@@ -88,10 +112,11 @@ def _class_accuracies(hits):
     return {"balanced_top1": accuracies.nanmean().item(), "class_top1": of_each}
 
 
-def _sums(logits_by_view, labels, confusions_of, by_class):
+def _sums(logits_by_view, labels, confusions_of, by_class, kept):
     """Return the sums over some images: {(name, view): float64 [3] of the loss, the top-1 and the top-5 hits}.
 
-    With confusions_of also {(confusions_of, 'confusions'): int64 [C, C]}, by_class {(name, 'classes'): int64 [C, 2]}.
+    With confusions_of also {(confusions_of, 'confusions'): int64 [C, C]}, by_class {(name, 'classes'): int64 [C, 2]},
+    and of the names in kept {(name, 'logits'): float32 [B, C] on the CPU}.
     """
     sums = {}
     for view, logits_of in logits_by_view:
@@ -99,6 +124,8 @@ def _sums(logits_by_view, labels, confusions_of, by_class):
             loss = F.cross_entropy(logits, labels, reduction="sum")
             hits = [topk_correct(logits, labels, k) for k in (1, 5)]
             sums[name, view] = torch.stack([loss, *hits]).double()
+            if view == "" and name in kept:
+                sums[name, "logits"] = logits.cpu()
             if view == "" and by_class:
                 right, classes = (logits.argmax(dim=1) == labels).long(), logits.shape[1]
                 sums[name, "classes"] = torch.bincount(2 * labels + right, minlength=2 * classes).view(classes, 2)

@@ -17,7 +17,7 @@ from engine.training.initial_weights import with_initial_weights
 from engine.training.measuring import measure_machine
 from engine.training.plan import budget_hours, plan_new_run
 from engine.training.range_test import USUAL_RANGE, describe_rates, find_learning_rate
-from engine.training.size_rule import adapted
+from engine.training.size_rule import adapted, rate_for_length
 from engine.training.trials import Trials
 
 
@@ -38,6 +38,8 @@ def settle(command, config, checkpoint, splits, trials, monitor, begun):
         return measure_rates(config, choice, splits, trials, monitor, begun)
 
     config, planned = distributed.broadcast_from_rank0(plan_for(command, config, counts_of(splits), measure))
+    if {"hours", "dollars"} & set(command.options) and "learning_rate" not in command.given:
+        config |= rate_for_length(config, len(splits["train"]), config["epochs"])
     return config, choice, lines + planned + trials.remarks
 
 

@@ -13,6 +13,7 @@ BIT_BATCH = 512
 BIT_RULE = ((20_000, 500, 100, 0.0), (500_000, 10_000, 500, 0.1), (float("inf"), 20_000, 500, 0.1))
 BIT_SMALL = 96 * 96  # px; images of less are small: resized to 160 px, cropped to 128
 SAMPLE = 100  # images that tell the size
+HIGHEST_RATE = 0.1  # per 256 images, of training from scratch (arXiv:1706.02677)
 
 
 def adapted(command, config, images):
@@ -30,6 +31,7 @@ def adapted(command, config, images):
     values = {"epochs": epochs, "warmup_epochs": epochs * warmup_steps / steps, "mixup_alpha": mixup}
     if "epochs" in command.given:
         values["warmup_epochs"] = config["epochs"] * warmup_steps / steps
+        values |= rate_for_length(config, len(images), config["epochs"])
     if median_area(images) < BIT_SMALL:
         values |= {"train_resolution": 128, "val_resolution": 128, "val_crop_ratio": 128 / 160}
     values = {key: value for key, value in values.items() if key not in command.given}
@@ -40,6 +42,23 @@ def adapted(command, config, images):
     return config, [
         f"size_rule: for {len(images):,} images {shown} (BiT-HyperRule, arXiv:1912.11370); flags set them otherwise"
     ]
+
+
+def rate_for_length(config, images, epochs):
+    """Return {'learning_rate': ...} for a run that is shorter than the rule's; {} for one that is not.
+
+    The product of rate and steps stays the rule's, up to HIGHEST_RATE: weights move by so much that a short run at the rule's
+    rate would not get there. This is no part of BiT-HyperRule.
+
+    Args:
+        images: their number; epochs: of the run.
+    """
+    if config["size_rule"] == "none":
+        return {}
+    steps = next(row[1] for row in BIT_RULE if images < row[0])
+    rate = config["learning_rate"] * steps * BIT_BATCH / (epochs * images)
+    rate = min(rate, HIGHEST_RATE * (1 if config["scale_learning_rate"] else config["batch_size"] / 256))
+    return {"learning_rate": rate} if rate > config["learning_rate"] else {}
 
 
 def median_area(images):

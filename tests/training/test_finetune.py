@@ -17,7 +17,7 @@ from engine.preparation.finding import ImageFolder, Labelled
 from engine.run import checkpoint_files
 from engine.run.records import read_records
 from engine.system.errors import DataError
-from engine.training.size_rule import adapted
+from engine.training.size_rule import adapted, rate_for_length
 
 
 @pytest.fixture
@@ -137,9 +137,17 @@ def test_small_images_are_cropped_at_128_of_160_px_and_flags_come_before_the_rul
     assert (config["train_resolution"], config["val_resolution"], config["val_crop_ratio"]) == (128, 128, 0.8)
     command = command_of("--epochs=5", "--mixup-alpha=0.3", "--val-resolution=160")
     config, _ = adapted(command, command.config, images_like(100, tmp_path, 95))
+    assert config["learning_rate"] == 0.1  # the highest: BiT's movement of the weights in 500 images is out of reach
     given = {"epochs": 5, "warmup_epochs": 1, "mixup_alpha": 0.3, "val_resolution": 160, "train_resolution": 128}
     assert {key: config[key] for key in given} == given
     assert adapted(command, CONFIG, images_like(100, tmp_path, 95)) == (CONFIG, [])
+
+
+def test_a_shorter_run_gets_a_rate_in_proportion_and_a_given_one_stays():
+    command = command_of()
+    assert rate_for_length(command.config, 2_000, 64) == {"learning_rate": pytest.approx(0.003)}  # half of 256,000 images
+    assert rate_for_length(command.config, 2_000, 128) == rate_for_length(command.config, 2_000, 500) == {}
+    assert rate_for_length(CONFIG, 2_000, 1) == {}
 
 
 def test_what_a_newcomer_types_is_enough(own_images, tmp_path, monkeypatch, capsys):
