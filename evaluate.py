@@ -7,19 +7,20 @@ python evaluate.py best.pt --details checkpoints/details    also each class's ac
 python evaluate.py best.pt --data-dir imagenet-a            another test set, also of some of the classes
 python evaluate.py best.pt --real-labels real.json          also by the reassessed labels of ImageNet's validation images
 python evaluate.py --classify cat.jpg holiday/              the five most probable classes of each image
-python evaluate.py best.pt --export model.onnx              or model.pt, model.safetensors; with a model card
+python evaluate.py best.pt --export model.onnx              or model.pt, .safetensors, or a folder/; with a model card
 
 Besides a run's checkpoints, weights with torchvision's keys in a .pt or .safetensors file.
 """
 
 import argparse
 import sys
+from pathlib import Path
 
 from config import CONFIG
 from engine.inference.averaging import average_networks, refuse_to_average
 from engine.inference.classify import print_classes
 from engine.inference.comparison import compare_networks, note_shared_images
-from engine.inference.export import check_export, export_network
+from engine.inference.export import check_export, export_network, is_folder
 from engine.inference.images import open_matching_splits
 from engine.inference.networks import load_networks, shared_precision, with_class_file
 from engine.inference.outputs import make_room_for
@@ -70,7 +71,8 @@ def check_outputs(arguments):
     if arguments.export:
         check_export(arguments.export)
     details = arguments.details and f"{arguments.details}_classes.csv"
-    for flag, path in (("export", arguments.export), ("contact-sheet", arguments.contact_sheet), ("details", details)):
+    export = arguments.export and (Path(arguments.export, "model") if is_folder(arguments.export) else arguments.export)
+    for flag, path in (("export", export), ("contact-sheet", arguments.contact_sheet), ("details", details)):
         if path:
             make_room_for(flag, path)
 
@@ -112,7 +114,12 @@ def parse_arguments(arguments=None):
     )
     flag("--classify", nargs="+", type=path_text, metavar="PATH", help="image files and folders to classify")
     flag("--contact-sheet", type=path_text, metavar="PNG", help="of --classify: a picture of all images with their class")
-    flag("--export", type=path_text, metavar="FILE", help="write FILE.pt, FILE.safetensors or FILE.onnx, and a model card")
+    flag(
+        "--export",
+        type=path_text,
+        metavar="FILE",
+        help="write FILE.pt, .safetensors or .onnx, or FOLDER/ for timm and the Hub; and a model card",
+    )
     flag("--price-per-hour", type=float, help="of --export: for the model card")
     flag("--architecture", default="resnet50", help="of weights without a checkpoint; default resnet50")
     flag("--device", choices=("auto", "cuda", "cpu"), default="auto")
