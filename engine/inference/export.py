@@ -87,8 +87,8 @@ def export(model, path, facts):
 
 
 def is_folder(path):
-    """Return whether an export's path means a folder: it ends with a slash, or is one."""
-    return str(path).endswith("/") or Path(path).is_dir()
+    """Return whether an export's path means a folder: it ends with a slash, or is one that is not named as a file."""
+    return str(path).endswith("/") or (Path(path).is_dir() and Path(path).suffix not in SUFFIXES)
 
 
 def _export_folder(model, folder, facts):
