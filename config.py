@@ -207,6 +207,7 @@ RECIPES = {
         "grad_clip_value": float("inf"),
         "size_rule": "bit",
         "val_share": 0.2,
+        "checkpoint_every_epochs": 0,
         "min_crop_area": 0.73,  # 384 of 448 px, squared
         "optimizer": "sgd",
         "schedule": "cosine",

@@ -39,7 +39,8 @@ def settle(command, config, checkpoint, splits, trials, monitor, begun):
 
     config, planned = distributed.broadcast_from_rank0(plan_for(command, config, counts_of(splits), measure))
     if {"hours", "dollars"} & set(command.options) and "learning_rate" not in command.given:
-        config |= rate_for_length(config, len(splits["train"]), config["epochs"])
+        usual = command.config  # whose rate is the rule's
+        config |= {"learning_rate": usual["learning_rate"]} | rate_for_length(usual, len(splits["train"]), config["epochs"])
     return config, choice, lines + planned + trials.remarks
 
 
@@ -171,14 +172,15 @@ def print_plan(command, train_step, build_model, begun):
 
 def stated_plan(command, monitor):
     """Return the lines of a plan from a stated speed, for the images that are there, or else for ImageNet-1K."""
-    config, counts, images = command.config, IMAGENET_COUNTS, None
+    config, counts, images, sized = command.config, IMAGENET_COUNTS, None, []
     try:
         splits = open_images(config, None, monitor.log)
         counts, images = counts_of(splits), splits["train"]
+        config, sized = adapted(command, config, images)
     except DataError:
         monitor.log(f"no images in {config['data_dir']}: planned for ImageNet-1K")
     if not frontier.leaves_recipe_open(command):
-        return plan_for(command, config, counts, None)[1]
+        return sized + plan_for(command, config, counts, None)[1]
     commands, left_out = frontier.commands_with_recipes(command)
     prospects = frontier.prospects_of(commands, frontier.rates_stated_for(command))
     return open_plan(command, prospects, counts, left_out + frontier.remarks_on_figures(command, images))

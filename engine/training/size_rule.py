@@ -13,6 +13,7 @@ BIT_BATCH = 512
 BIT_RULE = ((20_000, 500, 100, 0.0), (500_000, 10_000, 500, 0.1), (float("inf"), 20_000, 500, 0.1))
 BIT_SMALL = 96 * 96  # px; images of less are small: resized to 160 px, cropped to 128
 SAMPLE = 100  # images that tell the size
+MOST_EPOCHS = 100  # each one ends with validation and a checkpoint
 HIGHEST_RATE = 0.1  # per 256 images, of training from scratch (arXiv:1706.02677)
 
 
@@ -27,11 +28,12 @@ def adapted(command, config, images):
     if config["size_rule"] == "none":
         return config, []
     _, steps, warmup_steps, mixup = next(row for row in BIT_RULE if len(images) < row[0])
-    epochs = max(1, round(steps * BIT_BATCH / len(images)))
-    values = {"epochs": epochs, "warmup_epochs": epochs * warmup_steps / steps, "mixup_alpha": mixup}
+    epochs = min(max(1, round(steps * BIT_BATCH / len(images))), MOST_EPOCHS)
     if "epochs" in command.given:
-        values["warmup_epochs"] = config["epochs"] * warmup_steps / steps
-        values |= rate_for_length(config, len(images), config["epochs"])
+        epochs = config["epochs"]
+    values = {"epochs": epochs, "warmup_epochs": epochs * warmup_steps / steps, "mixup_alpha": mixup}
+    if "learning_rate" not in command.given:
+        values |= rate_for_length(config, len(images), epochs)
     if median_area(images) < BIT_SMALL:
         values |= {"train_resolution": 128, "val_resolution": 128, "val_crop_ratio": 128 / 160}
     values = {key: value for key, value in values.items() if key not in command.given}
@@ -58,7 +60,7 @@ def rate_for_length(config, images, epochs):
     steps = next(row[1] for row in BIT_RULE if images < row[0])
     rate = config["learning_rate"] * steps * BIT_BATCH / (epochs * images)
     rate = min(rate, HIGHEST_RATE * (1 if config["scale_learning_rate"] else config["batch_size"] / 256))
-    return {"learning_rate": rate} if rate > config["learning_rate"] else {}
+    return {"learning_rate": rate} if rate > 1.05 * config["learning_rate"] else {}  # less comes from whole epochs
 
 
 def median_area(images):

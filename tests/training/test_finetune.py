@@ -117,7 +117,7 @@ def images_like(count, tmp_path, side):
 
 @pytest.mark.parametrize(
     ("count", "steps", "warmup_steps", "mixup"),
-    [(2_000, 500, 100, 0.0), (20_000, 10_000, 500, 0.1), (500_000, 20_000, 500, 0.1)],
+    [(10_000, 500, 100, 0.0), (100_000, 10_000, 500, 0.1), (500_000, 20_000, 500, 0.1)],
 )
 def test_the_length_warmup_and_mixup_are_those_of_bits_rule(count, steps, warmup_steps, mixup, tmp_path):
     command = command_of()
@@ -135,11 +135,16 @@ def test_small_images_are_cropped_at_128_of_160_px_and_flags_come_before_the_rul
     command = command_of()
     config, _ = adapted(command, command.config, images_like(100, tmp_path, 95))
     assert (config["train_resolution"], config["val_resolution"], config["val_crop_ratio"]) == (128, 128, 0.8)
+    assert (config["epochs"], config["warmup_epochs"]) == (100, 20)  # not 2,560
+    assert config["learning_rate"] == pytest.approx(0.0015 * 25.6)
     command = command_of("--epochs=5", "--mixup-alpha=0.3", "--val-resolution=160")
     config, _ = adapted(command, command.config, images_like(100, tmp_path, 95))
     assert config["learning_rate"] == 0.1  # the highest: BiT's movement of the weights in 500 images is out of reach
     given = {"epochs": 5, "warmup_epochs": 1, "mixup_alpha": 0.3, "val_resolution": 160, "train_resolution": 128}
     assert {key: config[key] for key in given} == given
+    for rate in ("auto", "0.02"):
+        command = command_of(f"--learning-rate={rate}")
+        assert str(adapted(command, command.config, images_like(100, tmp_path, 95))[0]["learning_rate"]) == rate
     assert adapted(command, CONFIG, images_like(100, tmp_path, 95)) == (CONFIG, [])
 
 
