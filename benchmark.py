@@ -6,6 +6,7 @@ python benchmark.py step       images/s and memory of the train step on data tha
 python benchmark.py train      images/s from JPEG files to trained weights, and the time spent waiting for data
 python benchmark.py scaling    what several GPUs can give, calculated from the bytes that they exchange
 python benchmark.py gpu        all that is worth knowing of a GPU in 25 minutes, to paste as a report; goes on when called again
+python benchmark.py transfer   top-1 of finetune from half of a made data set's classes to the other half; minutes to hours
 python benchmark.py recipes    top-1 of the recipes on a made data set, each block left out, several seeds; takes hours
 python benchmark.py optimizers top-1 of Muon, AdamW and SGD at the best of their rates on three kinds of made pictures; hours
 
@@ -28,6 +29,7 @@ from benchmarks.recipe_evidence import recipe_benchmark, recipe_tables
 from benchmarks.scaling import scaling_tables
 from benchmarks.step_speed import step_benchmark, step_tables
 from benchmarks.train_speed import train_benchmark, train_tables
+from benchmarks.transfer import transfer_benchmark, transfer_tables
 from engine.system.console import protect_output
 from engine.system.environment import environment
 from engine.system.errors import run_program
@@ -37,14 +39,17 @@ MEASURES = {
     "step": (step_benchmark, step_tables),
     "train": (train_benchmark, train_tables),
 }
+STUDIES = {  # each goes on with the runs that are missing
+    "recipes": (recipe_benchmark, recipe_tables),
+    "optimizers": (optimizer_benchmark, optimizer_tables),
+    "transfer": (transfer_benchmark, transfer_tables),
+}
 
 
 def main(arguments):
-    if arguments.what == "recipes":
-        print("\n".join(recipe_tables(recipe_benchmark(arguments))))
-        return 0
-    if arguments.what == "optimizers":
-        print("\n".join(optimizer_tables(optimizer_benchmark(arguments))))
+    if arguments.what in STUDIES:
+        study, tables = STUDIES[arguments.what]
+        print("\n".join(tables(study(arguments))))
         return 0
     if arguments.what == "gpu":
         print("\n".join(["", *gpu_tables(sit(arguments))]))
@@ -78,7 +83,7 @@ def parse_arguments(arguments=None):
         command.set_defaults(what=what)
         if what != "gpu":
             command.add_argument("--no-record", action="store_true", help="print only; append nothing to benchmarks/")
-        if what in ("step", "train", "recipes", "optimizers"):
+        if what in ("step", "train", *STUDIES):
             command.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
         add_flags(command.add_argument)
     parsed = parser.parse_args(arguments)

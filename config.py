@@ -21,7 +21,11 @@ HYPERPARAMETERS = {
     "sync_batch_norm": False,  # of several GPUs: true normalises over all their images, false each one over its own
     "initialization": "fan_out",  # Kaiming normal by fan_out, norms at 1; or by fan_in, norms from 0 to 1 (arXiv:1502.01852)
     "zero_init_residual": True,  # each block starts as the identity: arXiv:1706.02677, section 5.1
+    "initial_weights": "none",  # file of weights (checkpoint.pt:ema chooses a kind) or torchvision:NAME; none begins at random
+    "freeze": "none",  # not trained: none; stem, layer1, layer2 or layer3 and all before it; layer4: all but the last layer
+    "size_rule": "none",  # bit: epochs, warm-up, mixup, resolution follow the images unless given (arXiv:1912.11370)
     # Data.
+    "val_share": 0.0,  # of each class's images that validate where data_dir has no validation images of its own
     "train_resolution": 224,  # px; side of the random crop that the network sees in training
     "start_resolution": 0,  # px; of the first epochs, growing to train_resolution; 0 never grows
     "resolution_step": 32,  # px; resolutions in between are multiples of it; convolutions on a GPU like 32
@@ -32,6 +36,7 @@ HYPERPARAMETERS = {
     "min_crop_area": 0.08,  # smallest share of the image's area in a training crop; torchvision's default
     "val_crop_ratio": 0.875,  # centre crop's side over the resized shorter side; 224/256 is the custom
     "loss": "cross_entropy",  # cross_entropy, or bce: a yes-or-no question for each class (arXiv:2110.00476)
+    "class_weights": "none",  # balanced: in the loss all classes count the same, however many images each has
     "label_smoothing": 0.0,  # share of each label spread evenly over all classes
     "mixup_alpha": 0.0,  # of the Beta distribution of shares in which two images are blended; 0 never blends (arXiv:1710.09412)
     "cutmix_alpha": 0.0,  # of the Beta distribution of the area pasted from another image; 0 never pastes (arXiv:1905.04899)
@@ -44,6 +49,7 @@ HYPERPARAMETERS = {
     # Optimizer. The seed's notes name SGD and AdamW as not yet tried, so its run probably used Adam; adamw is our choice.
     "optimizer": "adamw",  # adamw, adam (decay in the gradient), sgd (likewise), sgdw (decay apart, as rate over peak), muon
     "adamw_learning_rate": 0.001,  # of muon: peak rate of what AdamW trains: first convolution, last layer, norms, biases
+    "backbone_rate_factor": 1.0,  # rate of all but the last layer, as a share of the last layer's
     "momentum": 0.9,  # of sgd, sgdw and muon (0.95 is usual there); Adam's betas are torch's defaults
     "nesterov": False,  # true looks ahead along sgd's momentum; muon always does
     "scale_learning_rate": False,  # true multiplies the rates, and sgdw's weight_decay, by batch_size / 256
@@ -190,6 +196,23 @@ RECIPES = {
     "mild": MILD,
     "medium": MEDIUM,
     "hot": HOT,
+    # From initial_weights to one's own classes: BiT-HyperRule (arXiv:1912.11370); docs/finetuning.md says what differs.
+    "finetune": {
+        "batch_size": 32,
+        "learning_rate": 0.0015,  # 0.003 at batch 512
+        "scale_learning_rate": True,
+        "epochs": 10,  # these two only where --epochs or --hours says how long; else size_rule does
+        "warmup_epochs": 2,
+        "weight_decay": 0.0,
+        "grad_clip_value": float("inf"),
+        "size_rule": "bit",
+        "val_share": 0.2,
+        "checkpoint_every_epochs": 0,
+        "min_crop_area": 0.73,  # 384 of 448 px, squared
+        "optimizer": "sgd",
+        "schedule": "cosine",
+        "swa_start_epoch": 0,
+    },
     # A data set that the program makes itself, learned by the same ResNet-50 in minutes on a CPU.
     "demo": {
         "data_dir": "data/demo",

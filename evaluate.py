@@ -3,21 +3,24 @@
 python evaluate.py checkpoints/best.pt                      top-1, top-5 and loss on every validation image, once
 python evaluate.py A/best.pt B/best.pt                      each as its run did, and their ensemble (mean of the probabilities)
 python evaluate.py epoch_030.pt epoch_035.pt --average      the mean of their weights, in one network
-python evaluate.py best.pt --details checkpoints/details    also each class's accuracy and the most confused pairs
+python evaluate.py best.pt --details checkpoints/details    also each class's accuracy, confused pairs, calibration
+python evaluate.py best.pt --data-dir imagenet-a            another test set, also of some of the classes
+python evaluate.py best.pt --real-labels real.json          also by the reassessed labels of ImageNet's validation images
 python evaluate.py --classify cat.jpg holiday/              the five most probable classes of each image
-python evaluate.py best.pt --export model.onnx              or model.pt, model.safetensors; with a model card
+python evaluate.py best.pt --export model.onnx              or model.pt, .safetensors, or a folder/; with a model card
 
 Besides a run's checkpoints, weights with torchvision's keys in a .pt or .safetensors file.
 """
 
 import argparse
 import sys
+from pathlib import Path
 
 from config import CONFIG
 from engine.inference.averaging import average_networks, refuse_to_average
 from engine.inference.classify import print_classes
 from engine.inference.comparison import compare_networks, note_shared_images
-from engine.inference.export import check_export, export_network
+from engine.inference.export import check_export, export_network, is_folder
 from engine.inference.images import open_matching_splits
 from engine.inference.networks import load_networks, shared_precision, with_class_file
 from engine.inference.outputs import make_room_for
@@ -59,7 +62,7 @@ def main(arguments):
     if arguments.export:
         export_network(networks[0], members, arguments.export, arguments.price_per_hour)
     else:
-        compare_networks(networks, splits, device, arguments.resolution, arguments.details)
+        compare_networks(networks, splits, device, arguments.resolution, arguments.details, arguments.real_labels)
     return 0
 
 
@@ -68,7 +71,8 @@ def check_outputs(arguments):
     if arguments.export:
         check_export(arguments.export)
     details = arguments.details and f"{arguments.details}_classes.csv"
-    for flag, path in (("export", arguments.export), ("contact-sheet", arguments.contact_sheet), ("details", details)):
+    export = arguments.export and (Path(arguments.export, "model") if is_folder(arguments.export) else arguments.export)
+    for flag, path in (("export", export), ("contact-sheet", arguments.contact_sheet), ("details", details)):
         if path:
             make_room_for(flag, path)
 
@@ -103,11 +107,19 @@ def parse_arguments(arguments=None):
     flag("--resolution", type=int, nargs="+", metavar="PX", help="score at these sizes; default: the run's")
     flag("--crop-ratio", type=float, metavar="R", help="crop over the resized shorter side; default: the run's")
     flag("--weights", choices=("auto", "all", *WEIGHTS), help="default: all of one checkpoint, auto of several")
+    flag("--real-labels", type=path_text, metavar="FILE", help="ReaL's real.json: also score ImageNet's val by its labels")
     flag("--average", action="store_true", help="the mean of the checkpoints' weights instead of an ensemble")
-    flag("--details", type=path_text, metavar="PREFIX", help="write PREFIX_classes.csv, PREFIX_confusions.csv and PREFIX.png")
+    flag(
+        "--details", type=path_text, metavar="PREFIX", help="write PREFIX_classes.csv, _confusions.csv, .png, _calibration.png"
+    )
     flag("--classify", nargs="+", type=path_text, metavar="PATH", help="image files and folders to classify")
     flag("--contact-sheet", type=path_text, metavar="PNG", help="of --classify: a picture of all images with their class")
-    flag("--export", type=path_text, metavar="FILE", help="write FILE.pt, FILE.safetensors or FILE.onnx, and a model card")
+    flag(
+        "--export",
+        type=path_text,
+        metavar="FILE",
+        help="write FILE.pt, .safetensors or .onnx, or FOLDER/ for timm and the Hub; and a model card",
+    )
     flag("--price-per-hour", type=float, help="of --export: for the model card")
     flag("--architecture", default="resnet50", help="of weights without a checkpoint; default resnet50")
     flag("--device", choices=("auto", "cuda", "cpu"), default="auto")
@@ -130,9 +142,9 @@ def flag_problems(parsed):
         yield "--average: takes two or more checkpoints, to score or to --export"
     if parsed.export and len(parsed.checkpoints) > 1 and not parsed.average:
         yield "--export takes one checkpoint, or the --average of several"
-    for flag in ("flip", "details"):
+    for flag in ("flip", "details", "real_labels"):
         if getattr(parsed, flag) and not parsed.scores:
-            yield f"--{flag}: belongs to scores, not to --classify or --export"
+            yield f"--{flag.replace('_', '-')}: belongs to scores, not to --classify or --export"
     if parsed.export and not parsed.average and (parsed.resolution or parsed.crop_ratio):
         yield "--resolution and --crop-ratio: an exported checkpoint has those of its run"
     if parsed.crop_ratio is not None and not 0.1 <= parsed.crop_ratio <= 1:

@@ -37,7 +37,9 @@ from engine.system.interruption import Interrupted, StopRequest
 from engine.run.monitor import Monitor
 from engine.system.plain_json import to_json
 from engine.training.images import open_images
+from engine.training.initial_weights import with_initial_weights
 from engine.training.range_test import USUAL_RANGE, describe_rates, find_learning_rate
+from engine.training.size_rule import adapted
 from engine.training.trials import Trials
 from model import build_model
 from train import train_step
@@ -66,6 +68,7 @@ def range_from(options, config):
 
 def main(command):
     refuse_several("lr_finder.py")
+    command, initial, found = with_initial_weights(command)
     config = command.config
     lowest, highest, steps = range_from(command.options, config)
     device = choose_device(config)
@@ -73,9 +76,11 @@ def main(command):
     set_up_arithmetic(config, device)
     with Monitor(config | {"log_file": None}, device) as monitor, StopRequest() as stop:
         splits = open_images(config, None, monitor.log)
+        config, sized = adapted(command, config, splits["train"])
         start = f"range test from {lowest:g} to {highest:g} in {steps} steps; {describe_device(device)}, {precision}"
-        monitor.log("\n".join([start, *precision_remarks(precision, device)]))
-        trials = Trials(train_step, build_model, len(splits["train"].classes), device, precision)
+        monitor.log("\n".join([start, *found, *sized, *precision_remarks(precision, device)]))
+        images = splits["train"]
+        trials = Trials(train_step, build_model, len(images.classes), device, precision, initial, images)
         batches = BatchLoader(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.log)
         try:
             result = find_learning_rate(trials, config, batches, monitor, lowest, highest, steps)

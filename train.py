@@ -51,7 +51,7 @@ def loss_and_gradient(state, images, targets, config, sync=True):
     for some_images, some_targets, share in micro_batches(state, images, targets, config, sync):
         with autocast(images.device, state.precision):
             logits = state.ddp_model(some_images)
-            part = training_loss(logits.float(), some_targets, config) * share
+            part = training_loss(logits.float(), some_targets, config, state.class_weights) * share
         backward(state, part)
         loss += part.detach()
         correct += topk_correct(logits.detach(), main_class(some_targets), 1)

@@ -9,6 +9,8 @@ from pathlib import Path
 from benchmarks.optimizer_evidence import KINDS
 from benchmarks.recipe_evidence import contenders
 from benchmarks.step_speed import CPU_CONTENDERS
+from benchmarks.transfer import CONTENDERS as TRANSFERS
+from benchmarks.transfer import TIMM
 from engine.system.device import choose_device
 from engine.system.files import path_argument
 from engine.system.workers import available_cores
@@ -90,6 +92,25 @@ def optimizer_flags(flag):
     flag("--minutes", type=float, default=float("inf"), help="after which no run is begun; default: without end")
 
 
+def transfer_flags(flag):
+    """Add the flags of `benchmark.py transfer`."""
+    flag("--data-dir", type=path_argument, default=Path("data/transfer"), help="where the images are made; data/transfer")
+    flag("--architecture", default="resnet50", help="default resnet50")
+    flag("--num-workers", default="2", help="processes that decode images for each run; default 2")
+    flag("--resolution", **count(64, "px"))
+    flag("--batch-size", **count(32, "images of a step"))
+    flag("--classes", **count(50, "classes of each half, at most 50"))
+    flag("--pretrain-images", **count(20_000, "training images of the first half of the classes"))
+    flag("--pretrain-epochs", **count(16, "epochs on them"))
+    flag("--images", **count(1_000, "training images of the second half"))
+    flag("--epochs", **count(64, "epochs on them"))
+    flag("--val-images", **count(2_000, "validation images of each half"))
+    flag("--seeds", **count(3, "runs of each"))
+    flag("--jobs", **count(1, "runs at once"))
+    flag("--timm", type=path_argument, metavar="FOLDER", help="a checkout of pytorch-image-models; its train.py runs, too")
+    flag("--contenders", nargs="+", metavar="NAME", choices=[*TRANSFERS, *TIMM], help="default: all")
+
+
 def count(default, text):
     """Return the options of a flag that takes a whole number of at least 1."""
     return {"type": at_least_one, "default": default, "help": f"{text}; default {default}"}
@@ -124,4 +145,5 @@ FLAGS = {  # command: function that adds its flags
     "gpu": gpu_flags,
     "recipes": recipe_flags,
     "optimizers": optimizer_flags,
+    "transfer": transfer_flags,
 }

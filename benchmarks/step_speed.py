@@ -31,6 +31,8 @@ CONTENDERS = {
     "ours, under torchrun": {"loop": "ours", "compile": "off", "torchrun": True},  # one process: what the exchange costs
     "ours, memory low": {"loop": "ours", "compile": "off", "memory": "low"},
     "ours, memory lowest": {"loop": "ours", "compile": "off", "memory": "lowest"},
+    "ours, frozen to layer2": {"loop": "ours", "compile": "off", "freeze": "layer2"},
+    "ours, frozen to layer4": {"loop": "ours", "compile": "off", "freeze": "layer4"},
     "ours, as in fast": {"loop": "ours", "compile": "off", "recipe": "fast"},
     "ours, as in mild": {"loop": "ours", "compile": "off", "recipe": "mild"},
     "ours, as in medium": {"loop": "ours", "compile": "off", "recipe": "medium", "steps_at_once": 10},  # one of them with SAM
@@ -38,6 +40,7 @@ CONTENDERS = {
     "ours, compiled": {"loop": "ours", "compile": "on"},
     "ours, compiled, memory low": {"loop": "ours", "compile": "on", "memory": "low"},
 }
+FROZEN = ("ours, frozen to layer2", "ours, frozen to layer4")
 OF_RECIPES = ("ours, as in fast", "ours, as in mild", "ours, as in medium")
 ON_CPU = (
     REFERENCE,
@@ -47,6 +50,7 @@ ON_CPU = (
     "ours",
     "ours, under torchrun",
     "ours, Muon",
+    *FROZEN,
     *OF_RECIPES,
 )
 CPU_CONTENDERS = CONTENDERS | {"ours, fp32": {"loop": "ours", "compile": "off", "precision": "fp32"}}
@@ -128,6 +132,7 @@ def our_step(job, device, precision):
         "swa_start_epoch": 0,
         "compile": job["compile"],
         "memory": job.get("memory", "fast"),
+        "freeze": job.get("freeze", "none"),
     }
     if device.type == "cpu":
         keep_freed_memory()  # as train.py does

@@ -329,7 +329,7 @@ def test_evaluate_scores_a_checkpoint_as_its_run_did(tiny_arguments, tmp_path):
     raw, averaged = output.splitlines()
     assert f"raw weights: top-1 {record['val_top1']:.2f} %, top-5 {record['val_top5']:.2f} %" in raw
     assert f"averaged weights: top-1 {record['averaged_val_top1']:.2f} %" in averaged
-    assert "on 20 images, 32 px centre crop (ratio 0.875), no test-time augmentation" in raw
+    assert "on 20 images of 10 classes, 32 px centre crop (ratio 0.875), no test-time augmentation" in raw
     status, output = run_program("evaluate.py", [tmp_path / "run/none.pt"])
     assert status == 1
     assert "Traceback" not in output

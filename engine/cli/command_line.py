@@ -18,6 +18,7 @@ from engine.system.errors import launched_rank
 
 TOP = Path(__file__).resolve().parents[2]  # where config.py and the programs lie
 PATH_FLAGS = ("resume", "output")  # the programs' own flags that name a place
+OTHERS_NAMES = {"--pretrained": "; weights to begin with: --initial-weights FILE, or torchvision:IMAGENET1K_V2"}
 MISSING = object()  # in place of a flag's value
 
 
@@ -167,7 +168,8 @@ def unknown_flags(words, known):
             problems.append(f"{word}: not a flag; flags look like --learning-rate 0.001")
             continue
         name, equals, _ = word.partition("=")
-        hint = nearest(name[2:].replace("-", "_"), known, "; did you mean --{}?", cutoff=0.5) or "; --help lists them all"
+        hint = OTHERS_NAMES.get(name) or nearest(name[2:].replace("-", "_"), known, "; did you mean --{}?", cutoff=0.5)
+        hint = hint or "; --help lists them all"
         problems.append(f"{name}: no such flag{hint}")
         if words and not equals and not words[0].startswith("--"):
             words.pop(0)  # its value, which would only be a second complaint

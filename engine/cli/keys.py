@@ -133,6 +133,21 @@ class LocalPath(NamedTuple):
         return NO_ADDRESS
 
 
+class WeightsSource(NamedTuple):
+    """A file on this machine, torchvision:NAME or none."""
+
+    kept: str = OTHER_RUN
+
+    def read(self, text):
+        return LocalPath().read(text)
+
+    def admits(self, value):
+        return LocalPath().admits(value)
+
+    def describe(self):
+        return f"{NO_ADDRESS}, torchvision:NAME or none"
+
+
 ALLOWED = {
     "batch_size": Number(1, 65536, whole=True),
     "learning_rate": Number(0, 100, or_auto=True, above_low=True, kept=UNEXPLAINED),
@@ -147,6 +162,10 @@ ALLOWED = {
     "sync_batch_norm": Flag(),
     "initialization": Choice(("fan_out", "fan_in")),
     "zero_init_residual": Flag(),
+    "initial_weights": WeightsSource(kept="its checkpoint has weights of its own"),
+    "freeze": Choice(("none", "stem", "layer1", "layer2", "layer3", "layer4"), kept="the saved momentum is of other weights"),
+    "size_rule": Choice(("none", "bit")),
+    "val_share": Number(0, 0.9, kept="the best figure so far was measured on other images"),
     "train_resolution": Number(32, 1024, whole=True, kept=OTHER_SIZE),
     "start_resolution": Number(0, 1024, whole=True, kept=OTHER_SIZE),
     "resolution_step": Number(1, 1024, whole=True),
@@ -157,6 +176,7 @@ ALLOWED = {
     "min_crop_area": Number(0, 1, above_low=True),
     "val_crop_ratio": Number(0.1, 1.0, kept="the best figure so far was measured with another crop"),
     "loss": Choice(("cross_entropy", "bce")),
+    "class_weights": Choice(("none", "balanced")),
     "label_smoothing": Number(0, 0.99),
     "mixup_alpha": Number(0, 100),
     "cutmix_alpha": Number(0, 100),
@@ -168,6 +188,7 @@ ALLOWED = {
     "colout": Number(0, 0.5),
     "optimizer": Choice(("adamw", "adam", "sgd", "sgdw", "muon"), kept="the saved momentum belongs to another optimizer"),
     "adamw_learning_rate": Number(0, 100, above_low=True, kept=UNEXPLAINED),
+    "backbone_rate_factor": Number(0, 1, above_low=True, kept=UNEXPLAINED),
     "momentum": Number(0, 0.9999),
     "nesterov": Flag(),
     "scale_learning_rate": Flag(),

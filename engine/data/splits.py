@@ -7,19 +7,21 @@ from pathlib import Path
 import numpy as np
 
 from engine.data.images import PACKED_SHORTER_SIDE, image_size, packed_jpeg, training_view
-from engine.preparation.finding import some
+from engine.preparation.finding import FolderTree, some
 from engine.preparation.forms import form_at, no_form
 from engine.preparation.packed import PackedSplit, unfinished_files
 from engine.preparation.trees import SPLITS, all_names, open_folders
+from engine.preparation.val_share import class_folders_alone, open_shares
 from engine.system.errors import DataError
 
 
-def open_splits(data_dir, needed=SPLITS, log=print):
+def open_splits(data_dir, needed=SPLITS, log=print, val_share=0.0):
     """Return {'train': ..., 'val': ...} of the images in data_dir: each a packed file, or else images in folders.
 
     Args:
         needed: those to open. 'val' alone may also be a folder that holds the class folders themselves.
         log: called with each line on what was chosen or left out.
+        val_share: of the images of each class that validate where the folder has no validation images of its own.
     Raises:
         DataError: with what is wrong with the folder, and what to run instead.
     """
@@ -28,7 +30,11 @@ def open_splits(data_dir, needed=SPLITS, log=print):
     splits = {split: PackedSplit(path) for split, path in packed.items() if path.is_file()}
     if rest := tuple(split for split in needed if split not in splits):
         classes = splits["train"].classes if "train" in splits else None
-        opened = open_folders(data_dir, rest, classes) if data_dir.is_dir() else None
+        opened = open_shares(data_dir, val_share) if val_share and rest == SPLITS and data_dir.is_dir() else None
+        if opened is None and data_dir.is_dir():
+            opened = open_folders(data_dir, rest, classes)
+            if opened is not None and val_share:
+                log(f"note: {data_dir} has validation images of its own, and val_share is not used")
         if opened is None:
             raise DataError(_nothing_there(data_dir, rest))
         folders, remarks = opened
@@ -77,6 +83,11 @@ def _nothing_there(data_dir, splits):
             "then name the folder PACKED with --data-dir"
         )
     missing = [split for split in splits if not any((data_dir / name).is_dir() for name in all_names(split))]
+    if missing == list(SPLITS) and class_folders_alone(FolderTree(data_dir), str(data_dir)) is not None:
+        return (
+            f"data_dir = {str(data_dir)!r} holds class folders alone: --val-share 0.2 lets a fifth of each class validate, or "
+            "move images to train/<class>/ and val/<class>/"
+        )
     if missing:
         what = " and ".join(f"neither {split}.arrow nor a folder {split}" for split in missing)
         what = f"data_dir = {str(data_dir)!r} has {what}"

@@ -8,12 +8,14 @@ import torch
 
 from engine.data.batches import training_requests
 from engine.inference.batch_norm import recompute_bn_stats
+from engine.inference.freezing import freeze
 from engine.inference.images import open_loader
+from engine.inference.weight_files import BLURS
 from engine.system.device import autocast
 from engine.system.errors import UserError
 from engine.system.gpu_memory import retry_pass_on_oom
 
-SAME_KEYS = {"architecture": "architecture", "blur_pool": "BlurPool", "blur_max_pool": "blurred max-pool"}  # key: in words
+SAME_KEYS = {"architecture": "architecture"} | BLURS  # key: in words
 
 
 def refuse_to_average(networks):
@@ -40,6 +42,7 @@ def average_networks(networks, splits, device):
     """
     first = networks[0]
     first.model.load_state_dict(mean_of_weights([network.model.state_dict() for network in networks]))
+    freeze(first.model, first.config)  # its norms keep their statistics
     epoch = max(network.checkpoint.get("epoch", 1) for network in networks) - 1
     recompute = functools.partial(recompute_bn_stats, first.model, autocast=autocast(device, first.config["precision"]))
     with contextlib.closing(open_loader(splits, first.config, device)) as loader:

@@ -15,9 +15,9 @@ def recompute_bn_stats(averaged_model, device_batches, autocast):
         device_batches: yields (images, labels) as the network takes them in training.
         autocast: context of the run's precision.
     """
-    norms = [module for module in averaged_model.modules() if isinstance(module, _BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
     averaged_model.train()
+    norms = [module for module in averaged_model.modules() if isinstance(module, _BatchNorm) and module.training]  # not frozen
+    momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
     try:

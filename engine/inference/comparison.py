@@ -2,22 +2,34 @@
 
 import contextlib
 
+import torch
+
+from engine.inference.calibration import write_calibration
 from engine.inference.confusion import write_details
 from engine.inference.images import open_loader
 from engine.inference.outputs import user_error_on_failure
 from engine.inference.scoring import ENSEMBLE, evaluate
+from engine.inference.test_sets import (
+    SUBSET_RULE,
+    classes_present,
+    read_real_labels,
+    real_in_words,
+    subset_logits,
+    subset_scores,
+)
 from engine.inference.views import differing_views, view_of
 from engine.system.device import autocast
 from engine.system.errors import UserError
 
 
-def compare_networks(networks, splits, device, resolutions=None, details=None):
+def compare_networks(networks, splits, device, resolutions=None, details=None, real_labels=None):
     """Print each network's scores on the validation images, seen as its run did, and those of their ensemble.
 
     Args:
         splits: of open_matching_splits.
         resolutions: px, in place of the runs'.
         details: prefix of the files with the details of one network or of the ensemble, or None.
+        real_labels: path of ReaL's labels, or None.
     Raises:
         UserError: details of several networks that are no ensemble.
     """
@@ -28,6 +40,9 @@ def compare_networks(networks, splits, device, resolutions=None, details=None):
         raise UserError(f"--details of several networks without an ensemble: {cure}")
     if several and differing:
         print(f"no ensemble: {differing}")
+    real = read_real_labels(real_labels, splits["val"]) if real_labels else None
+    if len(classes_present(splits["val"])) < len(splits["val"].classes):
+        print(SUBSET_RULE)
     by_view = {}
     for network in networks:
         by_view.setdefault(view_of(network, resolutions), []).append(network)
@@ -36,13 +51,20 @@ def compare_networks(networks, splits, device, resolutions=None, details=None):
         with contextlib.closing(open_loader(splits, settings, device)) as loader:
             for resolution in view.resolutions:
                 prefix = details and details + (f"_{resolution}" if len(view.resolutions) > 1 else "")
-                _score_members(members, loader, view, resolution, subject, prefix)
+                _score_members(members, loader, view, resolution, subject, prefix, real)
 
 
-def _score_members(members, loader, view, resolution, subject, details):
-    """Print the scores of the networks that share a View, at one resolution; write the details of the subject."""
+def _score_members(members, loader, view, resolution, subject, details, real):
+    """Print the scores of the networks that share a View, at one resolution; write the details of the subject.
+
+    Args:
+        real: of read_real_labels, or None.
+    """
     split, precision = loader.splits["val"], members[0].config["precision"]
     models = {network.name: network.model for network in members}
+    present, labels = classes_present(split), torch.from_numpy(split.labels)
+    is_subset, together = len(present) < len(split.classes), [ENSEMBLE] * (subject == ENSEMBLE)
+    needed = [*models, *together] if is_subset or real is not None else [subject] * bool(details)
     results = evaluate(
         models,
         loader.validation(resolution),
@@ -51,25 +73,38 @@ def _score_members(members, loader, view, resolution, subject, details):
         view.flip,
         ensemble=subject == ENSEMBLE,
         confusions_of=subject if details else None,
+        logits_of=needed,
     )
     crop = f"{resolution} px centre crop (ratio {view.crop_ratio:.4g})"
     for name, scores in results.items():
         name = f"{ENSEMBLE} of {len(models)}" if name == ENSEMBLE else name
-        print(f"{name}: {scores_in_words(scores)}, {crop}, no test-time augmentation, {precision}")
+        classes, plain = len(present), f"{crop}, no test-time augmentation, {precision}"
+        if is_subset:
+            among = subset_scores(scores["logits"], labels, present)
+            print(f"{name}: {scores_in_words(among, classes)}, {plain}, logits of the {classes:,} classes present alone")
+        whole = f", all {len(split.classes):,} logits" if is_subset else ""
+        print(f"{name}: {scores_in_words(scores, classes)}, {plain}{whole}")
+        if real is not None:
+            print(f"{name}: {real_in_words(scores['logits'], real)}, {plain}")
         if view.flip:
-            print(f"{name}: {scores_in_words(scores, 'flip_')}, {crop}, image and mirror image, {precision}")
+            print(f"{name}: {scores_in_words(scores, classes, 'flip_')}, {crop}, image and mirror image, {precision}")
     if details:
-        title = f"{subject}: {scores_in_words(results[subject])}, {crop}"
+        title = f"{subject}: {scores_in_words(results[subject], len(present))}, {crop}"
+        logits = results[subject]["logits"]
+        logits = subset_logits(logits, present) if is_subset else logits
         names = getattr(split, "class_names", {})
         with user_error_on_failure("details", details):
             written = write_details(details, results[subject]["confusions"], split.classes, names, title)
+            drawn, calibrated = write_calibration(f"{details}_calibration.png", logits, labels, title)
+            written += [f"{details}_calibration.png"] * drawn
+            print(calibrated)
             print(f"wrote {', '.join(written)}")
 
 
-def scores_in_words(scores, view=""):
+def scores_in_words(scores, classes, view=""):
     """Return top-1, top-5 and loss of evaluate()'s result in words; of the mean with the mirror image for view 'flip_'."""
     top1, top5, loss = (scores[f"{view}{name}"] for name in ("top1", "top5", "loss"))
-    return f"top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f} on {scores['images']:,} images"
+    return f"top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f} on {scores['images']:,} images of {classes:,} classes"
 
 
 def note_shared_images(networks):

@@ -1,11 +1,13 @@
 """A network's weights for other programs: PyTorch, safetensors or ONNX, and a model card beside them."""
 
+import collections
+import json
 import os
 from pathlib import Path
 
 import torch
 
-from engine.inference.model_card import facts_of_runs, model_card, model_facts
+from engine.inference.model_card import facts_of_runs, hub_card, hub_config, model_card, model_facts
 from engine.inference.networks import class_labels
 from engine.inference.outputs import user_error_on_failure
 from engine.run.weights import WEIGHTS
@@ -17,6 +19,7 @@ from engine.system.plain_json import to_json
 OPSET = 18
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 SUFFIXES = (".pt", ".safetensors", ".onnx")
+HUB_WEIGHTS, HUB_CONFIG, HUB_CARD = "model.safetensors", "config.json", "README.md"  # of a folder that timm and the Hub read
 
 
 def export_network(network, members, path, price_per_hour=None):
@@ -25,7 +28,7 @@ def export_network(network, members, path, price_per_hour=None):
     Args:
         network: Network of engine/inference/networks.py.
         members: the networks of files whose mean it is, or itself alone.
-        path: as for export().
+        path: as for export(); a folder gets its model card as README.md.
         price_per_hour: of the machine, for the model card; or None.
     """
     checkpoint, config, best = network.checkpoint, network.config, network.checkpoint.get("best", {})
@@ -39,11 +42,12 @@ def export_network(network, members, path, price_per_hour=None):
         "made_with": f"PyTorch {torch.__version__}, commit {commit()}",
     } | facts_of_runs([member for member in members if member.checkpoint])
     facts = model_facts(config, class_labels(network), network.class_names, accuracy, run)
-    card = Path(path).with_suffix(".md")
+    folder = is_folder(path)
+    card = Path(path, HUB_CARD) if folder else Path(path).with_suffix(".md")
     with user_error_on_failure("export", path):
         print(export(network.model.cpu().float(), path, facts))
         with replacing(card, "w") as file:
-            file.write(model_card(path, facts, price_per_hour))
+            file.write(hub_card(facts, price_per_hour) if folder else model_card(path, facts, price_per_hour))
     print(f"wrote {card}")
 
 
@@ -52,35 +56,62 @@ def export(model, path, facts):
 
     Args:
         model: the network on the CPU, in float32.
-        path: ends in .pt (a state dict with torchvision's keys), .safetensors (the same, with the facts as metadata) or .onnx.
+        path: ends in .pt or .safetensors (a state dict with torchvision's keys, with the facts as metadata) or .onnx; or a
+            folder, for timm and the Hugging Face Hub.
         facts: dict of plain values about the network, of model_facts.
     Raises:
-        UserError: another suffix, or a package that is needed is not installed.
+        UserError: another suffix, a package that is needed is not installed, or a folder for a network that timm does not have.
     """
     check_export(path)
+    if is_folder(path):
+        return _export_folder(model, Path(path), facts)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     model = model.eval().to(memory_format=torch.contiguous_format)
     if path.suffix == ".onnx":
         return _export_onnx(model, path, facts)
     weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    told = {name: to_json(value) for name, value in facts.items()}
     if path.suffix == ".pt":
+        marked = collections.OrderedDict(weights)
+        marked._metadata = {"": {"facts": told}}  # where torch marks a module's state dict: no tensor more
         with replacing(path) as file:
-            torch.save(weights, file)
+            torch.save(marked, file)
     else:
         from safetensors.torch import save
 
         with replacing(path) as file:
-            file.write(save(weights, {name: to_json(value) for name, value in facts.items()} | {"format": "pt"}))
+            file.write(save(weights, told | {"format": "pt"}))
     warning = "; mind the blur (see the model card)" if facts["blurs"] else ""
     return f"wrote {path}: {sum(t.numel() for t in weights.values()):,} numbers with the keys of torchvision's resnet{warning}"
 
 
+def is_folder(path):
+    """Return whether an export's path means a folder: it ends with a slash, or is one that is not named as a file."""
+    return str(path).endswith("/") or (Path(path).is_dir() and Path(path).suffix not in SUFFIXES)
+
+
+def _export_folder(model, folder, facts):
+    """Write the weights and timm's config.json into a folder; return a sentence about it."""
+    if facts["blurs"]:
+        raise UserError(
+            f"--export {folder}/: timm would build a {facts['architecture']} without {' and '.join(facts['blurs'])} and score "
+            "worse; export ONNX (--export model.onnx), or train with --blur-pool false --blur-max-pool false"
+        )
+    sentence = export(model, folder / HUB_WEIGHTS, facts)
+    with replacing(folder / HUB_CONFIG, "w") as file:
+        file.write(json.dumps(hub_config(facts, model.fc.in_features), indent=2) + "\n")
+    return f"{sentence}; beside it {HUB_CONFIG}, for timm.create_model('local-dir:{folder}', pretrained=True)"
+
+
 def check_export(path):
     """Raise UserError if export() could not write such a file, so that this is known before the work."""
+    if is_folder(path):
+        _require("safetensors")
+        return
     suffix = Path(path).suffix
     if suffix not in SUFFIXES:
-        raise UserError(f"--export {path}: the name must end in one of {', '.join(SUFFIXES)}")
+        raise UserError(f"--export {path}: the name must end in one of {', '.join(SUFFIXES)}, or in / for a folder")
     for package in {".onnx": ONNX_PACKAGES, ".safetensors": ("safetensors",)}.get(suffix, ()):
         _require(package)
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from engine.data.loader import IMAGENET_MEAN, IMAGENET_STD
+from engine.inference.weight_files import BLURS
 from engine.run import checkpoint_files
 from engine.run.records import read_records
 
@@ -14,7 +15,7 @@ def model_facts(config, classes, class_names, accuracy, run):
         accuracy: in words, with resolution and test-time augmentation, or None where it was not measured.
         run: dict of what is known of the training run.
     """
-    blurs = [name for key, name in (("blur_pool", "BlurPool"), ("blur_max_pool", "blurred max-pool")) if config[key]]
+    blurs = [name for key, name in BLURS.items() if config[key]]
     return {
         "architecture": config["architecture"],
         "blurs": blurs,
@@ -89,3 +90,51 @@ def model_card(path, facts, price_per_hour=None):
     lines += ["", "Classes: " + ", ".join(facts["class_names"].get(name, name).split(",")[0] for name in facts["classes"][:12])]
     lines[-1] += f" and {len(facts['classes']) - 12} more." if len(facts["classes"]) > 12 else "."
     return "\n".join(lines) + "\n"
+
+
+# For timm and the Hugging Face Hub ------------------------------------------------------------------------------------
+
+
+def hub_config(facts, num_features):
+    """Return the config.json that timm writes and reads (timm.models.save_for_hf, 1.0), as a dict.
+
+    Args:
+        num_features: inputs of the last layer.
+    """
+    resolution = facts["resolution"]
+    return {
+        "architecture": facts["architecture"],
+        "num_classes": len(facts["classes"]),
+        "num_features": num_features,
+        "global_pool": "avg",
+        "pretrained_cfg": {
+            "custom_load": False,
+            "input_size": [3, resolution, resolution],
+            "fixed_input_size": False,
+            "interpolation": "bilinear",
+            "crop_pct": facts["crop_ratio"],
+            "crop_mode": "center",
+            "mean": facts["mean"],
+            "std": facts["std"],
+            "num_classes": len(facts["classes"]),
+            "pool_size": [-(-resolution // 32)] * 2,
+            "first_conv": "conv1",
+            "classifier": "fc",
+        },
+        "label_names": facts["classes"],
+        "label_descriptions": facts["class_names"],
+    }
+
+
+def hub_card(facts, price_per_hour=None):
+    """Return the README.md of a folder for the Hub: what the Hub reads of a model, the model card, and how timm loads it."""
+    return f"""---
+tags:
+- image-classification
+- timm
+pipeline_tag: image-classification
+library_name: timm
+---
+{model_card("model.safetensors", facts, price_per_hour)}
+    timm.create_model("local-dir:FOLDER", pretrained=True)  # or hf-hub:OWNER/NAME
+"""

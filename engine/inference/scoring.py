@@ -14,7 +14,17 @@ ENSEMBLE = "ensemble"
 
 
 @torch.inference_mode()
-def evaluate(models, device_batches, num_images, context, flip=False, ensemble=False, confusions_of=None):
+def evaluate(
+    models,
+    device_batches,
+    num_images,
+    context,
+    flip=False,
+    ensemble=False,
+    confusions_of=None,
+    by_class=False,
+    logits_of=(),
+):
     """Return {name: {'loss', 'top1', 'top5', 'images'}} of each model; the images are read once for all.
 
     Of several processes each scores its own images, and all return the figures of all images.
@@ -27,6 +37,8 @@ def evaluate(models, device_batches, num_images, context, flip=False, ensemble=F
         flip: also score the mean of the logits of each image and of its mirror image, as 'flip_loss', 'flip_top1', 'flip_top5'.
         ensemble: also score the mean of the models' probabilities, as a further name, 'ensemble'.
         confusions_of: name whose result gets 'confusions' too, of count_confusions.
+        by_class: also give 'balanced_top1', the mean of the classes' accuracies, and 'class_top1', those, None without images.
+        logits_of: names whose results get this process's 'logits', float32 [N, C] on the CPU in the order of the images.
     Returns:
         loss: mean cross-entropy without label smoothing; top1 and top5: percent.
     Raises:
@@ -36,24 +48,40 @@ def evaluate(models, device_batches, num_images, context, flip=False, ensemble=F
     for model in models.values():
         model.eval()
     sums_in_parts = retry_in_parts_on_oom(
-        lambda images, labels: _sums(_logits_by_view(models, images, context, flip, ensemble), labels, confusions_of)
+        lambda images, labels: _sums(
+            _logits_by_view(models, images, context, flip, ensemble), labels, confusions_of, by_class, logits_of
+        )
     )
-    totals, count = {}, 0
+    totals, count, logits = {}, 0, {name: [] for name in logits_of}
     for images, labels in device_batches:
         for sums in sums_in_parts(images, labels):
+            for name, kept in logits.items():
+                kept.append(sums.pop((name, "logits")))
             totals = {key: totals.get(key, 0) + value for key, value in sums.items()}
         count += len(labels)
     count = int(all_reduce_sum(torch.tensor(count)))
     if count != num_images:
         raise DataError(f"{count} images evaluated, {num_images} expected: an accuracy is never that of fewer or more images")
     confusions, results = totals.pop((confusions_of, "confusions"), None), {}
+    of_classes = {name: _class_accuracies(totals.pop((name, "classes"))) for name, what in list(totals) if what == "classes"}
     for (name, view), total in totals.items():
         loss, top1, top5 = (all_reduce_sum(total) / count).tolist()
         results.setdefault(name, {"images": count})
         results[name] |= {f"{view}loss": loss, f"{view}top1": 100 * top1, f"{view}top5": 100 * top5}
+    for name, figures in of_classes.items():
+        results[name] |= figures
+    for name, kept in logits.items():
+        results[name]["logits"] = torch.cat(kept)
     if confusions_of is not None:
         results[confusions_of]["confusions"] = confusions
     return results
+
+
+def scores_of_logits(logits, labels):
+    """Return evaluate()'s figures of logits [N, C] that are there already."""
+    count = len(labels)
+    hits = {f"top{k}": 100 * topk_correct(logits, labels, k).item() / count for k in (1, 5)}
+    return {"images": count, "loss": F.cross_entropy(logits, labels).item()} | hits
 
 
 def _logits_by_view(models, images, context, flip, ensemble):
@@ -76,10 +104,19 @@ def log_mean_probabilities(logits):
     return logs.logsumexp(dim=0) - math.log(len(logs))  # finite where each probability underflows to 0
 
 
-def _sums(logits_by_view, labels, confusions_of):
+def _class_accuracies(hits):
+    """Return the figures of evaluate()'s by_class from this process's int64 [C, 2]: wrong and right images of each class."""
+    wrong, right = all_reduce_sum(hits).double().cpu().unbind(1)
+    accuracies = 100 * right / (wrong + right)  # NaN without images
+    of_each = [None if math.isnan(value) else value for value in accuracies.tolist()]
+    return {"balanced_top1": accuracies.nanmean().item(), "class_top1": of_each}
+
+
+def _sums(logits_by_view, labels, confusions_of, by_class, kept):
     """Return the sums over some images: {(name, view): float64 [3] of the loss, the top-1 and the top-5 hits}.
 
-    With confusions_of also {(confusions_of, 'confusions'): int64 [C, C]}.
+    With confusions_of also {(confusions_of, 'confusions'): int64 [C, C]}, by_class {(name, 'classes'): int64 [C, 2]},
+    and of the names in kept {(name, 'logits'): float32 [B, C] on the CPU}.
     """
     sums = {}
     for view, logits_of in logits_by_view:
@@ -87,6 +124,11 @@ def _sums(logits_by_view, labels, confusions_of):
             loss = F.cross_entropy(logits, labels, reduction="sum")
             hits = [topk_correct(logits, labels, k) for k in (1, 5)]
             sums[name, view] = torch.stack([loss, *hits]).double()
+            if view == "" and name in kept:
+                sums[name, "logits"] = logits.cpu()
+            if view == "" and by_class:
+                right, classes = (logits.argmax(dim=1) == labels).long(), logits.shape[1]
+                sums[name, "classes"] = torch.bincount(2 * labels + right, minlength=2 * classes).view(classes, 2)
         if view == "" and confusions_of is not None:
             sums[confusions_of, "confusions"] = count_confusions(logits_of[confusions_of], labels)
     return sums

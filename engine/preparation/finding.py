@@ -331,6 +331,10 @@ class ImageFolder:
         """Return the image's path below the split's folder as text: `class/file` where there are class folders."""
         return text_of(self._path(index).decode("utf-8", "surrogateescape"))
 
+    def file_names(self):
+        """Return every image's file name in the order of the images."""
+        return [self.name(index).rpartition("/")[2] for index in range(len(self))]
+
     def read(self, index):
         """Return the bytes of the image's file."""
         with open(os.path.join(self.folder, self._path(index)), "rb") as file:

@@ -62,7 +62,7 @@ def open_folders(path, splits=SPLITS, classes=None):
 
 def has_tree(tree, where):
     """Return whether there are training images in class folders somewhere in a tree."""
-    return _root(tree, where, "train") is not None
+    return root_of_split(tree, where, "train") is not None
 
 
 def remarks_of(found):
@@ -82,21 +82,21 @@ def open_tree(tree, where, beside, splits=SPLITS, classes=None):
     Raises:
         DataError: there is more than one such tree in it, or it is not whole; says what is missing.
     """
-    root = _root(tree, where, splits[0])
+    root = root_of_split(tree, where, splits[0])
     if root is None:
-        if tuple(splits) == ("val",) and classes is None and not _split_folders(tree, "", "train"):
+        if tuple(splits) == ("val",) and classes is None and not split_folders(tree, "", "train"):
             return _class_folders_themselves(tree, where)
         return None
     files = _SideFiles(tree, root, beside)
     folders, found, left_out, remarks = {}, {}, {split: LeftOut() for split in splits}, []
     if "train" in splits:
-        folders["train"] = _split_folders(tree, root, "train")[0]
+        folders["train"] = split_folders(tree, root, "train")[0]
         found["train"] = finding.labelled_by_folder(tree, folders["train"], left_out["train"])
-        _refuse_empty_classes(found["train"], f"{where}: {text_of(folders['train'])}/")
+        refuse_empty_classes(found["train"], f"{where}: {text_of(folders['train'])}/")
         classes = found["train"].classes
         files.require_classes(classes, where)
         files.require_training_images(found["train"], where)
-    elif classes is None and (train := _split_folders(tree, root, "train")):
+    elif classes is None and (train := split_folders(tree, root, "train")):
         classes = [text_of(name) for name in finding.class_folders(tree, train[0])]
     if "val" in splits:
         folders["val"], found["val"] = _validation_images(tree, root, where, files, classes, left_out["val"])
@@ -108,7 +108,7 @@ def open_tree(tree, where, beside, splits=SPLITS, classes=None):
 
 def _validation_images(tree, root, where, files, classes, left_out):
     """Return (path of the folder, Labelled) of the validation images; arguments as in open_tree."""
-    candidates = _split_folders(tree, root, "val")
+    candidates = split_folders(tree, root, "val")
     if not candidates:
         raise DataError(f"no images in {text_of(join_path(root, 'val'))}/ of {where}: validation images are needed as well")
     _refuse_ties(candidates, where)
@@ -132,7 +132,7 @@ def order_remarks(classes):
 # Where the splits lie ------------------------------------------------------------------------------------------------
 
 
-def _split_folders(tree, root, split):
+def split_folders(tree, root, split):
     """Return the paths of the split's folders right inside of `root`, of the first group of names with images in them."""
     for group in SPLIT_NAMES[split]:
         there = [path for name in group if (path := folder_at(tree, root, name))]
@@ -141,11 +141,11 @@ def _split_folders(tree, root, split):
     return []
 
 
-def _root(tree, where, split):
+def root_of_split(tree, where, split):
     """Return the path of the folder that holds the split's folder, the one that is least deep, or None."""
     level = [""]
     for _ in range(DEPTH + 1):
-        roots = {path: folders for path in level if (folders := _split_folders(tree, path, split))}
+        roots = {path: folders for path in level if (folders := split_folders(tree, path, split))}
         _refuse_ties([folders[0] for folders in roots.values()], where)
         if roots:
             return next(iter(roots))
@@ -170,7 +170,8 @@ def _class_folders_themselves(tree, where):
     return ImageTree(tree, where, {"val": ""}, {"val": found}, {}, {"val": left_out}, order_remarks(found.classes))
 
 
-def _refuse_empty_classes(labelled, where):
+def refuse_empty_classes(labelled, where):
+    """Raise DataError unless there are classes and each has images."""
     if not labelled.classes:
         raise DataError(f"{where} holds no class folders")
     if empty := sorted(set(range(len(labelled.classes))) - set(labelled.labels)):

@@ -295,13 +295,15 @@ def gradient_sync(network, now):
 
 @torch.no_grad()
 def average_bn_stats(model):
-    """Set the model's batch-norm statistics to their mean over the processes.
+    """Set the batch-norm statistics of a model, but for those of frozen norms, to their mean over the processes.
 
     A running mean is linear in what enters it, so it does not matter how often and when this is done.
     """
     if size() == 1:
         return
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.weight.requires_grad]
+    if not norms:
+        return
     statistics = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
     mean = all_reduce_sum(torch.cat(statistics)) / size()
     for buffer, values in zip(statistics, mean.split([len(buffer) for buffer in statistics]), strict=True):

@@ -23,6 +23,8 @@ def with_activation_checkpointing(block_class, memory):
             """Return the block's output [B, C', H', W'] of [B, C, H, W]."""
             if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # the compiler has a budget of its own
                 return super().forward(images)
+            if not (images.requires_grad or any(weight.requires_grad for weight in self.parameters())):  # frozen
+                return super().forward(images)
             contexts = functools.partial(_contexts, self, memory)
             return checkpoint(super().forward, images, use_reentrant=False, context_fn=contexts)
 

@@ -20,7 +20,7 @@ def open_images(config, checkpoint, log):
         made = distributed.run_on_all_ranks(lambda: distributed.local_rank() == 0 and make_demo_data(config["data_dir"]))
         if made:
             log(f"made the demo's pictures in {config['data_dir']}")
-    splits = distributed.run_on_all_ranks(lambda: open_splits(config["data_dir"], log=log))
+    splits = distributed.run_on_all_ranks(lambda: open_splits(config["data_dir"], log=log, val_share=config["val_share"]))
     images = splits["train"]
     if checkpoint is not None:
         _keep_order_of_classes(splits, checkpoint, log)

@@ -34,10 +34,11 @@ def orthogonalize(matrices, dtype):
 
 
 def split_groups(groups):
-    """Return (filters, groups of the rest): the filters of all convolutions but the first, by which the images come in."""
-    filters = [p for group in groups for p in group["params"] if p.ndim == 4][1:]
+    """Return (filters, groups of the rest): the filters of all convolutions but that of the images, which have 3 channels."""
+    filters = [p for group in groups for p in group["params"] if p.ndim == 4 and p.shape[1] != 3]
     chosen = set(map(id, filters))
-    return filters, [group | {"params": [p for p in group["params"] if id(p) not in chosen]} for group in groups]
+    rest = [group | {"params": [p for p in group["params"] if id(p) not in chosen]} for group in groups]
+    return filters, [group for group in rest if group["params"]]
 
 
 class Muon(torch.optim.Optimizer):

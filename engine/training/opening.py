@@ -27,6 +27,7 @@ from engine.system.plain_json import to_json
 from engine.system.workers import WorkerDied
 from engine.training import frontier
 from engine.training.images import open_images
+from engine.training.initial_weights import with_initial_weights
 from engine.training.resuming import beginning_of_run, source_of_run
 from engine.training.run import Run
 from engine.training.settling import open_device, require_consistent_flags, settle, settle_by_budget, with_found_rate
@@ -65,12 +66,17 @@ def _open(stack, command, train_step, build_model, begun):
     advice = "train elsewhere: --checkpoint-dir OTHER"
     lock = stack.enter_context(folder_lock(folder, "checkpoint_dir", print, advice))
     config, recipe, checkpoint, remarks = distributed.run_on_rank0(beginning_of_run, command, source, folder)
+    initial = None
+    if checkpoint is None:
+        command, initial, found = distributed.run_on_rank0(with_initial_weights, command)
+        config, remarks = command.config, remarks + found
     device = choose_device(config)
     precision = choose_precision(config, device)
     set_up_arithmetic(config, device)
     monitor = stack.enter_context(Monitor(config, device))
     splits = open_images(config, checkpoint, monitor.log)
-    trials = Trials(train_step, build_model, len(splits["train"].classes), device, precision)
+    images = splits["train"]
+    trials = Trials(train_step, build_model, len(images.classes), device, precision, initial, images)
     if checkpoint is None and frontier.leaves_recipe_open(command):
         recipe, config, compile_choice, lines = settle_by_budget(command, splits, trials, monitor, begun)
     else:
@@ -84,7 +90,7 @@ def _open(stack, command, train_step, build_model, begun):
     stack.callback(batches.close)
     if config["spot_notice"] and distributed.local_rank() == 0:
         watch_spot_notice(stop, config["spot_notice_url"], monitor.log)
-    return Run(config, recipe, checkpoint, compile_choice, device, precision, batches, monitor, lock, stop), trials
+    return Run(config, recipe, checkpoint, initial, compile_choice, device, precision, batches, monitor, lock, stop), trials
 
 
 def log_beginning(config, recipe, splits, device, precision, remarks, monitor, first=None):

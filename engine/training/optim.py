@@ -9,15 +9,23 @@ from engine.system.device import AUTOCAST_DTYPES
 from engine.training.muon import Muon, split_groups
 
 
-def parameter_groups(model, weight_decay, decay_norms_and_biases):
-    """Return the optimizer's parameter groups: what has one dimension (norms, biases) gets no weight decay."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if decay_norms_and_biases:
-        return [{"params": parameters, "weight_decay": weight_decay}]
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+def parameter_groups(model, weight_decay, decay_norms_and_biases, backbone_rate_factor=1.0):
+    """Return the optimizer's parameter groups: what has one dimension (norms, biases) gets no weight decay.
+
+    With a factor other than 1 the last layer's groups come first, and those of everything else have it as `rate_factor`.
+    """
+    parameters, last = [p for p in model.parameters() if p.requires_grad], set()
+    if backbone_rate_factor != 1:
+        last = set(map(id, model.fc.parameters()))
+    groups = []
+    for own in ({}, {"rate_factor": backbone_rate_factor}) if last else ({},):
+        some = [p for p in parameters if (id(p) in last) != bool(own)] if last else parameters
+        if decay_norms_and_biases:
+            groups.append({"params": some, "weight_decay": weight_decay} | own)
+            continue
+        groups.append({"params": [p for p in some if p.ndim >= 2], "weight_decay": weight_decay} | own)
+        groups.append({"params": [p for p in some if p.ndim < 2], "weight_decay": 0.0} | own)
+    return [group for group in groups if group["params"]]
 
 
 def lr_scale(config):
@@ -28,7 +36,10 @@ def lr_scale(config):
 def peak_rates(optimizer, config):
     """Return the peak rate of each parameter group of the configuration's optimizer."""
     of_adamw, of_all = config["adamw_learning_rate"], config["learning_rate"]
-    return [(of_adamw if group.get("by_adamw") else of_all) * lr_scale(config) for group in optimizer.param_groups]
+    return [
+        (of_adamw if group.get("by_adamw") else of_all) * lr_scale(config) * group.get("rate_factor", 1.0)
+        for group in optimizer.param_groups
+    ]
 
 
 class SGDW(torch.optim.SGD):
@@ -40,15 +51,16 @@ class SGDW(torch.optim.SGD):
     def __init__(self, groups, peak_rate, **options):
         """groups: with `weight_decay`, the share of the weights that a step at peak_rate takes away."""
         super().__init__([group | {"weight_decay": 0.0} for group in groups], lr=peak_rate, fused=True, **options)
-        self._peak_rate = peak_rate  # these two follow from the configuration, and so are in no checkpoint
+        # these two follow from the configuration, and so are in no checkpoint
+        self._peaks = [peak_rate * group.get("rate_factor", 1.0) for group in groups]
         self._decays = [group["weight_decay"] for group in groups]
 
     @torch.no_grad()
     def step(self, closure=None):
         found_inf = getattr(self, "found_inf", None)  # the GradScaler's verdict, on the device
-        for group, decay in zip(self.param_groups, self._decays, strict=True):
+        for group, peak, decay in zip(self.param_groups, self._peaks, self._decays, strict=True):
             if decay:
-                keep = 1 - decay * min(group["lr"] / self._peak_rate, 1.0)
+                keep = 1 - decay * min(group["lr"] / peak, 1.0)
                 if found_inf is not None:
                     keep = torch.where(found_inf.reshape(()) > 0, 1.0, keep)
                 torch._foreach_mul_(group["params"], keep)
@@ -61,7 +73,8 @@ def build_optimizer(model, config, precision="fp32"):
     Fused optimizers take the GradScaler's verdict on the device; the others make the host wait for it at each step.
     """
     of_each_batch = lr_scale(config) if config["optimizer"] == "sgdw" else 1.0
-    groups = parameter_groups(model, config["weight_decay"] * of_each_batch, config["decay_norms_and_biases"])
+    weight_decay, factor = config["weight_decay"] * of_each_batch, config["backbone_rate_factor"]
+    groups = parameter_groups(model, weight_decay, config["decay_norms_and_biases"], factor)
     rate = config["learning_rate"] * lr_scale(config)
     if config["optimizer"] in ("sgd", "sgdw"):
         options = {"momentum": config["momentum"], "nesterov": config["nesterov"]}
@@ -79,6 +92,8 @@ def build_optimizer(model, config, precision="fp32"):
         options = {"lr": rate, "weight_decay": config["weight_decay"], "momentum": config["momentum"]}
         options |= {"adamw_lr": config["adamw_learning_rate"] * lr_scale(config), "dtype": AUTOCAST_DTYPES[precision]}
         optimizer = Muon(*split_groups(groups), **options)
+        if factor != 1:
+            optimizer.param_groups[0]["rate_factor"] = factor
         _allocate_moments(optimizer, optimizer.param_groups[1:])
         return optimizer
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config["optimizer"]]

@@ -7,6 +7,7 @@ import torch
 
 from engine.data.batches import training_requests
 from engine.data.loader import BatchLoader
+from engine.inference.weight_files import FoundWeights, load_weights
 from engine.run.checkpoint_files import CheckpointFolder
 from engine.run.monitor import Monitor
 from engine.system import distributed
@@ -14,6 +15,7 @@ from engine.system.device import describe_device
 from engine.system.errors import TrainingStopped
 from engine.system.interruption import StopRequest
 from engine.system.lock import FolderLock
+from engine.training.class_balance import class_weights, weights_in_words
 from engine.training.state import TrainState
 from engine.training.validation import epoch_record, note_best
 
@@ -25,6 +27,7 @@ class Run:
     config: dict
     recipe: str
     checkpoint: dict | None  # to go on from, until restore() has taken it over
+    initial: FoundWeights | None  # to begin with, likewise
     compile_choice: dict
     device: torch.device
     precision: str
@@ -44,12 +47,19 @@ class Run:
         return len(self.batches.splits["train"]) // self.config["batch_size"]
 
     def restore(self, state):
-        """Let a new TrainState be the run's: at the checkpoint to go on from, or at the start; files of the run are opened."""
-        checkpoint, resumed = self.checkpoint, None
+        """Let a new TrainState be the run's, at the checkpoint to go on from or at the start; files of the run are opened."""
+        checkpoint, resumed, images = self.checkpoint, None, self.batches.splits["train"]
+        state.class_weights = class_weights(self.config, images, self.device)
+        if state.class_weights is not None:
+            self.monitor.log(weights_in_words(state.class_weights, images))
         if checkpoint is not None:
             state.load_state_dict(checkpoint, self.config, self.steps_per_epoch)
             resumed, self.checkpoint = (checkpoint["best"], checkpoint["path"]), None  # hundreds of megabytes
             self.monitor.event("resume", epoch=state.epoch, batch=state.batch, checkpoint=resumed[1], best=dict(state.best))
+        elif self.initial is not None:
+            for line in load_weights(state.model, self.initial, images.classes):
+                self.monitor.log(line)
+            self.initial = None
         self.checkpoints = CheckpointFolder(
             self.config, self.facts(), self.lock, self.stop, self.monitor.log, self.monitor.event
         )

@@ -19,7 +19,7 @@ def uphill(state, config):
     Then weights and batch-norm statistics are again what they were, to the bit, and the gradient is that of the other place.
     A gradient that is not finite leads to one that is not finite either, so that the step is skipped whole.
     """
-    weights = list(state.model.parameters())
+    weights = [weight for weight in state.model.parameters() if weight.requires_grad]
     changed = [*weights, *state.model.buffers()]
     before = [tensor.detach().clone() for tensor in changed]
     try:

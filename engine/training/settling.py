@@ -13,9 +13,11 @@ from engine.system.plain_json import to_json
 from engine.training import frontier
 from engine.training.compiling import choose_compile, choose_compiled, coarser_step, keep_compiled_code_in
 from engine.training.images import open_images
+from engine.training.initial_weights import with_initial_weights
 from engine.training.measuring import measure_machine
 from engine.training.plan import budget_hours, plan_new_run
 from engine.training.range_test import USUAL_RANGE, describe_rates, find_learning_rate
+from engine.training.size_rule import adapted, rate_for_length
 from engine.training.trials import Trials
 
 
@@ -24,7 +26,11 @@ def settle(command, config, checkpoint, splits, trials, monitor, begun):
 
     The lines are to be logged. A learning rate that is to be found is found later, by with_found_rate.
     """
+    sized = []
+    if checkpoint is None:
+        config, sized = adapted(command, config, splits["train"])
     config, choice, lines = settle_compiling(command, config, checkpoint, splits, trials)
+    lines = sized + lines
     if not {"plan", "hours", "dollars"} & set(command.options) or checkpoint is not None:
         return config, choice, lines + trials.remarks
 
@@ -32,6 +38,9 @@ def settle(command, config, checkpoint, splits, trials, monitor, begun):
         return measure_rates(config, choice, splits, trials, monitor, begun)
 
     config, planned = distributed.broadcast_from_rank0(plan_for(command, config, counts_of(splits), measure))
+    if {"hours", "dollars"} & set(command.options) and "learning_rate" not in command.given:
+        usual = command.config  # whose rate is the rule's
+        config |= {"learning_rate": usual["learning_rate"]} | rate_for_length(usual, len(splits["train"]), config["epochs"])
     return config, choice, lines + planned + trials.remarks
 
 
@@ -141,6 +150,7 @@ def open_device(config):
 def print_plan(command, train_step, build_model, begun):
     """Print what a new run would take; nothing is written. Arguments as of open_run."""
     require_consistent_flags(command)
+    command, initial, found = with_initial_weights(command)
     device = open_device(command.config)
     config = command.config
     with distributed.process_group(device), Monitor(config | {"log_file": None}, device) as monitor:
@@ -149,27 +159,28 @@ def print_plan(command, train_step, build_model, begun):
             lines = stated_plan(command, monitor)
         else:
             splits = open_images(config, None, monitor.log)
-            num_classes, precision = len(splits["train"].classes), choose_precision(config, device)
-            trials = Trials(train_step, build_model, num_classes, device, precision)
+            images, precision = splits["train"], choose_precision(config, device)
+            trials = Trials(train_step, build_model, len(images.classes), device, precision, initial, images)
             if frontier.leaves_recipe_open(command):
                 prospects, remarks, _, said = prospects_here(command, splits, trials, monitor, begun)
                 lines = said + trials.remarks + open_plan(command, prospects, counts_of(splits), remarks)
             else:
                 _, _, lines = settle(command, config, None, splits, trials, monitor, begun)
-        monitor.log("\n".join(lines))
+        monitor.log("\n".join(found + lines))
     return 0
 
 
 def stated_plan(command, monitor):
     """Return the lines of a plan from a stated speed, for the images that are there, or else for ImageNet-1K."""
-    config, counts, images = command.config, IMAGENET_COUNTS, None
+    config, counts, images, sized = command.config, IMAGENET_COUNTS, None, []
     try:
         splits = open_images(config, None, monitor.log)
         counts, images = counts_of(splits), splits["train"]
+        config, sized = adapted(command, config, images)
     except DataError:
         monitor.log(f"no images in {config['data_dir']}: planned for ImageNet-1K")
     if not frontier.leaves_recipe_open(command):
-        return plan_for(command, config, counts, None)[1]
+        return sized + plan_for(command, config, counts, None)[1]
     commands, left_out = frontier.commands_with_recipes(command)
     prospects = frontier.prospects_of(commands, frontier.rates_stated_for(command))
     return open_plan(command, prospects, counts, left_out + frontier.remarks_on_figures(command, images))

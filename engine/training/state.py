@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from engine.data.batches import resolution_of_epoch
+from engine.inference.freezing import freeze
 from engine.run.throughput import Throughput
 from engine.system import distributed
 from engine.system.device import build_scaler, load_scaler
@@ -42,6 +43,7 @@ class TrainState:
     micro_batch_size: int  # images per forward pass
     sums: MetricAccumulator  # of the epoch in progress
     speed: Throughput  # of the same
+    class_weights: torch.Tensor | None = None  # of the loss, which follow from configuration and images; None: all the same
     epoch: int = 0  # whole epochs done
     batch: int = 0  # batches of the next one done
     best: dict = field(default_factory=lambda: {"top1": 0.0, "epoch": 0, "weights": "raw"})
@@ -136,11 +138,12 @@ def new_state(model, config, steps_per_epoch, precision, compiled=False):
     """Return the TrainState at the start of a run.
 
     Args:
-        model: the network, freshly initialised, on the run's device.
+        model: the network, freshly initialised, on the run's device; what `freeze` names is frozen in it.
         precision: as choose_precision returns it.
         compiled: whether training runs compiled code.
     """
     device = next(model.parameters()).device
+    freeze(model, config)
     averaged_model = averaging.build_swa_model(model) if config["swa_start_epoch"] else None
     ema_model = averaging.build_ema_model(model, config)
     if compiled:

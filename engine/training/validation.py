@@ -19,6 +19,7 @@ from engine.system.errors import TrainingStopped
 from engine.system.gpu_memory import retry_pass_on_oom, stop_on_oom
 from engine.system.random_state import random_state_restored_on_error
 from engine.training import averaging
+from engine.training.class_balance import are_uneven
 from engine.training.compiling import eager_mode
 
 BETWEEN_STEPS = "outside of a training step: make room in the GPU's memory, and start again with --resume auto"
@@ -72,8 +73,9 @@ def validate(models, resolution, state, run):
     steps = math.ceil(num_images / config["batch_size"])
     run.monitor.start(f"epoch {state.epoch + 1}: validation at {resolution} px", steps)
     batches = run.monitor.watch(run.batches.validation(resolution))
+    context, by_class = autocast(state.device, state.precision), are_uneven(run.batches.splits["train"])
     with eager_mode():  # a last batch of its own size would be compiled for one use
-        return evaluate(models, batches, num_images, autocast(state.device, state.precision), config["val_flip"])
+        return evaluate(models, batches, num_images, context, config["val_flip"], by_class=by_class)
 
 
 def note_best(state, scores, on_disk):

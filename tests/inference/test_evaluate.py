@@ -75,7 +75,7 @@ def test_an_ensemble_scores_the_mean_of_the_probabilities_and_each_member_is_bes
         top1, _, loss = figures(line)
         assert top1 == pytest.approx(100 * (shares.argmax(1) == labels).float().mean().item(), abs=0.01)
         assert loss == pytest.approx(torch.nn.functional.nll_loss(shares.log(), labels).item(), abs=2e-4)
-        assert "on 20 images, 32 px centre crop (ratio 0.875), no test-time augmentation" in line
+        assert "on 20 images of 10 classes, 32 px centre crop (ratio 0.875), no test-time augmentation" in line
 
 
 def test_an_ensembles_loss_is_finite_where_every_probability_underflows():

@@ -1,0 +1,184 @@
+"""Weights from files of this program and of others, and from torchvision: by torchvision's keys, and what is known of them."""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from engine.preparation.finding import some
+from engine.run import checkpoint_files
+from engine.run.weights import PREFERENCE, WEIGHTS
+from engine.system.errors import CheckpointError, UserError, first_line
+
+TORCHVISION = "torchvision:"
+NESTED = ("state_dict", "model")  # where timm's and torchvision's training scripts keep the weights in their checkpoints
+PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")  # of averages and DistributedDataParallel, and of torch.compile
+BLURS = {"blur_pool": "BlurPool", "blur_max_pool": "blurred max-pool"}  # key: its name in exports
+
+
+class FoundWeights(NamedTuple):
+    """Weights and what their source tells of them."""
+
+    name: str  # in words
+    weights: dict  # {torchvision's key: tensor}
+    network: dict  # architecture, blur_pool, blur_max_pool, as far as they are told
+    classes: list | None
+    facts: dict = {}  # an export's
+
+
+def find_weights(source, architecture):
+    """Return the FoundWeights that config['initial_weights'] names.
+
+    Args:
+        source: path of a file, with :raw, :averaged or :ema behind that of a checkpoint; or torchvision:NAME.
+        architecture: of the network that they are for.
+    Raises:
+        UserError: there are no such weights.
+    """
+    if source.startswith(TORCHVISION):
+        return _of_torchvision(source.removeprefix(TORCHVISION), architecture)
+    path, _, kind = source.rpartition(":")
+    if not path or kind not in WEIGHTS:
+        path, kind = source, "auto"
+    try:
+        checkpoint = checkpoint_files.read(path)
+    except CheckpointError as error:
+        if kind != "auto":
+            raise
+        return read_weights(path, error)
+    (kind,) = chosen_kinds(checkpoint, kind, path)
+    network = {key: checkpoint["config"][key] for key in ("architecture", *BLURS) if key in checkpoint["config"]}
+    weights = without_prefix(checkpoint[WEIGHTS[kind].checkpoint_key])
+    return FoundWeights(f"{path}, {WEIGHTS[kind].in_words}", weights, network, checkpoint["classes"])
+
+
+def chosen_kinds(checkpoint, kinds, path):
+    """Return the list of the kinds of weights to take from a checkpoint.
+
+    Args:
+        kinds: 'all', 'auto' (the ones that scored best, if they are of the checkpoint's epoch; else averaged before raw ones),
+            or one of WEIGHTS.
+        path: of the checkpoint, for messages.
+    """
+    states = {kind: checkpoint.get(weights.checkpoint_key) for kind, weights in WEIGHTS.items()}
+    there = [kind for kind, state in states.items() if state is not None and state.get("n_averaged", 1) > 0]
+    if kinds == "all":
+        return there
+    if kinds == "auto":
+        best = checkpoint["best"]
+        if best["epoch"] == checkpoint["epoch"] and best["weights"] in there:
+            return [best["weights"]]
+        return [next(kind for kind in PREFERENCE if kind in there)]
+    if kinds not in there:
+        raise CheckpointError(f"{path} holds no {WEIGHTS[kinds].in_words}; there are: {', '.join(there)}")
+    return [kinds]
+
+
+def read_weights(path, no_checkpoint=None):
+    """Return the FoundWeights of a file with weights alone, or of another program's checkpoint.
+
+    Args:
+        no_checkpoint: the error to raise, where it says more, if the file holds no weights either.
+    """
+    path = Path(path)
+    try:
+        weights = _read_tensors(path)
+    except CheckpointError as error:
+        if no_checkpoint is None or (path.suffix == ".safetensors" and path.exists()):
+            raise
+        raise no_checkpoint from error
+    facts = _facts_of_export(path, weights)
+    network = {}
+    if facts:
+        network = {"architecture": facts["architecture"]} | {key: name in facts["blurs"] for key, name in BLURS.items()}
+    weights = without_prefix(weights)
+    if "fc.weight" not in weights:
+        raise CheckpointError(f"{path} holds no weights of a ResNet with torchvision's keys: {some(list(weights), 3)}")
+    return FoundWeights(str(path), weights, network, facts.get("classes"), facts)
+
+
+def _read_tensors(path):
+    """Return the state dict that a file holds, by itself or nested."""
+    if path.suffix == ".safetensors":
+        return checkpoint_files.read_plain_weights(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments that training scripts save beside them
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path} holds no weights: {first_line(error)}") from error
+    for key in NESTED:
+        if isinstance(contents, dict) and isinstance(contents.get(key), dict):
+            contents = contents[key]
+    if not isinstance(contents, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in contents.values()):
+        raise CheckpointError(f"{path} holds something else than weights")
+    return contents
+
+
+def _facts_of_export(path, weights):
+    """Return the facts that evaluate.py --export has put into a file, {} where another program has written it."""
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            facts = {name: value for name, value in (file.metadata() or {}).items() if name != "format"}
+    else:
+        facts = getattr(weights, "_metadata", {}).get("", {}).get("facts", {})
+    return {name: json.loads(value) for name, value in facts.items()} if "blurs" in facts else {}
+
+
+def without_prefix(weights):
+    """Return a state dict without the prefixes that averages, DistributedDataParallel and torch.compile put before the keys."""
+    return {PREFIXES.sub("", key): tensor for key, tensor in weights.items() if key != "n_averaged"}
+
+
+def _of_torchvision(name, architecture):
+    """Return the FoundWeights of torchvision's own pretrained network, which are downloaded unless they are in its cache."""
+    import torchvision
+
+    known = torchvision.models.get_model_weights(architecture)
+    if name not in known.__members__:
+        raise UserError(f"initial_weights = {TORCHVISION}{name}: of {architecture} there are {', '.join(known.__members__)}")
+    try:
+        weights = known[name].get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors
+        raise UserError(
+            f"initial_weights = {TORCHVISION}{name} cannot be had ({first_line(error)}): fetch {known[name].url} where there "
+            "is a network, and name the file"
+        ) from error
+    network = {"architecture": architecture} | dict.fromkeys(BLURS, False)
+    return FoundWeights(f"torchvision's {architecture}, {name}", weights, network, None)
+
+
+# Into a network ------------------------------------------------------------------------------------------------------
+
+
+def load_weights(model, found, classes):
+    """Load FoundWeights into a network, all but a last layer for other classes; return lines on what was done.
+
+    Args:
+        classes: of the network's outputs.
+    Raises:
+        CheckpointError: a tensor is missing, unknown or of another shape; names the first.
+    """
+    own, weights = model.state_dict(), dict(found.weights)
+    lines = [f"initial weights: {found.name}"]
+    there = len(weights["fc.weight"])
+    if there != len(classes) or found.classes not in (None, classes):
+        why = f"{there:,} classes there, {len(classes):,} here" if there != len(classes) else "other classes there"
+        lines.append(f"the last layer begins anew ({why})")
+        weights |= {key: own[key] for key in ("fc.weight", "fc.bias")}
+    missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]  # torch < 0.4.1 has none
+    unknown = [key for key in weights if key not in own]
+    shapes = [
+        f"{key} {list(weights[key].shape)} in place of {list(own[key].shape)}"
+        for key in own
+        if key in weights and weights[key].shape != own[key].shape
+    ]
+    differing = ("of another shape", shapes), ("missing", missing), ("unknown", unknown)
+    if problems := [f"{what}: {some(names, 3)}" for what, names in differing if names]:
+        raise CheckpointError(f"{found.name} holds weights of another network; {'; '.join(problems)}; see --architecture")
+    model.load_state_dict({key: weights.get(key, tensor) for key, tensor in own.items()})
+    return lines

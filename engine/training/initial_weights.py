@@ -1,0 +1,34 @@
+"""The weights that a new run begins with instead of random ones."""
+
+from engine.inference.weight_files import BLURS, find_weights
+
+WORDS = {"architecture": "architecture"} | BLURS
+
+
+def with_initial_weights(command):
+    """Return (command, found, lines): the Command of a new run with the network of its initial weights, and those.
+
+    What the weights' source tells of their network rules where no flag says otherwise. The lines are to be logged.
+
+    Returns:
+        found: FoundWeights, or None where the run begins with random ones.
+    Raises:
+        UserError: there are no such weights.
+    """
+    source = command.config["initial_weights"]
+    if source == "none":
+        return command, None, []
+    found, lines, followed = find_weights(source, command.config["architecture"]), [], {}
+    for key, value in found.network.items():
+        present = command.config[key]
+        if key in command.given and value != present:
+            lines.append(f"WARNING: {key} = {present!r}, but {found.name} are of a network with {WORDS[key]} {value!r}")
+        elif value != present:
+            followed[key] = value
+            lines.append(f"{key} = {value!r}, as the initial weights have it")
+    if not set(BLURS) <= set(found.network):
+        lines.append(
+            f"note: {found.name} does not tell whether its network blurs where it strides; taken for one with "
+            + " and ".join(f"{key} = {command.config[key]}" for key in BLURS)
+        )
+    return command._replace(config=command.config | followed, given=command.given | followed), found, lines
