@@ -8,8 +8,10 @@ import types
 import torch
 
 from engine.data.loader import BatchLoader
+from engine.preparation.packed import PackedSplit
 from engine.run.checkpoint_files import LAST, delete_run
 from engine.run.monitor import Monitor
+from engine.run.verdict import Data, Verdict
 from engine.system import distributed
 from engine.system.device import (
     AUTOCAST_DTYPES,
@@ -24,7 +26,7 @@ from engine.system.errors import DataError, UserError, first_line
 from engine.system.interruption import Interrupted, RunEnded, StopRequest, watch_spot_notice
 from engine.system.lock import folder_lock
 from engine.system.plain_json import to_json
-from engine.system.workers import WorkerDied
+from engine.system.workers import WorkerDied, available_cores
 from engine.training import frontier
 from engine.training.images import open_images
 from engine.training.resuming import beginning_of_run, source_of_run
@@ -82,9 +84,17 @@ def _open(stack, command, train_step, build_model, begun):
     log_beginning(config, recipe, splits, device, precision, remarks, monitor, first)
     batches = BatchLoader(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.log)
     stack.callback(batches.close)
+    monitor.judge_with(verdict_of(config, recipe, splits["train"], batches), batches)
     if config["spot_notice"] and distributed.local_rank() == 0:
         watch_spot_notice(stop, config["spot_notice_url"], monitor.log)
     return Run(config, recipe, checkpoint, compile_choice, device, precision, batches, monitor, lock, stop), trials
+
+
+def verdict_of(config, recipe, images, batches):
+    """Return the Verdict that a run's figures are held against."""
+    cores = max(1, available_cores() // distributed.local_size())
+    data = Data(batches.workers, cores, isinstance(images, PackedSplit), batches.device.type == "cuda")
+    return Verdict(config, recipe, len(images.classes), len(images), data)
 
 
 def log_beginning(config, recipe, splits, device, precision, remarks, monitor, first=None):

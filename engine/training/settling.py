@@ -24,7 +24,7 @@ def settle(command, config, checkpoint, splits, trials, monitor, begun):
 
     The lines are to be logged. A learning rate that is to be found is found later, by with_found_rate.
     """
-    config, choice, lines = settle_compiling(command, config, checkpoint, splits, trials)
+    config, choice, lines = settle_compiling(command, config, checkpoint, splits, trials, monitor)
     if not {"plan", "hours", "dollars"} & set(command.options) or checkpoint is not None:
         return config, choice, lines + trials.remarks
 
@@ -35,13 +35,16 @@ def settle(command, config, checkpoint, splits, trials, monitor, begun):
     return config, choice, lines + planned + trials.remarks
 
 
-def settle_compiling(command, config, checkpoint, splits, trials):
+def settle_compiling(command, config, checkpoint, splits, trials, monitor):
     """Return (config, compile_choice, lines) of choose_compiled, whose code is kept beside the checkpoints."""
     if choose_compile(config, trials.device)[0] != "off":
         keep_compiled_code_in(config["checkpoint_dir"], create="plan" not in command.options)
     own_step = "resolution_step" in command.given or checkpoint is not None
     hours = budget_hours(command.options) or math.inf
-    return choose_compiled(config, checkpoint, own_step, len(splits["train"]), hours, trials)
+    monitor.start("choosing between the network as written and compiled", None)
+    choice = choose_compiled(config, checkpoint, own_step, len(splits["train"]), hours, trials)
+    monitor.finish()
+    return choice
 
 
 def measure_rates(config, compile_choice, splits, trials, monitor, begun):
@@ -64,7 +67,7 @@ def prospects_here(command, splits, trials, monitor, begun):
     """
     commands, left_out = frontier.commands_with_recipes(command)
     recipe = frontier.recipe_to_measure(commands)
-    config, choice, lines = settle_compiling(command, commands[recipe].config, None, splits, trials)
+    config, choice, lines = settle_compiling(command, commands[recipe].config, None, splits, trials, monitor)
     rates_for = frontier.rates_stated_for(command)
     if rates_for is None:
         rates = distributed.broadcast_from_rank0(measure_rates(config, choice, splits, trials, monitor, begun))
