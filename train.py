@@ -16,6 +16,7 @@ from engine.cli.command_line import command_from_terminal
 OWN_FLAGS = {
     "resume PATH": "checkpoint or run's folder to go on from; auto: the run in checkpoint_dir, or else a new run",
     "overwrite": "delete the run that checkpoint_dir holds and start anew",
+    "check": "print a table of what this run finds on this machine, with a verdict each, and exit; status 1 if it would fail",
     "preview [N]": "write the first batch of epoch N (1), as the network will see it, to preview.png, and exit",
     "plan": "measure this machine for a minute, print how long the run will take, or without --recipe a menu, and exit",
     "hours H": "measure this machine, choose the epochs that fit into H hours, without --recipe the best recipe too, and train",
@@ -34,6 +35,7 @@ from engine.system.device import autocast, skip_unless_finite
 from engine.system.errors import run_program
 from engine.system.gpu_memory import stop_on_oom
 from engine.training import sam
+from engine.training.check import check_run
 from engine.training.loss import main_class, training_loss
 from engine.training.micro_batches import backward, micro_batches
 from engine.training.mixing import build_mixing
@@ -119,6 +121,8 @@ def main(command, begun=None):
     begun = begun or time.perf_counter()
     if "plan" in command.options:
         return print_plan(command, train_step, build_model, begun)
+    if "check" in command.options:
+        return check_run(command, build_model)
     if "preview" in command.options:
         return write_preview(command)
     with exit_status() as status, open_run(command, train_step, build_model, begun) as run:

@@ -108,9 +108,18 @@ class PackedSplit:
             for path in batch.column(image_column).field("path"):
                 yield path.as_py() or ""
 
+    def names_in_order(self):
+        """Return the list of every image's file name in the order of the images, '' where none is known."""
+        names = list(self.names())
+        return names if self._rows is None else [names[row] for row in self._rows]
+
     def position(self, index):
         """Return (start, length) of the image's bytes in the file."""
         return int(self._starts[index]), int(self._lengths[index])
+
+    def location(self, index):
+        """Return (path, start, length) of the image's bytes."""
+        return self.path, *self.position(index)
 
     def read(self, index):
         """Return the bytes of the image."""

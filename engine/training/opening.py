@@ -28,6 +28,7 @@ from engine.system.lock import folder_lock
 from engine.system.plain_json import to_json
 from engine.system.workers import WorkerDied, available_cores
 from engine.training import frontier
+from engine.training.check import FAILS, OK, quick_check
 from engine.training.images import open_images
 from engine.training.resuming import beginning_of_run, source_of_run
 from engine.training.run import Run
@@ -82,6 +83,9 @@ def _open(stack, command, train_step, build_model, begun):
     stop = stack.enter_context(StopRequest())
     remarks = [*lines, *([lock.note] if lock.note else []), *remarks, *precision_remarks(precision, device)]
     log_beginning(config, recipe, splits, device, precision, remarks, monitor, first)
+    for finding in quick_check(config, device, len(splits["train"].classes), build_model):
+        if finding.verdict != OK:
+            monitor.log(f"{'WARNING: ' if finding.verdict == FAILS else ''}check: {finding.what}: {finding.text}")
     batches = BatchLoader(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.log)
     stack.callback(batches.close)
     monitor.judge_with(verdict_of(config, recipe, splits["train"], batches), batches)

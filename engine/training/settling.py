@@ -127,7 +127,7 @@ def require_consistent_flags(command):
     if "dollars" in planning and "price_per_hour" not in command.options:
         raise ConfigError(["--dollars without --price-per-hour: add what an hour of the machine costs"])
     idle = sorted({"images_per_s", "price_per_hour"} & set(command.options))
-    if idle and not planning:
+    if idle and not planning and "check" not in command.options:
         raise ConfigError(
             [f"--{name.replace('_', '-')}: belongs to a plan; add --plan or --hours, or --dollars" for name in idle]
         )
