@@ -3,7 +3,8 @@
 python evaluate.py checkpoints/best.pt                      top-1, top-5 and loss on every validation image, once
 python evaluate.py A/best.pt B/best.pt                      each as its run did, and their ensemble (mean of the probabilities)
 python evaluate.py epoch_030.pt epoch_035.pt --average      the mean of their weights, in one network
-python evaluate.py best.pt --details checkpoints/details    also each class's accuracy and the most confused pairs
+python evaluate.py best.pt --details checkpoints/details    also each class's accuracy, confused pairs, pictures for report.py
+python evaluate.py best.pt --split train --details checkpoints/train    likely mislabels among the training images
 python evaluate.py --classify cat.jpg holiday/              the five most probable classes of each image
 python evaluate.py best.pt --export model.onnx              or model.pt, model.safetensors; with a model card
 
@@ -49,8 +50,11 @@ def main(arguments):
         resolution = arguments.resolution and arguments.resolution[0]
         return print_classes(networks, arguments.classify, device, resolution, arguments.contact_sheet)
     if arguments.scores or arguments.average:
-        needed = ("train", "val") if arguments.average else ("val",)  # the statistics of a mean come from training images
-        splits = open_matching_splits(networks, networks[0].config["data_dir"], needed)
+        both = arguments.average or arguments.split == "train"  # the statistics of a mean come from training images
+        splits = open_matching_splits(networks, networks[0].config["data_dir"], ("train", "val") if both else ("val",))
+        if arguments.split == "train":
+            splits["val"] = splits["train"]
+            print("note: these are scores on the training images, seen as in validation")
     if arguments.scores:
         note_shared_images(networks)
     members = networks
@@ -59,7 +63,7 @@ def main(arguments):
     if arguments.export:
         export_network(networks[0], members, arguments.export, arguments.price_per_hour)
     else:
-        compare_networks(networks, splits, device, arguments.resolution, arguments.details)
+        compare_networks(networks, splits, device, arguments.resolution, arguments.details, arguments.split == "train")
     return 0
 
 
@@ -104,7 +108,10 @@ def parse_arguments(arguments=None):
     flag("--crop-ratio", type=float, metavar="R", help="crop over the resized shorter side; default: the run's")
     flag("--weights", choices=("auto", "all", *WEIGHTS), help="default: all of one checkpoint, auto of several")
     flag("--average", action="store_true", help="the mean of the checkpoints' weights instead of an ensemble")
-    flag("--details", type=path_text, metavar="PREFIX", help="write PREFIX_classes.csv, PREFIX_confusions.csv and PREFIX.png")
+    split_help = "train scores the training images; with --details it ranks them by how likely their label is wrong"
+    flag("--split", choices=("val", "train"), default="val", help=split_help)
+    details_help = "write PREFIX_classes.csv, _confusions.csv, _images.csv, PREFIX.png, and _gallery.json for report.py"
+    flag("--details", type=path_text, metavar="PREFIX", help=details_help)
     flag("--classify", nargs="+", type=path_text, metavar="PATH", help="image files and folders to classify")
     flag("--contact-sheet", type=path_text, metavar="PNG", help="of --classify: a picture of all images with their class")
     flag("--export", type=path_text, metavar="FILE", help="write FILE.pt, FILE.safetensors or FILE.onnx, and a model card")
@@ -124,6 +131,8 @@ def flag_problems(parsed):
     for flag, owner in (("contact_sheet", "classify"), ("price_per_hour", "export")):
         if getattr(parsed, flag) is not None and not getattr(parsed, owner):
             yield f"--{flag.replace('_', '-')} belongs to --{owner}"
+    if parsed.split == "train" and not parsed.scores:
+        yield "--split: belongs to scores, not to --classify or --export"
     if parsed.classify and parsed.export:
         yield "--classify and --export: one at a time"
     if parsed.average and (parsed.classify or len(parsed.checkpoints) < 2):

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 import train
+from benchmarks.mislabels import mislabel
 from engine.cli.command_line import parse_command_line
 from engine.data import augmentation, loader
 from engine.data.demo import make_demo_data
@@ -155,21 +156,6 @@ def stop_a_worker():
     os.kill(int(worker), signal.SIGSTOP)
     time.sleep(80)
     os.kill(int(worker), signal.SIGCONT)
-
-
-def mislabel(tree, share, seed=0):
-    """Move a share of the training images of a tree to a folder of another class; return their new paths."""
-    import numpy as np
-
-    rng = np.random.default_rng(seed)
-    classes = sorted(folder.name for folder in (tree / "train").iterdir())
-    files = sorted((tree / "train").glob("*/*.jpg"))
-    moved = []
-    for number in rng.choice(len(files), int(share * len(files)), replace=False):
-        path = files[number]
-        others = [name for name in classes if name != path.parent.name]
-        moved.append(path.rename(tree / "train" / others[rng.integers(len(others))] / f"wrong_{path.name}"))
-    return moved
 
 
 def record_windows(windows):

@@ -3,6 +3,7 @@
 import contextlib
 
 from engine.inference.confusion import write_details
+from engine.inference.gallery import write_gallery
 from engine.inference.images import open_loader
 from engine.inference.outputs import user_error_on_failure
 from engine.inference.scoring import ENSEMBLE, evaluate
@@ -11,13 +12,14 @@ from engine.system.device import autocast
 from engine.system.errors import UserError
 
 
-def compare_networks(networks, splits, device, resolutions=None, details=None):
+def compare_networks(networks, splits, device, resolutions=None, details=None, training=False):
     """Print each network's scores on the validation images, seen as its run did, and those of their ensemble.
 
     Args:
         splits: of open_matching_splits.
         resolutions: px, in place of the runs'.
         details: prefix of the files with the details of one network or of the ensemble, or None.
+        training: whether splits['val'] are training images.
     Raises:
         UserError: details of several networks that are no ensemble.
     """
@@ -36,10 +38,10 @@ def compare_networks(networks, splits, device, resolutions=None, details=None):
         with contextlib.closing(open_loader(splits, settings, device)) as loader:
             for resolution in view.resolutions:
                 prefix = details and details + (f"_{resolution}" if len(view.resolutions) > 1 else "")
-                _score_members(members, loader, view, resolution, subject, prefix)
+                _score_members(members, loader, view, resolution, subject, prefix, training)
 
 
-def _score_members(members, loader, view, resolution, subject, details):
+def _score_members(members, loader, view, resolution, subject, details, training):
     """Print the scores of the networks that share a View, at one resolution; write the details of the subject."""
     split, precision = loader.splits["val"], members[0].config["precision"]
     models = {network.name: network.model for network in members}
@@ -62,7 +64,10 @@ def _score_members(members, loader, view, resolution, subject, details):
         title = f"{subject}: {scores_in_words(results[subject])}, {crop}"
         names = getattr(split, "class_names", {})
         with user_error_on_failure("details", details):
-            written = write_details(details, results[subject]["confusions"], split.classes, names, title)
+            confusions, seen = results[subject]["confusions"], results[subject]["seen"]
+            written = write_details(details, confusions, split.classes, names, title)
+            shown = resolution, view.crop_ratio
+            written += write_gallery(details, seen, confusions.cpu().numpy(), split, shown, title, training)
             print(f"wrote {', '.join(written)}")
 
 

@@ -1,6 +1,7 @@
 """Loss and accuracy of networks on every validation image, each counted once."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,15 @@ from engine.system.errors import DataError
 from engine.system.gpu_memory import retry_in_parts_on_oom
 
 ENSEMBLE = "ensemble"
+SEEN_CLASSES = 5
+
+
+class Seen(NamedTuple):
+    """What a network sees in N images, on the CPU."""
+
+    shares: torch.Tensor  # float32 [N, 5], probabilities of the most probable classes, the most probable first
+    classes: torch.Tensor  # int64 [N, 5], which these are
+    of_label: torch.Tensor  # float32 [N], probability of the label
 
 
 @torch.inference_mode()
@@ -26,7 +36,7 @@ def evaluate(models, device_batches, num_images, context, flip=False, ensemble=F
         context: autocast of the precision.
         flip: also score the mean of the logits of each image and of its mirror image, as 'flip_loss', 'flip_top1', 'flip_top5'.
         ensemble: also score the mean of the models' probabilities, as a further name, 'ensemble'.
-        confusions_of: name whose result gets 'confusions' too, of count_confusions.
+        confusions_of: name whose result gets 'confusions' too, of count_confusions, and 'seen', every image's Seen in order.
     Returns:
         loss: mean cross-entropy without label smoothing; top1 and top5: percent.
     Raises:
@@ -38,9 +48,10 @@ def evaluate(models, device_batches, num_images, context, flip=False, ensemble=F
     sums_in_parts = retry_in_parts_on_oom(
         lambda images, labels: _sums(_logits_by_view(models, images, context, flip, ensemble), labels, confusions_of)
     )
-    totals, count = {}, 0
+    totals, seen, count = {}, [], 0
     for images, labels in device_batches:
-        for sums in sums_in_parts(images, labels):
+        for sums, seen_in_part in sums_in_parts(images, labels):
+            seen += seen_in_part
             totals = {key: totals.get(key, 0) + value for key, value in sums.items()}
         count += len(labels)
     count = int(all_reduce_sum(torch.tensor(count)))
@@ -53,6 +64,7 @@ def evaluate(models, device_batches, num_images, context, flip=False, ensemble=F
         results[name] |= {f"{view}loss": loss, f"{view}top1": 100 * top1, f"{view}top5": 100 * top5}
     if confusions_of is not None:
         results[confusions_of]["confusions"] = confusions
+        results[confusions_of]["seen"] = Seen(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
     return results
 
 
@@ -77,11 +89,11 @@ def log_mean_probabilities(logits):
 
 
 def _sums(logits_by_view, labels, confusions_of):
-    """Return the sums over some images: {(name, view): float64 [3] of the loss, the top-1 and the top-5 hits}.
+    """Return (sums, seen) of some images: {(name, view): float64 [3] of the loss, the top-1 and the top-5 hits}, and [].
 
-    With confusions_of also {(confusions_of, 'confusions'): int64 [C, C]}.
+    With confusions_of also {(confusions_of, 'confusions'): int64 [C, C]}, and a list with the Seen of the images.
     """
-    sums = {}
+    sums, seen = {}, []
     for view, logits_of in logits_by_view:
         for name, logits in logits_of.items():
             loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -89,7 +101,15 @@ def _sums(logits_by_view, labels, confusions_of):
             sums[name, view] = torch.stack([loss, *hits]).double()
         if view == "" and confusions_of is not None:
             sums[confusions_of, "confusions"] = count_confusions(logits_of[confusions_of], labels)
-    return sums
+            seen.append(seen_in(logits_of[confusions_of], labels))
+    return sums, seen
+
+
+def seen_in(logits, labels):
+    """Return the Seen of logits [B, C] and labels int64 [B]."""
+    shares = logits.float().softmax(dim=1)
+    best = shares.topk(min(SEEN_CLASSES, logits.shape[1]), dim=1)
+    return Seen(best.values.cpu(), best.indices.cpu(), shares.gather(1, labels[:, None])[:, 0].cpu())
 
 
 def topk_correct(logits, labels, k):

@@ -5,6 +5,7 @@ import statistics
 from config import CONFIG, RECIPES
 from engine.report.charts import chart, timeline
 from engine.report.figures import best_of, column, conditions, energy_kwh, is_imagenet, machine_hours, phases
+from engine.report.galleries import blocks_of_gallery, galleries_in
 from engine.report.history import SILENT_END, interruptions
 from engine.report.page import heading, paragraph, table
 from engine.report.words import clock, interruptions_of, percent, position, spread
@@ -14,7 +15,7 @@ from engine.run.weights import WEIGHTS
 
 def report_of_run(run, price_per_hour=None):
     """Return (title, blocks) of the report of a run."""
-    sections = (state, verdicts, results, curves, sessions, machine, published_figures, settings)
+    sections = (state, verdicts, results, curves, pictures, sessions, machine, published_figures, settings)
     return f"Training report: {run.name}", [block for section in sections for block in section(run, price_per_hour)]
 
 
@@ -124,6 +125,11 @@ def curves(run, price_per_hour):
     if not found:
         return [paragraph("No curves: matplotlib is not installed.")] if records else []
     return [heading("Curves"), *found]
+
+
+def pictures(run, price_per_hour):
+    """Return what evaluate.py --details has left in the run's folder: images, calibration, accuracy by class."""
+    return [block for gallery in galleries_in(run.folder) for block in blocks_of_gallery(gallery)]
 
 
 def sessions(run, price_per_hour):
