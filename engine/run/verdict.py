@@ -22,8 +22,9 @@ HELD_DOWN, HELD_DOWN_ENDS = 0.10, 0.02  # shares of the samples in which the clo
 FULL, FULL_ENDS = 0.02, 0.04  # shares of the GPU's memory that nothing has or keeps: 300 MiB of a T4's 15 GiB
 LEARNING_STEPS = 50  # over which loss, gradient and skipped steps are judged
 IN_A_ROW = 2  # windows that must agree
-LEARNED_NOTHING_STEPS = 300  # a run must have learned something by then
+LEARNED_NOTHING_STEPS = 300  # and an epoch: by then a run has learned something
 LEARNED_NOTHING = 0.98  # of the loss of guessing
+FALLEN = 0.1  # of the loss of guessing; from then on a rise is told from noise
 RISEN, RISEN_ENDS = 0.5, 0.25  # shares of what the loss had fallen below guessing
 EXPLODED, EXPLODED_ENDS = 10.0, 5.0  # times the median gradient norm of the windows before
 USUAL_WINDOWS = 4  # that a usual gradient norm is known from
@@ -120,6 +121,7 @@ class Verdict:
         self.active = {}
         self._config, self._recipe, self._data = config, recipe, data
         self._is_imagenet = classes == 1000 and abs(images - IMAGENET_COUNTS[0]) < 0.01 * IMAGENET_COUNTS[0]
+        self._steps_per_epoch = images // config["batch_size"]
         self._guessing = loss_of_guessing(config["loss"], classes)
         self._before = self._epoch = None
         self._waiting, self._learning, self._gpu = NOTHING, NOTHING, []
@@ -209,16 +211,17 @@ class Verdict:
         return changes + self._judge_loss(window.loss / counted) + self._judge_gradient(window.grad_norm / counted)
 
     def _judge_loss(self, loss):
-        nothing = self._steps >= LEARNED_NOTHING_STEPS and self._lowest >= LEARNED_NOTHING * self._guessing <= loss
+        enough = max(LEARNED_NOTHING_STEPS, self._steps_per_epoch)
+        nothing = self._steps >= enough and self._lowest >= LEARNED_NOTHING * self._guessing <= loss
         if self._guessing == 0:
             return []
         text = (
-            f"after {self._steps:,} steps the loss is {loss:.3f}, that of guessing ({self._guessing:.3f}): look at a batch "
-            "(python train.py --preview), at the labels, and for a rate with python lr_finder.py"
+            f"after {self._steps:,} steps the loss is {loss:.3f} at rate {self._rate:.3g}, and of guessing {self._guessing:.3f}: "
+            "look for a rate (python lr_finder.py), at a batch (python train.py --preview), and at the labels"
         )
         changes = self._settle("nothing learned", self._lasting("nothing", nothing), not nothing, text, f"loss {loss:.3f}")
         fallen = self._guessing - self._lowest
-        risen = (loss - self._lowest) / fallen if fallen > (1 - LEARNED_NOTHING) * self._guessing else 0.0
+        risen = (loss - self._lowest) / fallen if fallen > FALLEN * self._guessing else 0.0
         text = (
             f"the loss has risen from {self._lowest:.3f} to {loss:.3f} at rate {self._rate:.3g}: go back to an earlier "
             "checkpoint (epoch_NNN.pt) and lower --learning-rate"

@@ -102,6 +102,7 @@ def test_a_network_that_learns_nothing_is_said_and_one_that_learns_late_ends_it(
     assert names(changes) == [("nothing learned", True), ("nothing learned", False)]
     assert "--preview" in changes[0].text
     assert told(verdict_of(), [window(loss=chance * 0.97**n) for n in range(20)]) == []
+    assert told(verdict_of(images=256 * 600), [window(loss=chance)] * 11) == []  # an epoch of 600 steps is not over
 
 
 def test_a_loss_that_rises_for_two_windows_is_said_and_a_single_bump_is_not():
