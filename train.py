@@ -11,7 +11,7 @@ torchrun --nproc_per_node=4 train.py           the same run on four GPUs
 import sys
 import time
 
-from engine.cli.command_line import command_from_terminal
+from engine.cli.command_line import command_from_terminal, require_one_task
 
 OWN_FLAGS = {
     "resume PATH": "checkpoint or run's folder to go on from; auto: the run in checkpoint_dir, or else a new run",
@@ -119,6 +119,7 @@ def train_one_epoch(state, run, config):
 def main(command, begun=None):
     """Train as the command asks; return the exit status."""
     begun = begun or time.perf_counter()
+    require_one_task(command)
     if "plan" in command.options:
         return print_plan(command, train_step, build_model, begun)
     if "check" in command.options:

@@ -78,6 +78,18 @@ def stretching_in_words(recipe, config, given):
     return f"epochs = {config['epochs']} (the recipe's are {usual['epochs']}): {shown} follow; flags set them otherwise"
 
 
+TASKS = ("plan", "check", "preview")  # that take the place of a run
+
+
+def require_one_task(command):
+    """Raise ConfigError where a Command asks train.py for two things at once, or for one of these about a run to resume."""
+    asked = [name for name in TASKS if name in command.options]
+    if len(asked) > 1:
+        raise ConfigError([f"--{' and --'.join(asked)}: one at a time"])
+    if "resume" in command.options and {"check", "preview"} & set(asked):
+        raise ConfigError([f"--{asked[0]} with --resume: it looks at a new run; name its recipe and flags"])
+
+
 # Flags ---------------------------------------------------------------------------------------------------------------
 
 

@@ -242,7 +242,7 @@ class Monitor:
     def _judge(self, metrics, learning_rate, speed):
         if self._verdict is None or self._epoch is None:
             return
-        sums = sums_of(metrics, self._config["batch_size"], speed.seconds(), speed.waited(), Work(*self._loader.work))
+        sums = sums_of(metrics, self._verdict.batch_size, speed.seconds(), speed.waited(), Work(*self._loader.work))
         self._pronounce(self._verdict.read(self._epoch, sums, learning_rate))
         self._pronounce(self._verdict.judge_gpu(self._sampler.fresh(), *self.gpu.allocator_mib()))
 

@@ -128,6 +128,10 @@ class Verdict:
         self._steps, self._rate, self._lowest, self._norms = 0, 0.0, math.inf, []
         self._in_a_row = {}
 
+    @property
+    def batch_size(self):
+        return self._config["batch_size"]
+
     # Each returns the Changes.
 
     def read(self, epoch, sums, learning_rate):
@@ -216,7 +220,7 @@ class Verdict:
         if self._guessing == 0:
             return []
         text = (
-            f"after {self._steps:,} steps the loss is {loss:.3f} at rate {self._rate:.3g}, and of guessing {self._guessing:.3f}: "
+            f"after {self._steps:,} steps the loss is {loss:.3f} at rate {self._rate:.3g}, of guessing {self._guessing:.3f}: "
             "look for a rate (python lr_finder.py), at a batch (python train.py --preview), and at the labels"
         )
         changes = self._settle("nothing learned", self._lasting("nothing", nothing), not nothing, text, f"loss {loss:.3f}")

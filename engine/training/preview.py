@@ -27,7 +27,7 @@ def write_preview(command):
     """Write the first batch of an epoch, exactly as a new run's network will see it, to preview.png; return the exit status.
 
     Raises:
-        ConfigError: the run has no such epoch, or the command resumes another.
+        ConfigError: the run has no such epoch.
     """
     refuse_several("train.py --preview")
     config, epoch = command.config, epoch_to_show(command)
@@ -48,12 +48,8 @@ def write_preview(command):
 def epoch_to_show(command):
     """Return the number of the epoch, from 1, that --preview asks for."""
     text, epochs = command.options["preview"] or "1", command.config["epochs"]
-    resumes = "resume" in command.options
-    problems = ["--preview with --resume: it shows a new run; name its recipe and flags"] if resumes else []
     if not (text.isdecimal() and 1 <= int(text) <= epochs):
-        problems.append(f"--preview {text}: must be an epoch of the run, from 1 to {epochs}")
-    if problems:
-        raise ConfigError(problems)
+        raise ConfigError([f"--preview {text}: must be an epoch of the run, from 1 to {epochs}"])
     return int(text)
 
 

@@ -63,7 +63,9 @@ def test_labels_have_names_and_mixed_ones_their_shares():
     assert label_in_words(torch.tensor([0.0, 1.0, 0.0]), names) == "dog"
 
 
-@pytest.mark.parametrize("flags", [["--preview=4"], ["--preview=0"], ["--preview=x"], ["--preview", "--resume=auto"]])
+@pytest.mark.parametrize(
+    "flags", [["--preview=4"], ["--preview=0"], ["--preview=x"], ["--preview", "--resume=auto"], ["--check", "--preview"]]
+)
 def test_an_epoch_that_the_run_has_not_is_refused(image_tree, tmp_path, flags):
     with pytest.raises(ConfigError, match="--preview"):
         run_here([*tiny_run(image_tree, tmp_path / "run"), *flags])
