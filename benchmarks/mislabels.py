@@ -1,9 +1,9 @@
 """How many planted wrong labels evaluate.py --split train --details finds: the share of them among the first of its list.
 
-python -m benchmarks.mislabels FOLDER [SEED ...]
+python -m benchmarks.mislabels FOLDER ARCHITECTURE [SEED ...]
 
-5 % of the demo's training images get another class's label; ResNet-18 is trained on them by the demo's recipe. A line for each
-seed goes to benchmarks/mislabels.jsonl.
+5 % of the demo's training images get another class's label, and a network is trained on them by the demo's recipe. A line for
+each seed goes to benchmarks/mislabels.jsonl.
 """
 
 import csv
@@ -34,14 +34,14 @@ def mislabel(tree, share, seed=0):
     return moved
 
 
-def main(folder, *seeds):
+def main(folder, architecture, *seeds):
     """Plant, train, look for them, and write down how many were found."""
     for seed in map(int, seeds or ("0", "1", "2")):
-        place = Path(folder) / str(seed)
+        place = Path(folder) / f"{architecture}_{seed}"
         make_demo_data(place / "tree")
         planted = {f"{path.parent.name}/{path.name}" for path in mislabel(place / "tree", SHARE, seed)}
         run, details = place / "run", place / "run/train"
-        flags = {"recipe": "demo", "data-dir": place / "tree", "make-demo-data": "false", "architecture": "resnet18"}
+        flags = {"recipe": "demo", "data-dir": place / "tree", "make-demo-data": "false", "architecture": architecture}
         flags |= {"checkpoint-dir": run, "log-file": place / "run.log", "seed": seed}
         words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
         subprocess.run([sys.executable, "train.py", *words, "--overwrite"], check=True)
@@ -51,9 +51,10 @@ def main(folder, *seeds):
             listed = [row["image"] for row in csv.DictReader(file)]
         found = {percent: len(planted & set(listed[: len(listed) * percent // 100])) for percent in (1, 2, 5, 10)}
         top1 = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["val_top1"]
-        figures = {"seed": seed, "images": len(listed), "planted": len(planted), "found_among_first_percent": found}
+        figures = {"architecture": architecture, "seed": seed, "images": len(listed), "planted": len(planted)}
+        figures |= {"found_among_first_percent": found, "val_top1": top1}
         with open(RESULTS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(environment() | figures | {"val_top1": top1}) + "\n")
+            file.write(json.dumps(environment() | figures) + "\n")
         print(figures)
 
 
