@@ -22,8 +22,9 @@ HELD_DOWN, HELD_DOWN_ENDS = 0.10, 0.02  # shares of the samples in which the clo
 FULL, FULL_ENDS = 0.02, 0.04  # shares of the GPU's memory that nothing has or keeps: 300 MiB of a T4's 15 GiB
 LEARNING_STEPS = 50  # over which loss, gradient and skipped steps are judged
 IN_A_ROW = 2  # windows that must agree
-LEARNED_NOTHING_STEPS = 300  # and an epoch: by then a run has learned something
+LEARNED_NOTHING_STEPS = 1000  # and an epoch: by then a run has learned something
 LEARNED_NOTHING = 0.98  # of the loss of guessing
+CHANCE_SIGMAS = 3  # standard deviations of what guessing scores on so many validation images
 FALLEN = 0.1  # of the loss of guessing; from then on a rise is told from noise
 RISEN, RISEN_ENDS = 0.5, 0.25  # shares of what the loss had fallen below guessing
 EXPLODED, EXPLODED_ENDS = 10.0, 5.0  # times the median gradient norm of the windows before
@@ -113,13 +114,14 @@ class Verdict:
         recipe: its name.
         classes, images: of the training images; counts.
         data: Data.
+        guess_top1: %, of the validation images, that always naming their commonest class gets right.
     Attributes:
         active: {name: Change that began it} of the alarms that have not ended.
     """
 
-    def __init__(self, config, recipe, classes, images, data):
+    def __init__(self, config, recipe, classes, images, data, guess_top1):
         self.active = {}
-        self._config, self._recipe, self._data = config, recipe, data
+        self._config, self._recipe, self._data, self._guess_top1 = config, recipe, data, guess_top1
         self._is_imagenet = classes == 1000 and abs(images - IMAGENET_COUNTS[0]) < 0.01 * IMAGENET_COUNTS[0]
         self._steps_per_epoch = images // config["batch_size"]
         self._guessing = loss_of_guessing(config["loss"], classes)
@@ -187,7 +189,7 @@ class Verdict:
 
     def judge_epoch(self, record):
         """Judge an epoch's record, as metrics.jsonl has it."""
-        return self._judge_distance(record) + self._judge_curve(record)
+        return self._judge_chance(record) + self._judge_distance(record) + self._judge_curve(record)
 
     # The figures -----------------------------------------------------------------------------------------------------
 
@@ -215,22 +217,13 @@ class Verdict:
         return changes + self._judge_loss(window.loss / counted) + self._judge_gradient(window.grad_norm / counted)
 
     def _judge_loss(self, loss):
-        enough = max(LEARNED_NOTHING_STEPS, self._steps_per_epoch)
-        nothing = self._steps >= enough and self._lowest >= LEARNED_NOTHING * self._guessing <= loss
-        if self._guessing == 0:
-            return []
-        text = (
-            f"after {self._steps:,} steps the loss is {loss:.3f} at rate {self._rate:.3g}, of guessing {self._guessing:.3f}: "
-            "look for a rate (python lr_finder.py), at a batch (python train.py --preview), and at the labels"
-        )
-        changes = self._settle("nothing learned", self._lasting("nothing", nothing), not nothing, text, f"loss {loss:.3f}")
         fallen = self._guessing - self._lowest
         risen = (loss - self._lowest) / fallen if fallen > FALLEN * self._guessing else 0.0
         text = (
             f"the loss has risen from {self._lowest:.3f} to {loss:.3f} at rate {self._rate:.3g}: go back to an earlier "
             "checkpoint (epoch_NNN.pt) and lower --learning-rate"
         )
-        changes += self._settle("loss rising", self._lasting("rising", risen > RISEN), risen < RISEN_ENDS, text, f"{loss:.3f}")
+        changes = self._settle("loss rising", self._lasting("rising", risen > RISEN), risen < RISEN_ENDS, text, f"{loss:.3f}")
         self._lowest = min(self._lowest, loss)
         return changes
 
@@ -283,6 +276,32 @@ class Verdict:
             "--micro-batch-size, and nvidia-smi shows who else is there"
         )
         return self._settle("memory nearly full", room < FULL * total, room > FULL_ENDS * total, text, f"{room:,.0f} MiB left")
+
+    def _judge_chance(self, record):
+        """Judge a validation that is no better than guessing; the training loss tells whether training is, too."""
+        best, loss, count = _best_top1(record), record.get("train_loss"), record.get("val_images")
+        if best is None or loss is None or not count or self._guessing == 0:
+            return []
+        steps, guess = record["epoch"] * self._steps_per_epoch, self._guess_top1
+        above_chance = guess + CHANCE_SIGMAS * math.sqrt(guess * (100 - guess) / count)
+        at_chance, learning = best <= above_chance, loss < LEARNED_NOTHING * self._guessing
+        late = at_chance and steps >= LEARNED_NOTHING_STEPS
+        figures = f"after {steps:,} steps validation top-1 is {best:.2f} %, that of guessing, and the training loss {loss:.3f}"
+        text = (
+            f"{figures} (guessing: {self._guessing:.3f}): look for a rate (python lr_finder.py), at a batch "
+            "(python train.py --preview), and at the labels"
+        )
+        changes = self._settle(
+            "nothing learned", self._lasting("nothing", late and not learning), not at_chance or learning, text, f"{best:.2f} %"
+        )
+        text = (
+            f"{figures}, below guessing ({self._guessing:.3f}): validation images are labelled, cut or normalised otherwise "
+            "than those of training, or the training labels are wrong"
+        )
+        ends = not at_chance or not learning
+        return changes + self._settle(
+            "validation at chance", self._lasting("chance", late and learning), ends, text, f"{best:.2f} %"
+        )
 
     def _judge_distance(self, record):
         trained, best = record.get("train_top1"), _best_top1(record)

@@ -5,6 +5,7 @@ import functools
 import traceback
 import types
 
+import numpy as np
 import torch
 
 from engine.data.loader import BatchLoader
@@ -88,17 +89,19 @@ def _open(stack, command, train_step, build_model, begun):
             monitor.log(f"{'WARNING: ' if finding.verdict == FAILS else ''}check: {finding.what}: {finding.text}")
     batches = BatchLoader(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.log)
     stack.callback(batches.close)
-    monitor.judge_with(verdict_of(config, recipe, splits["train"], batches), batches)
+    monitor.judge_with(verdict_of(config, recipe, splits, batches), batches)
     if config["spot_notice"] and distributed.local_rank() == 0:
         watch_spot_notice(stop, config["spot_notice_url"], monitor.log)
     return Run(config, recipe, checkpoint, compile_choice, device, precision, batches, monitor, lock, stop), trials
 
 
-def verdict_of(config, recipe, images, batches):
+def verdict_of(config, recipe, splits, batches):
     """Return the Verdict that a run's figures are held against."""
+    images, val_labels = splits["train"], splits["val"].labels
     cores = max(1, available_cores() // distributed.local_size())
+    guess_top1 = 100 * np.bincount(val_labels).max() / len(val_labels)
     data = Data(batches.workers, cores, isinstance(images, PackedSplit), batches.device.type == "cuda")
-    return Verdict(config, recipe, len(images.classes), len(images), data)
+    return Verdict(config, recipe, len(images.classes), len(images), data, guess_top1)
 
 
 def log_beginning(config, recipe, splits, device, precision, remarks, monitor, first=None):

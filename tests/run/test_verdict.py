@@ -28,7 +28,7 @@ DATA = Data(workers=2, cores=2, packed=True, on_gpu=True)
 
 
 def verdict_of(recipe="seed", classes=10, images=2000, **changes):
-    return Verdict(CONFIG | RECIPES[recipe] | changes, recipe, classes, images, DATA)
+    return Verdict(CONFIG | RECIPES[recipe] | changes, recipe, classes, images, DATA, 100 / classes)
 
 
 def window(loss=1.0, norm=1.0, steps=50, skipped=0, seconds=60.0, waited=0.0, work=(1.0, 0.1, 0.9)):
@@ -66,7 +66,7 @@ def test_waiting_for_data_is_said_once_and_again_when_it_ends():
 def test_workers_that_wait_for_a_core_are_a_fault_where_a_gpu_waits_for_them_alone():
     starved = window(waited=20, work=(1.0, 0.1, 0.3))
     for on_gpu in (True, False):
-        judged = Verdict(CONFIG, "seed", 10, 2000, DATA._replace(on_gpu=on_gpu))
+        judged = Verdict(CONFIG, "seed", 10, 2000, DATA._replace(on_gpu=on_gpu), 10.0)
         assert names(told(judged, [starved])) == ([("waiting for data", True)] if on_gpu else [])
 
 
@@ -96,13 +96,34 @@ def test_the_loss_of_guessing_is_that_of_a_network_which_gives_every_class_the_s
         assert loss_of_guessing(loss, 7) == pytest.approx(guessed, rel=1e-5)
 
 
-def test_a_network_that_learns_nothing_is_said_and_one_that_learns_late_ends_it():
+def learning(top1s, loss, images=256 * 200, val_images=500):
+    """The Changes of a run of 200 steps an epoch whose validation gives these figures."""
+    judged = verdict_of(images=images)
+    records = [
+        {"epoch": epoch, "train_loss": loss, "train_top1": top1, "val_top1": top1, "val_images": val_images}
+        for epoch, top1 in enumerate(top1s, start=1)
+    ]
+    return [change for record in records for change in judged.judge_epoch(record)]
+
+
+def test_a_network_that_learns_nothing_is_said_after_1000_steps_and_two_epochs_and_one_that_learns_late_ends_it():
     chance = loss_of_guessing("cross_entropy", 10)
-    changes = told(verdict_of(), [window(loss=chance)] * 8 + [window(loss=0.9 * chance)])
+    assert learning([10.0] * 5, chance) == []
+    changes = learning([10.0] * 7 + [20.0], chance)
     assert names(changes) == [("nothing learned", True), ("nothing learned", False)]
-    assert "--preview" in changes[0].text
-    assert told(verdict_of(), [window(loss=chance * 0.97**n) for n in range(20)]) == []
-    assert told(verdict_of(images=256 * 600), [window(loss=chance)] * 11) == []  # an epoch of 600 steps is not over
+    assert (
+        changes[0].text.startswith("after 1,200 steps validation top-1 is 10.00 %, that of guessing")
+        and "--preview" in changes[0].text
+    )
+    assert learning([10.0] * 5 + [14.1] * 5, chance) == []  # more than 3 standard deviations: 4.02 points of 500 images
+    assert names(learning([13.9] * 10, chance)) == [("nothing learned", True)]
+
+
+def test_a_validation_at_chance_is_told_from_a_network_that_learns_nothing_by_the_training_loss():
+    chance = loss_of_guessing("cross_entropy", 10)
+    changes = learning([10.0] * 7 + [20.0], 0.5 * chance)
+    assert names(changes) == [("validation at chance", True), ("validation at chance", False)]
+    assert "normalised otherwise" in changes[0].text
 
 
 def test_a_loss_that_rises_for_two_windows_is_said_and_a_single_bump_is_not():
