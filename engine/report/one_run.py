@@ -42,7 +42,7 @@ def verdicts(run, price_per_hour):
     rows = []
     for session in run.sessions:
         of_session = []
-        for event in session.verdicts:
+        for event in session.verdicts or []:
             at = position((event["epoch"], event["batch"])) if "epoch" in event else "before the training"
             if event.get("begins"):
                 of_session.append([event["name"], at, "", event["text"]])
@@ -54,7 +54,7 @@ def verdicts(run, price_per_hour):
         rows += [(name, begun, ended or lasting, text) for name, begun, ended, text in of_session]
     if rows:
         return [heading("Verdict"), table(("alarm", "from", "to", "what it said"), rows)]
-    if not run.sessions or run.log is not None:
+    if not run.sessions or any(session.verdicts is None for session in run.sessions):
         return []
     return [heading("Verdict"), paragraph("No alarm was raised.")]
 

@@ -120,6 +120,7 @@ def log_beginning(config, recipe, splits, device, precision, remarks, monitor, f
         hardware=hardware,
         environment=here,
         config=config,
+        judged=True,
     )
     if first is not None:
         monitor.log(first)
