@@ -250,7 +250,7 @@ class Verdict:
                 held[reason] = held.get(reason, 0) + 1 / len(seen)
         limits = [sample["power_limits_w"] for sample in samples if "power_limits_w" in sample]
         lowered = bool(limits) and limits[-1][0] < limits[-1][1]
-        if not lowered:  # a card at its own limit does what it is built for; a T4 in training is there all the time
+        if not lowered:  # a card at its own limit does what it is built for
             held.pop("power cap", None)
         reason = max(held, key=held.get, default="")
         share = held.get(reason, 0.0)

@@ -1,7 +1,9 @@
 """The live verdict: what it raises, what it lets pass, and that it is said once, with what to do, and again when it ends."""
 
+import json
 import os
 import signal
+import statistics
 import time
 
 import pytest
@@ -340,3 +342,78 @@ def test_a_healthy_run_says_nothing_and_names_its_phases(image_tree, tmp_path, m
     assert events_of(tmp_path / "run") == []
     assert "verdict" not in capsys.readouterr().out
     assert "No alarm was raised." in as_markdown(*report_of_run(read_run(tmp_path / "run", CONFIG)))
+
+
+# What it was right about ---------------------------------------------------------------------------------------------
+
+PAGE, EVIDENCE = REPOSITORY / "docs/verdict.md", REPOSITORY / "benchmarks/verdict.jsonl"
+BEGIN = "<!-- verdict: written by PYTHONPATH=.:tests python tests/run/test_verdict.py -->"
+END = "<!-- end of verdict -->"
+
+
+def largest_rise(losses, guessing):
+    """The largest share of what a loss had fallen that a window gave back, once that was enough to judge."""
+    rises = [0.0]
+    for number, loss in enumerate(losses[1:], start=1):
+        lowest = min(losses[:number])
+        if guessing - lowest > rules.FALLEN * guessing:
+            rises.append((loss - lowest) / (guessing - lowest))
+    return max(rises)
+
+
+def largest_growth(norms):
+    """The largest gradient norm of a window over the median of those before."""
+    first = rules.USUAL_WINDOWS
+    return max((norms[k] / statistics.median(norms[:k]) for k in range(first, len(norms))), default=0.0)
+
+
+def evidence():
+    """The page's part on what the verdict said of runs with a fault and of healthy ones."""
+    rows = [json.loads(line) for line in EVIDENCE.read_text(encoding="utf-8").splitlines()]
+    raised = {row["run"]: list(dict.fromkeys(alarm["name"] for alarm in row["alarms"] if alarm["begins"])) for row in rows}
+    right = sum(name in row["expected"] for row in rows for name in raised[row["run"]])
+    false = sum(len(names) for names in raised.values()) - right
+    missed = sum(not set(row["expected"]) & set(raised[row["run"]]) for row in rows if row["expected"])
+    healthy = [row for row in rows if row["run"].startswith("healthy")]
+    lines = ["| run | one of these is right | raised |", "|---|---|---|"]
+    for row in rows:
+        lines.append(f"| {row['run']} | {', '.join(row['expected']) or 'none'} | {', '.join(raised[row['run']]) or 'none'} |")
+
+    def guessing(row):
+        return loss_of_guessing("bce" if "mild" in row["run"] or "medium" in row["run"] else "cross_entropy", 10)
+
+    rise = max(largest_rise(row["windows"]["loss"], guessing(row)) for row in healthy)
+    growth = max(largest_growth(row["windows"]["norm"]) for row in healthy)
+    wait = max(share for row in healthy for share in row["windows"]["wait"])
+    apart = max(points for row in healthy for points in row["apart"])
+    latest = max(next((k for k, top1 in enumerate(row["val_top1"], 1) if top1 > 16.4), 99) for row in healthy)
+    first, faults = rows[0], sum(bool(row["expected"]) for row in rows)
+    machine = f"{first['cpu']}, {first['cores']} cores, shared with other work"
+    where = f"{machine}, PyTorch {first['versions']['torch']}, {first['date']}"
+    precision, recall = right / (right + false), 1 - missed / faults
+    counts = f"Alarms raised {right + false}, right {right}, false {false} (precision {precision:.2f}); "
+    counts += f"faults {faults}, missed {missed} (recall {recall:.2f})."
+    margins = (
+        f"In the {len(healthy)} healthy runs the loss gave back at most {rise:.0%} of what it had fallen, the gradient's norm "
+        f"was at most {growth:.1f} times the median before, training was at most {apart:.1f} points above validation, the "
+        f"waiting at most {wait:.0%}, and the last of them left chance in epoch {latest} (step {46 * latest})."
+    )
+    return "\n".join(
+        [
+            f"{len(rows)} runs of a narrow ResNet-18 on made pictures of 10 classes, each once, up to 1,104 steps; {where}; "
+            "`benchmarks/verdict_evidence.py`. Windows were 10 s and 10 samples instead of a minute.",
+            "",
+            *lines,
+            "",
+            f"{counts} {margins}",
+        ]
+    )
+
+
+def test_the_page_has_the_evidence_as_it_was_measured():
+    assert PAGE.read_text().split(BEGIN)[1].split(END)[0].strip() == evidence()
+
+
+if __name__ == "__main__":
+    before, rest = PAGE.read_text().split(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{evidence()}\n\n{END}{rest.split(END)[1]}")

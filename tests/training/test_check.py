@@ -89,7 +89,7 @@ def test_too_few_open_files_and_too_little_disk_are_found(tmp_path):
     assert more.verdict == "note" and "--keep-checkpoints 2" in more.text
 
 
-def test_the_calculated_memory_is_that_of_the_stand_in_and_of_the_seeds_run_on_a_t4():
+def test_the_calculated_memory_is_that_of_the_stand_in_and_with_the_rest_of_the_seeds_run_on_a_t4():
     assert count_weights(CONFIG, 1000, train.build_model) == RESNET50_WEIGHTS
     seed = needed_mib(CONFIG, 256, "fp16", RESNET50_WEIGHTS)
     assert seed == pytest.approx(11_701, rel=0.02)  # NVML's figure there
