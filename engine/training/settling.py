@@ -37,14 +37,17 @@ def settle(command, config, checkpoint, splits, trials, monitor, begun):
 
 def settle_compiling(command, config, checkpoint, splits, trials, monitor):
     """Return (config, compile_choice, lines) of choose_compiled, whose code is kept beside the checkpoints."""
-    if choose_compile(config, trials.device)[0] != "off":
+    how, _ = choose_compile(config, trials.device)
+    if how != "off":
         keep_compiled_code_in(config["checkpoint_dir"], create="plan" not in command.options)
     own_step = "resolution_step" in command.given or checkpoint is not None
     hours = budget_hours(command.options) or math.inf
-    monitor.start("choosing between the network as written and compiled", None)
-    choice = choose_compiled(config, checkpoint, own_step, len(splits["train"]), hours, trials)
-    monitor.finish()
-    return choice
+    if how == "measure":
+        monitor.start("choosing between the network as written and compiled", None)
+    chosen = choose_compiled(config, checkpoint, own_step, len(splits["train"]), hours, trials)
+    if how == "measure":
+        monitor.finish()
+    return chosen
 
 
 def measure_rates(config, compile_choice, splits, trials, monitor, begun):
