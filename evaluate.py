@@ -3,9 +3,10 @@
 python evaluate.py checkpoints/best.pt                      top-1, top-5 and loss on every validation image, once
 python evaluate.py A/best.pt B/best.pt                      each as its run did, and their ensemble (mean of the probabilities)
 python evaluate.py epoch_030.pt epoch_035.pt --average      the mean of their weights, in one network
-python evaluate.py best.pt --details checkpoints/details    also each class's accuracy, confused pairs, calibration
+python evaluate.py best.pt --details checkpoints/details    also each class's accuracy, confused pairs, calibration, pictures
 python evaluate.py best.pt --data-dir imagenet-a            another test set, also of some of the classes
 python evaluate.py best.pt --real-labels real.json          also by the reassessed labels of ImageNet's validation images
+python evaluate.py best.pt --split train --details checkpoints/train    likely mislabels among the training images
 python evaluate.py --classify cat.jpg holiday/              the five most probable classes of each image
 python evaluate.py best.pt --export model.onnx              or model.pt, .safetensors, or a folder/; with a model card
 
@@ -52,8 +53,11 @@ def main(arguments):
         resolution = arguments.resolution and arguments.resolution[0]
         return print_classes(networks, arguments.classify, device, resolution, arguments.contact_sheet)
     if arguments.scores or arguments.average:
-        needed = ("train", "val") if arguments.average else ("val",)  # the statistics of a mean come from training images
-        splits = open_matching_splits(networks, networks[0].config["data_dir"], needed)
+        both = arguments.average or arguments.split == "train"  # the statistics of a mean come from training images
+        splits = open_matching_splits(networks, networks[0].config["data_dir"], ("train", "val") if both else ("val",))
+        if arguments.split == "train":
+            splits["val"] = splits["train"]
+            print("note: these are scores on the training images, seen as in validation")
     if arguments.scores:
         note_shared_images(networks)
     members = networks
@@ -62,7 +66,8 @@ def main(arguments):
     if arguments.export:
         export_network(networks[0], members, arguments.export, arguments.price_per_hour)
     else:
-        compare_networks(networks, splits, device, arguments.resolution, arguments.details, arguments.real_labels)
+        details, real, training = arguments.details, arguments.real_labels, arguments.split == "train"
+        compare_networks(networks, splits, device, arguments.resolution, details, real, training)
     return 0
 
 
@@ -109,9 +114,10 @@ def parse_arguments(arguments=None):
     flag("--weights", choices=("auto", "all", *WEIGHTS), help="default: all of one checkpoint, auto of several")
     flag("--real-labels", type=path_text, metavar="FILE", help="ReaL's real.json: also score ImageNet's val by its labels")
     flag("--average", action="store_true", help="the mean of the checkpoints' weights instead of an ensemble")
-    flag(
-        "--details", type=path_text, metavar="PREFIX", help="write PREFIX_classes.csv, _confusions.csv, .png, _calibration.png"
-    )
+    split_help = "train scores the training images; with --details it ranks them by how likely their label is wrong"
+    flag("--split", choices=("val", "train"), default="val", help=split_help)
+    details_help = "write PREFIX_classes.csv, _confusions.csv, _images.csv, PREFIX.png, _calibration.png, _gallery.json"
+    flag("--details", type=path_text, metavar="PREFIX", help=details_help)
     flag("--classify", nargs="+", type=path_text, metavar="PATH", help="image files and folders to classify")
     flag("--contact-sheet", type=path_text, metavar="PNG", help="of --classify: a picture of all images with their class")
     flag(
@@ -136,6 +142,8 @@ def flag_problems(parsed):
     for flag, owner in (("contact_sheet", "classify"), ("price_per_hour", "export")):
         if getattr(parsed, flag) is not None and not getattr(parsed, owner):
             yield f"--{flag.replace('_', '-')} belongs to --{owner}"
+    if parsed.split == "train" and not parsed.scores:
+        yield "--split: belongs to scores, not to --classify or --export"
     if parsed.classify and parsed.export:
         yield "--classify and --export: one at a time"
     if parsed.average and (parsed.classify or len(parsed.checkpoints) < 2):

@@ -3,6 +3,7 @@
 python report.py                                  checkpoints/report.html and report.md, of the run in checkpoints/
 python report.py checkpoints/demo --price-per-hour 0.752
 python report.py runs/a runs/b --output compared  several runs on one page
+python report.py checkpoints --serve              in a browser, renewed as epochs end
 
 Reads metrics.jsonl and training.log alone; the run may still be going on.
 """
@@ -15,6 +16,7 @@ from config import CONFIG
 from engine.report.figures import read_run
 from engine.report.one_run import report_of_run
 from engine.report.page import as_html, as_markdown
+from engine.report.serving import serve
 from engine.report.side_by_side import report_of_runs
 from engine.system.console import protect_output
 from engine.system.errors import run_program
@@ -22,12 +24,11 @@ from engine.system.files import path_argument, replacing
 
 
 def main(arguments):
-    runs = [read_run(folder, CONFIG, arguments.log_file) for folder in arguments.folders]
-    if len(runs) == 1:
-        title, blocks = report_of_run(runs[0], arguments.price_per_hour)
-    else:
-        title, blocks = report_of_runs(runs, arguments.price_per_hour)
-    output = arguments.output or str(runs[0].folder / "report")
+    if arguments.serve is not None:
+        serve(arguments.folders, lambda: report_of(arguments), arguments.serve)
+        return 0
+    title, blocks = report_of(arguments)
+    output = arguments.output or str(arguments.folders[0] / "report")
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     for suffix, text in (("html", as_html(title, blocks)), ("md", as_markdown(title, blocks))):
         with replacing(f"{output}.{suffix}", "w") as file:
@@ -36,18 +37,28 @@ def main(arguments):
     return 0
 
 
+def report_of(arguments):
+    """Return (title, blocks) of the report that the arguments ask for."""
+    runs = [read_run(folder, CONFIG, arguments.log_file) for folder in arguments.folders]
+    if len(runs) == 1:
+        return report_of_run(runs[0], arguments.price_per_hour)
+    return report_of_runs(runs, arguments.price_per_hour)
+
+
 def parse_arguments(arguments=None):
     """Return what the command line asks for; ends the program with status 2 where that is impossible."""
     parser = argparse.ArgumentParser(
         "report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    folders = {"nargs": "*", "type": path_argument, "default": ["checkpoints"], "metavar": "FOLDER"}
+    folders = {"nargs": "*", "type": path_argument, "default": [Path("checkpoints")], "metavar": "FOLDER"}
     parser.add_argument("folders", help="a run's checkpoint_dir; default checkpoints", **folders)
     where = "the log of the runs; default training.log in the folder, above it or here"
     parser.add_argument("--log-file", type=path_argument, metavar="FILE", help=where)
     parser.add_argument("--log", dest="log_file", type=path_argument, help=argparse.SUPPRESS)  # its former name
     parser.add_argument("--price-per-hour", type=float, help="what an hour of the machine costs")
     parser.add_argument("--output", type=path_argument, help="of the files OUTPUT.html and OUTPUT.md; default FOLDER/report")
+    how = "show the report in a browser while the run goes on, on this machine's PORT (8000)"
+    parser.add_argument("--serve", type=int, nargs="?", const=8000, metavar="PORT", help=how)
     return parser.parse_args(arguments)
 
 

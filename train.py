@@ -11,11 +11,13 @@ torchrun --nproc_per_node=4 train.py           the same run on four GPUs
 import sys
 import time
 
-from engine.cli.command_line import command_from_terminal
+from engine.cli.command_line import command_from_terminal, require_one_task
 
 OWN_FLAGS = {
     "resume PATH": "checkpoint or run's folder to go on from; auto: the run in checkpoint_dir, or else a new run",
     "overwrite": "delete the run that checkpoint_dir holds and start anew",
+    "check": "print a table of what this run finds on this machine, with a verdict each, and exit; status 1 if it would fail",
+    "preview [N]": "write the first batch of epoch N (1), as the network will see it, to preview.png, and exit",
     "plan": "measure this machine for a minute, print how long the run will take, or without --recipe a menu, and exit",
     "hours H": "measure this machine, choose the epochs that fit into H hours, without --recipe the best recipe too, and train",
     "dollars D": "the same for the hours that D dollars pay for, at --price-per-hour",
@@ -33,11 +35,13 @@ from engine.system.device import autocast, skip_unless_finite
 from engine.system.errors import run_program
 from engine.system.gpu_memory import stop_on_oom
 from engine.training import sam
+from engine.training.check import check_run
 from engine.training.loss import main_class, training_loss
 from engine.training.micro_batches import backward, micro_batches
 from engine.training.mixing import build_mixing
 from engine.training.opening import exit_status, open_run
 from engine.training.out_of_memory import cure, retry_on_oom
+from engine.training.preview import write_preview
 from engine.training.settling import print_plan
 from engine.training.state import StepResult, new_state
 from engine.training.validation import BETWEEN_STEPS, average_and_validate, stop_if_diverged
@@ -115,8 +119,13 @@ def train_one_epoch(state, run, config):
 def main(command, begun=None):
     """Train as the command asks; return the exit status."""
     begun = begun or time.perf_counter()
+    require_one_task(command)
     if "plan" in command.options:
         return print_plan(command, train_step, build_model, begun)
+    if "check" in command.options:
+        return check_run(command, build_model)
+    if "preview" in command.options:
+        return write_preview(command)
     with exit_status() as status, open_run(command, train_step, build_model, begun) as run:
         config = run.config  # final
         model = build_model(config, run.num_classes, run.device)

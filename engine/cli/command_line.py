@@ -79,6 +79,18 @@ def stretching_in_words(recipe, config, given):
     return f"epochs = {config['epochs']} (the recipe's are {usual['epochs']}): {shown} follow; flags set them otherwise"
 
 
+TASKS = ("plan", "check", "preview")  # that take the place of a run
+
+
+def require_one_task(command):
+    """Raise ConfigError where a Command asks train.py for two things at once, or for one of these about a run to resume."""
+    asked = [name for name in TASKS if name in command.options]
+    if len(asked) > 1:
+        raise ConfigError([f"--{' and --'.join(asked)}: one at a time"])
+    if "resume" in command.options and {"check", "preview"} & set(asked):
+        raise ConfigError([f"--{asked[0]} with --resume: it looks at a new run; name its recipe and flags"])
+
+
 # Flags ---------------------------------------------------------------------------------------------------------------
 
 
@@ -106,7 +118,7 @@ def build_parser(program, usage, own_flags, for_help=False):
 
     Args:
         usage: text of the help; None takes the program's docstring, which `python -OO` leaves out at run time.
-        own_flags: {flag: help}; 'resume FILE' takes a value, 'overwrite' none.
+        own_flags: {flag: help}; 'resume FILE' takes a value, 'preview [N]' one or none (then it is ''), 'overwrite' none.
     """
     if usage is None:
         usage = ast.get_docstring(ast.parse((TOP / program).read_text(encoding="utf-8")))
@@ -118,6 +130,8 @@ def build_parser(program, usage, own_flags, for_help=False):
     for flag, text in (own_flags | {"recipe NAME": f"{', '.join(RECIPES)}; named overrides of the defaults below"}).items():
         name, _, value = flag.partition(" ")
         takes = {"metavar": value} | optional if value else {"action": "store_true"}
+        if value.startswith("["):
+            takes = {"metavar": value, "nargs": "?", "const": ""}
         group.add_argument(f"--{name}", dest=name.replace("-", "_"), help=text, **takes)
     group = parser.add_argument_group(f"configuration ({program} --key value; defaults of the seed recipe in brackets)")
     for key, comment in key_comments().items():

@@ -4,6 +4,7 @@ What happens to an image is a pure function of (seed, epoch, index), so neither 
 it.
 """
 
+import time
 from typing import NamedTuple
 
 import numpy as np
@@ -73,7 +74,8 @@ def validation_requests(split, config, resolution):
 class BatchMaker(Dataset):
     """Makes the batch of a BatchRequest in the buffer of a given number; runs inside the workers.
 
-    Item (number, request) is (number, request, the batch's bad images): the pixels and labels stay in the buffer.
+    Item (number, request) is (number, request, the batch's bad images, seconds): the pixels and labels stay in the buffer. The
+    seconds are those of making the batch, and of these the ones spent reading files, and on a core.
     """
 
     def __init__(self, splits, config, buffers):
@@ -86,12 +88,21 @@ class BatchMaker(Dataset):
 
     def __getitem__(self, item):
         number, request = item
+        began, on_core, self._reading = time.perf_counter(), time.thread_time(), 0.0
         images, labels = self.buffers.batch(number, len(request.indices), request.resolution)
         bad_images = []
         pixels = images.numpy()
         for place, index in enumerate(request.indices):
             pixels[place], labels[place] = self._view(request, int(index), bad_images)
-        return number, request, bad_images
+        seconds = time.perf_counter() - began, self._reading, time.thread_time() - on_core
+        return number, request, bad_images, seconds
+
+    def _read(self, split, index):
+        began = time.perf_counter()
+        try:
+            return split.read(index)
+        finally:
+            self._reading += time.perf_counter() - began
 
     def _view(self, request, index, bad_images):
         """Return (uint8 [H, W, 3], label); an unreadable training image is replaced by one drawn from the same RNG."""
@@ -99,7 +110,7 @@ class BatchMaker(Dataset):
         rng = np.random.default_rng([self.seed, request.epoch, index])
         for _ in range(TRIES_TO_REPLACE):
             try:
-                data = split.read(index)
+                data = self._read(split, index)
                 if request.split == "val":
                     return validation_view(data, request.resolution, self.val_crop_ratio), split.labels[index]
                 view = training_view(data, request.resolution, self.min_crop_area, rng)

@@ -1,8 +1,10 @@
 """From requests for batches to normalised images on the device, by one pool of worker processes."""
 
 import collections
+import contextlib
 import itertools
 import signal
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
@@ -56,6 +58,7 @@ class BatchLoader:
             worker_init_fn=_start_worker,
             generator=torch.Generator().manual_seed(0),  # else each pass would draw from the run's random state
         )
+        self.work = 0.0, 0.0, 0.0  # seconds of the workers so far: making batches, thereof reading files, and on a core
         self._iterator = iter(self._loader) if workers else None  # forks
         if device.type == "cuda" and not self._buffers.pin():
             log("note: the batches' memory could not be pinned; copies to the GPU will not overlap with its work")
@@ -116,7 +119,8 @@ class BatchLoader:
             # The DataLoader's handler of a worker's death would raise in the middle of a training step. Without it the death
             # is noticed at the next batch, within 5 seconds.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for number, request, bad_images in self._iterator:
+            for number, request, bad_images, seconds in self._iterator:
+                self.work = tuple(map(sum, zip(self.work, seconds, strict=True)))
                 yield Batch(*self._buffers.batch(number, len(request.indices), request.resolution), bad_images)
         except RuntimeError as error:
             dead = [worker for worker in getattr(self._iterator, "_workers", []) if not worker.is_alive()]
@@ -126,6 +130,14 @@ class BatchLoader:
                 f"a data worker died: process {dead[0].pid}, {_how_it_ended(dead[0].exitcode)}. "
                 "Out of memory? Fewer --num-workers need less; so does a smaller --batch-size"
             ) from error
+
+    def worker_states(self):
+        """Return {process id: letter of its state in /proc, such as R, S, D or T} of the worker processes."""
+        states = {}
+        for worker in getattr(self._iterator, "_workers", []):
+            with contextlib.suppress(OSError):  # it is gone, or this is no Linux
+                states[worker.pid] = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return states
 
     def close(self):
         """End the worker processes."""

@@ -138,6 +138,13 @@ def classify(paths, probabilities, classes, config, device, dtype, skip, k=5):
         yield from predictions()
 
 
+def shortened(words, draw, font, width):
+    """Return words so far as they fit into a width in px."""
+    while draw.textlength(words, font) > width and len(words) > 1:
+        words = words[:-2] + "…"
+    return words
+
+
 def write_contact_sheet(path, predictions, class_names, columns=6):
     """Write a PNG of every image in small, with its first class and that one's probability."""
     width, height = THUMBNAIL + 12, THUMBNAIL + 40
@@ -150,9 +157,7 @@ def write_contact_sheet(path, predictions, class_names, columns=6):
         picture = ImageOps.contain(picture, (THUMBNAIL, THUMBNAIL))
         sheet.paste(picture, (left + (THUMBNAIL - picture.width) // 2, top + (THUMBNAIL - picture.height) // 2))
         name, probability = prediction.best[0]
-        words = class_names.get(name, name).split(",")[0]
-        while draw.textlength(words, font) > THUMBNAIL - 38 and len(words) > 1:
-            words = words[:-2] + "…"
+        words = shortened(class_names.get(name, name).split(",")[0], draw, font, THUMBNAIL - 38)
         draw.text((left, top + THUMBNAIL + 6), f"{words} {100 * probability:.0f} %", fill="black", font=font)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")

@@ -6,6 +6,7 @@ import torch
 
 from engine.inference.calibration import write_calibration
 from engine.inference.confusion import write_details
+from engine.inference.gallery import write_gallery
 from engine.inference.images import open_loader
 from engine.inference.outputs import user_error_on_failure
 from engine.inference.scoring import ENSEMBLE, evaluate
@@ -22,7 +23,7 @@ from engine.system.device import autocast
 from engine.system.errors import UserError
 
 
-def compare_networks(networks, splits, device, resolutions=None, details=None, real_labels=None):
+def compare_networks(networks, splits, device, resolutions=None, details=None, real_labels=None, training=False):
     """Print each network's scores on the validation images, seen as its run did, and those of their ensemble.
 
     Args:
@@ -30,6 +31,7 @@ def compare_networks(networks, splits, device, resolutions=None, details=None, r
         resolutions: px, in place of the runs'.
         details: prefix of the files with the details of one network or of the ensemble, or None.
         real_labels: path of ReaL's labels, or None.
+        training: whether splits['val'] are training images.
     Raises:
         UserError: details of several networks that are no ensemble.
     """
@@ -51,10 +53,10 @@ def compare_networks(networks, splits, device, resolutions=None, details=None, r
         with contextlib.closing(open_loader(splits, settings, device)) as loader:
             for resolution in view.resolutions:
                 prefix = details and details + (f"_{resolution}" if len(view.resolutions) > 1 else "")
-                _score_members(members, loader, view, resolution, subject, prefix, real)
+                _score_members(members, loader, view, resolution, subject, prefix, real, training)
 
 
-def _score_members(members, loader, view, resolution, subject, details, real):
+def _score_members(members, loader, view, resolution, subject, details, real, training):
     """Print the scores of the networks that share a View, at one resolution; write the details of the subject.
 
     Args:
@@ -64,7 +66,7 @@ def _score_members(members, loader, view, resolution, subject, details, real):
     models = {network.name: network.model for network in members}
     present, labels = classes_present(split), torch.from_numpy(split.labels)
     is_subset, together = len(present) < len(split.classes), [ENSEMBLE] * (subject == ENSEMBLE)
-    needed = [*models, *together] if is_subset or real is not None else [subject] * bool(details)
+    needed = [*models, *together] if is_subset or real is not None else [subject] * bool(details and not training)
     results = evaluate(
         models,
         loader.validation(resolution),
@@ -90,14 +92,18 @@ def _score_members(members, loader, view, resolution, subject, details, real):
             print(f"{name}: {scores_in_words(scores, classes, 'flip_')}, {crop}, image and mirror image, {precision}")
     if details:
         title = f"{subject}: {scores_in_words(results[subject], len(present))}, {crop}"
-        logits = results[subject]["logits"]
-        logits = subset_logits(logits, present) if is_subset else logits
         names = getattr(split, "class_names", {})
         with user_error_on_failure("details", details):
-            written = write_details(details, results[subject]["confusions"], split.classes, names, title)
-            drawn, calibrated = write_calibration(f"{details}_calibration.png", logits, labels, title)
-            written += [f"{details}_calibration.png"] * drawn
-            print(calibrated)
+            confusions, seen = results[subject]["confusions"], results[subject]["seen"]
+            written = write_details(details, confusions, split.classes, names, title)
+            shown = resolution, view.crop_ratio
+            written += write_gallery(details, seen, confusions.cpu().numpy(), split, shown, title, training)
+            if not training:  # which a network is sure of
+                logits = results[subject]["logits"]
+                logits = subset_logits(logits, present) if is_subset else logits
+                drawn, calibrated = write_calibration(f"{details}_calibration.png", logits, labels, title)
+                written += [f"{details}_calibration.png"] * drawn
+                print(calibrated)
             print(f"wrote {', '.join(written)}")
 
 

@@ -1,6 +1,7 @@
 """Loss and accuracy of networks on every validation image, each counted once."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,15 @@ from engine.system.errors import DataError
 from engine.system.gpu_memory import retry_in_parts_on_oom
 
 ENSEMBLE = "ensemble"
+SEEN_CLASSES = 5
+
+
+class Seen(NamedTuple):
+    """What a network sees in N images, on the CPU."""
+
+    shares: torch.Tensor  # float32 [N, 5], probabilities of the most probable classes, the most probable first
+    classes: torch.Tensor  # int64 [N, 5], which these are
+    of_label: torch.Tensor  # float32 [N], probability of the label
 
 
 @torch.inference_mode()
@@ -36,7 +46,7 @@ def evaluate(
         context: autocast of the precision.
         flip: also score the mean of the logits of each image and of its mirror image, as 'flip_loss', 'flip_top1', 'flip_top5'.
         ensemble: also score the mean of the models' probabilities, as a further name, 'ensemble'.
-        confusions_of: name whose result gets 'confusions' too, of count_confusions.
+        confusions_of: name whose result gets 'confusions' too, of count_confusions, and 'seen', every image's Seen in order.
         by_class: also give 'balanced_top1', the mean of the classes' accuracies, and 'class_top1', those, None without images.
         logits_of: names whose results get this process's 'logits', float32 [N, C] on the CPU in the order of the images.
     Returns:
@@ -52,9 +62,10 @@ def evaluate(
             _logits_by_view(models, images, context, flip, ensemble), labels, confusions_of, by_class, logits_of
         )
     )
-    totals, count, logits = {}, 0, {name: [] for name in logits_of}
+    totals, count, seen, logits = {}, 0, [], {name: [] for name in logits_of}
     for images, labels in device_batches:
-        for sums in sums_in_parts(images, labels):
+        for sums, seen_in_part in sums_in_parts(images, labels):
+            seen += seen_in_part
             for name, kept in logits.items():
                 kept.append(sums.pop((name, "logits")))
             totals = {key: totals.get(key, 0) + value for key, value in sums.items()}
@@ -74,6 +85,7 @@ def evaluate(
         results[name]["logits"] = torch.cat(kept)
     if confusions_of is not None:
         results[confusions_of]["confusions"] = confusions
+        results[confusions_of]["seen"] = Seen(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
     return results
 
 
@@ -113,12 +125,12 @@ def _class_accuracies(hits):
 
 
 def _sums(logits_by_view, labels, confusions_of, by_class, kept):
-    """Return the sums over some images: {(name, view): float64 [3] of the loss, the top-1 and the top-5 hits}.
+    """Return (sums, seen) of some images: {(name, view): float64 [3] of the loss, the top-1 and the top-5 hits}, and [].
 
-    With confusions_of also {(confusions_of, 'confusions'): int64 [C, C]}, by_class {(name, 'classes'): int64 [C, 2]},
-    and of the names in kept {(name, 'logits'): float32 [B, C] on the CPU}.
+    With confusions_of also {(confusions_of, 'confusions'): int64 [C, C]} and a list with the Seen of the images, by_class
+    {(name, 'classes'): int64 [C, 2]}, and of the names in kept {(name, 'logits'): float32 [B, C] on the CPU}.
     """
-    sums = {}
+    sums, seen = {}, []
     for view, logits_of in logits_by_view:
         for name, logits in logits_of.items():
             loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -131,7 +143,15 @@ def _sums(logits_by_view, labels, confusions_of, by_class, kept):
                 sums[name, "classes"] = torch.bincount(2 * labels + right, minlength=2 * classes).view(classes, 2)
         if view == "" and confusions_of is not None:
             sums[confusions_of, "confusions"] = count_confusions(logits_of[confusions_of], labels)
-    return sums
+            seen.append(seen_in(logits_of[confusions_of], labels))
+    return sums, seen
+
+
+def seen_in(logits, labels):
+    """Return the Seen of logits [B, C] and labels int64 [B]."""
+    shares = logits.float().softmax(dim=1)
+    best = shares.topk(min(SEEN_CLASSES, logits.shape[1]), dim=1)
+    return Seen(best.values.cpu(), best.indices.cpu(), shares.gather(1, labels[:, None])[:, 0].cpu())
 
 
 def topk_correct(logits, labels, k):

@@ -340,6 +340,10 @@ class ImageFolder:
         with open(os.path.join(self.folder, self._path(index)), "rb") as file:
             return file.read()
 
+    def location(self, index):
+        """Return (path, start, length) of the image's bytes; length 0 is all of the file."""
+        return os.path.join(self.folder, self._path(index)), 0, 0
+
     def relabel(self, classes):
         """Let the labels count in another list of classes, which has all of them; the images are grouped in its order."""
         self.labels, order = relabelled(self, classes)

@@ -117,6 +117,10 @@ class PackedSplit:
         """Return (start, length) of the image's bytes in the file."""
         return int(self._starts[index]), int(self._lengths[index])
 
+    def location(self, index):
+        """Return (path, start, length) of the image's bytes."""
+        return self.path, *self.position(index)
+
     def read(self, index):
         """Return the bytes of the image."""
         start, length = self.position(index)

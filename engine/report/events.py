@@ -35,6 +35,7 @@ def _begun(event, instant):
         config=config,
         asked_config=config,
         warnings=[],
+        verdicts=[] if event.get("judged") else None,
     )
 
 
@@ -49,6 +50,8 @@ def _with_event(session, event, instant):
         return session._replace(config=event["config"])
     if kind == "warning":
         return session._replace(warnings=[*session.warnings, event["text"]])
+    if kind == "verdict":
+        return session._replace(verdicts=[*(session.verdicts or []), event])
     if kind == "interruption":
         saved = "saved" if event["saved"] else "NOT saved"
         return session._replace(ended=f"stopped by {event['reason']}, {saved}")

@@ -41,6 +41,7 @@ class Session(NamedTuple):
     config: dict
     asked_config: dict  # as it was asked for: with learning_rate 'auto', for example
     warnings: list
+    verdicts: list | None = None  # events of alarms that began or ended; None of a session that had no verdict
 
     @property
     def seconds(self):

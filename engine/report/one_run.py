@@ -5,6 +5,7 @@ import statistics
 from config import CONFIG, RECIPES
 from engine.report.charts import chart, timeline
 from engine.report.figures import best_of, column, conditions, energy_kwh, is_imagenet, machine_hours, phases
+from engine.report.galleries import blocks_of_gallery, galleries_in
 from engine.report.history import SILENT_END, interruptions
 from engine.report.page import heading, paragraph, table
 from engine.report.words import clock, interruptions_of, percent, position, spread
@@ -14,7 +15,7 @@ from engine.run.weights import WEIGHTS
 
 def report_of_run(run, price_per_hour=None):
     """Return (title, blocks) of the report of a run."""
-    sections = (state, results, curves, sessions, machine, published_figures, settings)
+    sections = (state, verdicts, results, curves, pictures, sessions, machine, published_figures, settings)
     return f"Training report: {run.name}", [block for section in sections for block in section(run, price_per_hour)]
 
 
@@ -34,6 +35,28 @@ def _state_in_words(run):
         return f"{what} Finished after {done} epochs."
     ended = f"{last.ended}, last heard of at {last.last_word:%Y-%m-%d %H:%M:%S}" if last.ended == SILENT_END else last.ended
     return f"{what} Not finished: {done} of {planned} epochs are done ({ended})."
+
+
+def verdicts(run, price_per_hour):
+    """Return the alarms of the live verdict: where each began and ended, and what it said."""
+    rows = []
+    for session in run.sessions:
+        of_session = []
+        for event in session.verdicts or []:
+            at = position((event["epoch"], event["batch"])) if "epoch" in event else "before the training"
+            if event.get("begins"):
+                of_session.append([event["name"], at, "", event["text"]])
+            else:
+                for row in of_session:
+                    if row[0] == event["name"] and not row[2]:
+                        row[2] = at
+        lasting = "still going on" if session.ended == SILENT_END else "lasted to the session's end"
+        rows += [(name, begun, ended or lasting, text) for name, begun, ended, text in of_session]
+    if rows:
+        return [heading("Verdict"), table(("alarm", "from", "to", "what it said"), rows)]
+    if not run.sessions or any(session.verdicts is None for session in run.sessions):
+        return []
+    return [heading("Verdict"), paragraph("No alarm was raised.")]
 
 
 def results(run, price_per_hour):
@@ -102,6 +125,11 @@ def curves(run, price_per_hour):
     if not found:
         return [paragraph("No curves: matplotlib is not installed.")] if records else []
     return [heading("Curves"), *found]
+
+
+def pictures(run, price_per_hour):
+    """Return what evaluate.py --details has left in the run's folder: images, calibration, accuracy by class."""
+    return [block for gallery in galleries_in(run.folder) for block in blocks_of_gallery(gallery)]
 
 
 def sessions(run, price_per_hour):

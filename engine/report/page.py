@@ -33,17 +33,30 @@ def chart_block(title, svg, names):
     return {"kind": "chart", "title": title, "svg": svg, "names": names}
 
 
+def gallery_block(title, text, shots):
+    """Return the block of some images, each of which shows its name and what the network saw at a click; not in Markdown.
+
+    Args:
+        shots: list of {'name', 'label', 'right', 'best': [[class, probability], ...], 'jpeg': base64}.
+    """
+    return {"kind": "gallery", "title": title, "text": text, "shots": shots}
+
+
 def as_markdown(title, blocks):
     """Return the blocks as Markdown, without the drawings; None among the blocks is passed over."""
     return _render("page.md.j2", title, blocks).rstrip("\n") + "\n"
 
 
-def as_html(title, blocks):
-    """Return the blocks as one HTML page without any outside reference; None among the blocks is passed over."""
-    return _render("page.html.j2", title, blocks)
+def as_html(title, blocks, live=None):
+    """Return the blocks as one HTML page without any outside reference; None among the blocks is passed over.
+
+    Args:
+        live: {'state', 'nonce'} of a page that is served and loads itself anew when /state says something else.
+    """
+    return _render("page.html.j2", title, blocks, live=live)
 
 
-def _render(template, title, blocks):
+def _render(template, title, blocks, **others):
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=lambda name: name.endswith(".html.j2"),
@@ -52,4 +65,6 @@ def _render(template, title, blocks):
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template(template).render(title=title, blocks=[block for block in blocks if block is not None])
+    return environment.get_template(template).render(
+        title=title, blocks=[block for block in blocks if block is not None], **others
+    )

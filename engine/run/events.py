@@ -8,8 +8,8 @@ from pathlib import Path
 from engine.system.plain_json import from_json, to_json
 
 EVENTS = "events.jsonl"
-# Their kinds: start, configuration (once the rate is found), resume, progress, epoch, save, warning, interruption (asked to
-# stop), error (cannot go on), end (trained to the end).
+# Their kinds: start, configuration (once the rate is found), resume, progress, epoch, save, warning, verdict (an alarm
+# begins or ends), interruption (asked to stop), error (cannot go on), end (trained to the end).
 
 
 class EventLog:

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from tqdm import tqdm
 from engine.run.checkpoint_files import CURVES, RECORDS
 from engine.run.curves import draw_curves
 from engine.run.events import EVENTS, EventLog
+from engine.run.heartbeat import Heartbeat
 from engine.run.records import append_record, keep_records_up_to, read_records
 from engine.run.telemetry import GpuFigures, GpuSampler, summary_of_all
 from engine.run.tensorboard import open_tensorboard
+from engine.run.verdict import STALLED_SECONDS, Work, sums_of
 from engine.run.weights import WEIGHTS
 from engine.system.console import lost_output
 from engine.system.distributed import all_gather_object, rank
@@ -60,12 +63,19 @@ class Monitor:
         self._terminal = self._is_main and sys.stderr.isatty()
         self._bar = None
         self._next_plain_line = 0.0
+        self._verdict = self._loader = None
+        self._what = self._waiting_since = None
+        self._speaking = threading.RLock()  # the heartbeat speaks, too
+        self._heartbeat = Heartbeat(self._beat)
 
     def __enter__(self):
         self._sampler.start()
+        if self._is_main:
+            self._heartbeat.start()
         return self
 
     def __exit__(self, *exception):
+        self._heartbeat.stop()
         self.finish()
         self._sampler.stop()
         if self._board is not None:
@@ -79,21 +89,23 @@ class Monitor:
         """Print a line above the bar, if there is one, and log it."""
         if not self._is_main:
             return
-        self.log_to_file(text)
-        if text.startswith(WARNINGS):
-            self.event("warning", text=text)
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
-        if not self._output_was_lost and (reason := lost_output()):
-            self._output_was_lost = True
-            self.log_to_file(
-                f"note: standard output cannot be written to ({reason}); the run goes on, and this log has everything"
-            )
+        with self._speaking:
+            self.log_to_file(text)
+            if text.startswith(WARNINGS):
+                self.event("warning", text=text)
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+            if not self._output_was_lost and (reason := lost_output()):
+                self._output_was_lost = True
+                self.log_to_file(
+                    f"note: standard output cannot be written to ({reason}); the run goes on, and this log has everything"
+                )
 
     def event(self, event, **facts):
         """Add an event to events.jsonl, which lies in the folder of open_records."""
         if self._is_main:
-            self._events.add(event, **facts)
+            with self._speaking:
+                self._events.add(event, **facts)
 
     def log_to_file(self, text):
         """Write a line to the log file alone."""
@@ -103,8 +115,9 @@ class Monitor:
     def start(self, what, total, done=0, epoch=None):
         """Begin a phase of `total` batches, `done` of which a resumed run has behind it; `epoch`, from 0, if it trains."""
         self.finish()
-        self._what, self._total, self._done, self._epoch = what, total, done, epoch
-        self._next_plain_line = time.monotonic() + PLAIN_LINE_SECONDS
+        self._total, self._done, self._epoch, self._began = total, done, epoch, time.monotonic()
+        self._next_plain_line = self._next_whereabouts = self._began + PLAIN_LINE_SECONDS
+        self._what = what
         if self._terminal:
             self._bar = tqdm(total=total, initial=done, desc=what, unit="batch", leave=False, dynamic_ncols=True)
 
@@ -120,6 +133,10 @@ class Monitor:
                 "img/s": f"{speed.recent():.0f}",
                 **self.gpu.text(),
             }
+            self._next_whereabouts = time.monotonic() + PLAIN_LINE_SECONDS
+            self._judge(metrics, learning_rate, speed)
+            if self._verdict is not None and self._verdict.active:
+                figures["verdict"] = " and ".join(self._verdict.active)
         if self._bar is not None:
             if figures is not None:
                 self._bar.set_postfix(figures, refresh=False)
@@ -135,13 +152,29 @@ class Monitor:
 
     def watch(self, batches):
         """Yield the batches and count each."""
-        for batch in batches:
+        for batch in self.observe(batches):
             yield batch
             self.advance()
         self.finish()
 
+    def observe(self, batches):
+        """Yield the batches; one that does not come is said."""
+        batches = iter(batches)
+        while True:
+            self._waiting_since = time.monotonic()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self._waiting_since = None
+            if self._verdict is not None and "no batch" in self._verdict.active:
+                self._pronounce(self._verdict.judge_stall(0.0, {}))
+            yield batch
+
     def finish(self):
         """End the phase."""
+        self._what = None
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -191,11 +224,49 @@ class Monitor:
             return
         self.log(epoch_line(record, self.epochs))
         self.event("epoch", epoch=record["epoch"], batch=0)
+        if self._verdict is not None:
+            self._pronounce(self._verdict.judge_epoch(record))
         if self._board is not None:
             with self._warn_on_error("TensorBoard's file could not be written"):
                 self._board.add(record)
         with self._warn_on_error(f"{CURVES} could not be drawn"):
             self._draw_curves_if_due(read_records(self._folder / RECORDS), is_last=record["epoch"] == self.epochs)
+
+    # The verdict ------------------------------------------------------------------------------------------------------
+
+    def judge_with(self, verdict, loader):
+        """Hold the run's figures against a Verdict from now on; the BatchLoader tells what its workers do."""
+        if self._is_main:
+            self._verdict, self._loader = verdict, loader
+
+    def _judge(self, metrics, learning_rate, speed):
+        if self._verdict is None or self._epoch is None:
+            return
+        sums = sums_of(metrics, self._verdict.batch_size, speed.seconds(), speed.waited(), Work(*self._loader.work))
+        self._pronounce(self._verdict.read(self._epoch, sums, learning_rate))
+        self._pronounce(self._verdict.judge_gpu(self._sampler.fresh(), *self.gpu.allocator_mib()))
+
+    def _pronounce(self, changes):
+        """Log the Changes and keep them as events."""
+        for change in changes:
+            self.log(f"verdict: {change.text}")
+            position = {"epoch": self._epoch, "batch": self._done} if self._epoch is not None else {}
+            self.event("verdict", name=change.name, begins=change.begins, text=change.text, **position)
+
+    def _beat(self):
+        """Say, in the heartbeat's thread, what the loop cannot: that no batch comes, and where a phase without figures is."""
+        now, since = time.monotonic(), self._waiting_since
+        if self._verdict is not None and since is not None and now - since >= STALLED_SECONDS:
+            self._pronounce(self._verdict.judge_stall(now - since, self._loader.worker_states()))
+        what = self._what
+        if what is None or now < self._next_whereabouts:
+            return
+        self._next_whereabouts = now + PLAIN_LINE_SECONDS
+        of = f"batch {self._done}/{self._total}, " if self._total else f"batch {self._done}, " if self._done else ""
+        line = f"{what}: {of}{now - self._began:.0f} s so far"
+        self.log_to_file(line)
+        if self._bar is None:
+            print(line, flush=True)
 
     @contextlib.contextmanager
     def _warn_on_error(self, trouble):

@@ -58,22 +58,34 @@ class GpuFigures:
         }
 
     def read_all(self):
-        """Return read()'s figures with power_w, temperature_c and throttled, a list of reasons; each where it can be read."""
+        """Return read()'s figures with power_w, temperature_c, throttled and power_limits_w, each where it can be read.
+
+        throttled is a list of reasons; the limits are the present one and the card's own.
+        """
         figures = self.read()
         power = self._ask("nvmlDeviceGetPowerUsage")  # milliwatts
         temperature = self._ask("nvmlDeviceGetTemperature", 0)
         reasons = self._ask("nvmlDeviceGetCurrentClocksThrottleReasons")
+        limit, usual_limit = (self._ask(f"nvmlDeviceGetPowerManagement{name}") for name in ("Limit", "DefaultLimit"))
         if power is not None:
             figures["power_w"] = power / 1000
         if temperature is not None:
             figures["temperature_c"] = temperature
         if reasons is not None:
             figures["throttled"] = [name for bit, name in THROTTLE_REASONS.items() if reasons & bit]
+        if limit is not None and usual_limit is not None:
+            figures["power_limits_w"] = limit / 1000, usual_limit / 1000
         return figures
 
     def clock_mhz(self):
         """Return the clock of the multiprocessors now, or None where it cannot be read."""
         return self._ask("nvmlDeviceGetClockInfo", 1)
+
+    def allocator_mib(self):
+        """Return (peak of what tensors took, what PyTorch's allocator holds now) in MiB, or (None, None) without a GPU."""
+        if not self.available:
+            return None, None
+        return torch.cuda.max_memory_allocated() / 2**20, torch.cuda.memory_reserved() / 2**20
 
     def text(self):
         """Return the figures for the bar, {'GPU': '11,701 MiB 98 %'} or {}."""
@@ -93,6 +105,7 @@ class GpuSampler:
     def __init__(self, gpu, seconds=SAMPLE_SECONDS):
         self._gpu, self._seconds = gpu, seconds
         self._samples = []  # (instant, figures)
+        self._fresh = []  # figures that fresh() has not returned yet
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread = None
@@ -114,6 +127,13 @@ class GpuSampler:
             sample = time.monotonic(), self._gpu.read_all()
             with self._lock:
                 self._samples.append(sample)
+                self._fresh.append(sample[1])
+
+    def fresh(self):
+        """Return the samples, as GpuFigures.read_all gives them, since the last call."""
+        with self._lock:
+            fresh, self._fresh = self._fresh, []
+        return fresh
 
     def summary(self):
         """Return the figures since the last call as numbers for an epoch's record, or {} if there are none."""

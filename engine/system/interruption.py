@@ -106,7 +106,7 @@ def watch_spot_notice(stop, url, log, poll_seconds=SPOT_POLL_SECONDS):
         complained = False
         while not ended.is_set():
             try:
-                notice = _spot_notice(url)
+                notice = spot_notice(url)
             except (OSError, ValueError) as error:
                 notice = None
                 if not complained:
@@ -122,7 +122,7 @@ def watch_spot_notice(stop, url, log, poll_seconds=SPOT_POLL_SECONDS):
     return ended
 
 
-def _spot_notice(url):
+def spot_notice(url):
     """Return the text of the spot instance action, or None while there is none."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # link-local: never through a proxy
     token_request = urllib.request.Request(

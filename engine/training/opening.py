@@ -5,11 +5,14 @@ import functools
 import traceback
 import types
 
+import numpy as np
 import torch
 
 from engine.data.loader import BatchLoader
+from engine.preparation.packed import PackedSplit
 from engine.run.checkpoint_files import LAST, delete_run
 from engine.run.monitor import Monitor
+from engine.run.verdict import Data, Verdict
 from engine.system import distributed
 from engine.system.device import (
     AUTOCAST_DTYPES,
@@ -24,8 +27,9 @@ from engine.system.errors import DataError, UserError, first_line
 from engine.system.interruption import Interrupted, RunEnded, StopRequest, watch_spot_notice
 from engine.system.lock import folder_lock
 from engine.system.plain_json import to_json
-from engine.system.workers import WorkerDied
+from engine.system.workers import WorkerDied, available_cores
 from engine.training import frontier
+from engine.training.check import FAILS, OK, quick_check
 from engine.training.images import open_images
 from engine.training.initial_weights import with_initial_weights
 from engine.training.resuming import beginning_of_run, source_of_run
@@ -86,11 +90,24 @@ def _open(stack, command, train_step, build_model, begun):
     stop = stack.enter_context(StopRequest())
     remarks = [*lines, *([lock.note] if lock.note else []), *remarks, *precision_remarks(precision, device)]
     log_beginning(config, recipe, splits, device, precision, remarks, monitor, first)
+    for finding in quick_check(config, device, len(splits["train"].classes), build_model):
+        if finding.verdict != OK:
+            monitor.log(f"{'WARNING: ' if finding.verdict == FAILS else ''}check: {finding.what}: {finding.text}")
     batches = BatchLoader(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.log)
     stack.callback(batches.close)
+    monitor.judge_with(verdict_of(config, recipe, splits, batches), batches)
     if config["spot_notice"] and distributed.local_rank() == 0:
         watch_spot_notice(stop, config["spot_notice_url"], monitor.log)
     return Run(config, recipe, checkpoint, initial, compile_choice, device, precision, batches, monitor, lock, stop), trials
+
+
+def verdict_of(config, recipe, splits, batches):
+    """Return the Verdict that a run's figures are held against."""
+    images, val_labels = splits["train"], splits["val"].labels
+    cores = max(1, available_cores() // distributed.local_size())
+    guess_top1 = 100 * np.bincount(val_labels).max() / len(val_labels)
+    data = Data(batches.workers, cores, isinstance(images, PackedSplit), batches.device.type == "cuda")
+    return Verdict(config, recipe, len(images.classes), len(images), data, guess_top1)
 
 
 def log_beginning(config, recipe, splits, device, precision, remarks, monitor, first=None):
@@ -109,6 +126,7 @@ def log_beginning(config, recipe, splits, device, precision, remarks, monitor, f
         hardware=hardware,
         environment=here,
         config=config,
+        judged=True,
     )
     if first is not None:
         monitor.log(first)

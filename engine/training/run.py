@@ -88,7 +88,7 @@ class Run:
         images = self.batches.splits["train"]
         self.monitor.start(f"epoch {state.epoch + 1}/{self.config['epochs']}", self.steps_per_epoch, state.batch, state.epoch)
         requests = training_requests(images, self.config, state.epoch, state.batch)
-        return self.batches.training(requests, state.bad_images)
+        return self.monitor.observe(self.batches.training(requests, state.bad_images))
 
     def record(self, state, trained, scores):
         """Write the epoch's record, let its best weights be the run's if they are, and return the record."""

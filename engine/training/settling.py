@@ -29,7 +29,7 @@ def settle(command, config, checkpoint, splits, trials, monitor, begun):
     sized = []
     if checkpoint is None:
         config, sized = adapted(command, config, splits["train"])
-    config, choice, lines = settle_compiling(command, config, checkpoint, splits, trials)
+    config, choice, lines = settle_compiling(command, config, checkpoint, splits, trials, monitor)
     lines = sized + lines
     if not {"plan", "hours", "dollars"} & set(command.options) or checkpoint is not None:
         return config, choice, lines + trials.remarks
@@ -44,13 +44,19 @@ def settle(command, config, checkpoint, splits, trials, monitor, begun):
     return config, choice, lines + planned + trials.remarks
 
 
-def settle_compiling(command, config, checkpoint, splits, trials):
+def settle_compiling(command, config, checkpoint, splits, trials, monitor):
     """Return (config, compile_choice, lines) of choose_compiled, whose code is kept beside the checkpoints."""
-    if choose_compile(config, trials.device)[0] != "off":
+    how, _ = choose_compile(config, trials.device)
+    if how != "off":
         keep_compiled_code_in(config["checkpoint_dir"], create="plan" not in command.options)
     own_step = "resolution_step" in command.given or checkpoint is not None
     hours = budget_hours(command.options) or math.inf
-    return choose_compiled(config, checkpoint, own_step, len(splits["train"]), hours, trials)
+    if how == "measure":
+        monitor.start("choosing between the network as written and compiled", None)
+    chosen = choose_compiled(config, checkpoint, own_step, len(splits["train"]), hours, trials)
+    if how == "measure":
+        monitor.finish()
+    return chosen
 
 
 def measure_rates(config, compile_choice, splits, trials, monitor, begun):
@@ -73,7 +79,7 @@ def prospects_here(command, splits, trials, monitor, begun):
     """
     commands, left_out = frontier.commands_with_recipes(command)
     recipe = frontier.recipe_to_measure(commands)
-    config, choice, lines = settle_compiling(command, commands[recipe].config, None, splits, trials)
+    config, choice, lines = settle_compiling(command, commands[recipe].config, None, splits, trials, monitor)
     rates_for = frontier.rates_stated_for(command)
     if rates_for is None:
         rates = distributed.broadcast_from_rank0(measure_rates(config, choice, splits, trials, monitor, begun))
@@ -133,7 +139,7 @@ def require_consistent_flags(command):
     if "dollars" in planning and "price_per_hour" not in command.options:
         raise ConfigError(["--dollars without --price-per-hour: add what an hour of the machine costs"])
     idle = sorted({"images_per_s", "price_per_hour"} & set(command.options))
-    if idle and not planning:
+    if idle and not planning and "check" not in command.options:
         raise ConfigError(
             [f"--{name.replace('_', '-')}: belongs to a plan; add --plan or --hours, or --dollars" for name in idle]
         )

@@ -54,7 +54,9 @@ def averaged_models(state, run):
 
         def some_batches():
             requests = training_requests(run.batches.splits["train"], config, state.epoch)
-            return run.batches.training(itertools.islice(requests, config["swa_batch_norm_batches"]), state.bad_images)
+            count = min(config["swa_batch_norm_batches"], run.steps_per_epoch)
+            run.monitor.start(f"epoch {state.epoch + 1}: batch-norm statistics of the averaged weights", count)
+            return run.monitor.watch(run.batches.training(itertools.islice(requests, count), state.bad_images))
 
         context = autocast(state.device, state.precision)
         recompute = functools.partial(averaging.recompute_bn_stats, state.averaged_model, autocast=context)

@@ -1,0 +1,47 @@
+"""The gallery of a report: what evaluate.py --details has found out about single images."""
+
+from engine.report.charts import chart
+from engine.report.page import gallery_block, heading, paragraph, table
+from engine.report.words import percent
+from engine.system.plain_json import from_json
+
+WORST_CLASSES = 10
+
+
+def galleries_in(folder):
+    """Return the contents of the files *_gallery.json of a folder, those of validation first; damaged ones are passed over."""
+    found = []
+    for path in sorted(folder.glob("*_gallery.json")):
+        try:
+            content = from_json(path.read_text(encoding="utf-8", errors="replace"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(content, dict) and isinstance(content.get("sections"), list):
+            found.append(content)
+    return sorted(found, key=lambda content: bool(content.get("training")))
+
+
+def blocks_of_gallery(content):
+    """Return the blocks of one gallery."""
+    which = "training images" if content.get("training") else "validation images"
+    bins = {mean: accuracy for mean, accuracy, _ in content["reliability"]}
+    rows = content["classes"]
+    worst = [(name, images, percent(top1)) for name, images, top1 in rows[:WORST_CLASSES]]
+    by_class = {place: top1 for place, (_, _, top1) in enumerate(rows, start=1)}
+    text = (
+        f"{content['title']}. A click on an image shows its file and the five most probable classes. Expected calibration "
+        f"error {100 * content['calibration_error']:.1f} points (15 bins)."
+    )
+    found = [
+        heading(f"Pictures: {which}"),
+        paragraph(text),
+        chart(
+            "Reliability: accuracy by confidence",
+            [("this network", bins), ("as sure as right", {0.0: 0.0, 1.0: 1.0}, "dashed")],
+            "accuracy",
+            "confidence",
+        ),
+        chart("Accuracy by class, the worst first", [("top-1", by_class)], "%", "classes"),
+        table(("the worst classes", "images", "top-1"), worst),
+    ]
+    return found + [gallery_block(each["title"], each["text"], each["shots"]) for each in content["sections"]]
