@@ -87,7 +87,7 @@ def _score_members(members, loader, view, resolution, subject, details, real):
         if real is not None:
             print(f"{name}: {real_in_words(scores['logits'], real)}, {plain}")
         if view.flip:
-            print(f"{name}: {scores_in_words(scores, classes, 'flip_')}, {crop}, image and mirror image, {precision}")
+            print(f"{name}: {scores_in_words(scores, classes, 'flip_')}, {crop}, image and mirror image, {precision}{whole}")
     if details:
         title = f"{subject}: {scores_in_words(results[subject], len(present))}, {crop}"
         logits = results[subject]["logits"]
