@@ -19,6 +19,7 @@ from benchmarks.recipe_evidence import compute, contenders, recipe_tables
 from benchmarks.scaling import PARAMETERS, scaling, scaling_tables
 from benchmarks.step_speed import LOOPS, step_tables
 from benchmarks.train_speed import train_tables
+from benchmarks.transfer import transfer_tables
 from config import CONFIG
 from engine.cli.keys import config_problems
 from model import build_model
@@ -39,10 +40,13 @@ TABLES = {
     "scaling": scaling_tables,
     "recipes": tables_of_studies,
 }
+if TRANSFERS := recorded("transfer"):
+    TABLES["transfer"] = lambda: transfer_tables([run for run in TRANSFERS if run["study"] == TRANSFERS[-1]["study"]])
 if SITTING := newest_sitting(recorded("gpu")):  # until a card was measured, the documentation has no such table
     TABLES["gpu"] = lambda: gpu_tables(SITTING)
 PAGES = dict.fromkeys(TABLES, REPOSITORY / "docs/speed.md")
 PAGES |= {"scaling": REPOSITORY / "docs/several_gpus.md", "recipes": REPOSITORY / "docs/recipes.md"}
+PAGES |= {"transfer": REPOSITORY / "docs/finetuning.md"}
 
 
 def marks(name):

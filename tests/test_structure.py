@@ -205,7 +205,7 @@ def test_every_flag_that_the_readme_shows_exists():
         flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", rest))
         part = re.match(r" ([a-z]+)", rest) if program == "benchmark.py" else None
         if flags:
-            known[program] = flags_of(program, *(part[1:] if part else ()))
+            known[program] = flags_of(program, *(part.groups() if part else ()))
             assert flags <= known[program], f"{program}{rest}"
             count += len(flags)
     assert count > 30 and {"train.py", "evaluate.py", "report.py", "lr_finder.py"} <= set(known)

@@ -273,9 +273,9 @@ def test_the_recorded_speed_is_that_of_training_without_validation(tiny_argument
     clock = []
     original = validation.evaluate
 
-    def noted(*arguments):
+    def noted(*arguments, **options):
         clock.append("validation begins")
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(validation, "evaluate", noted)
     monkeypatch.setattr(Throughput, "stop", lambda speed, stop=Throughput.stop: clock.append("stopped") or stop(speed))

@@ -89,7 +89,7 @@ def _score_members(members, loader, view, resolution, subject, details, real, tr
         if real is not None:
             print(f"{name}: {real_in_words(scores['logits'], real)}, {plain}")
         if view.flip:
-            print(f"{name}: {scores_in_words(scores, classes, 'flip_')}, {crop}, image and mirror image, {precision}")
+            print(f"{name}: {scores_in_words(scores, classes, 'flip_')}, {crop}, image and mirror image, {precision}{whole}")
     if details:
         title = f"{subject}: {scores_in_words(results[subject], len(present))}, {crop}"
         names = getattr(split, "class_names", {})
