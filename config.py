@@ -91,6 +91,7 @@ SETTINGS = {
     "log_file": "training.log",  # time-stamped record of everything said, appended to
     "log_every_steps": 50,  # steps between readings of the loss; each one waits for the device
     "tensorboard": False,  # true also writes every epoch's figures for TensorBoard, to checkpoint_dir/tensorboard
+    "validate_every_epochs": 1,  # epochs between validations; the last epoch always has one; best.pt holds validated weights
     "more_val_resolutions": [],  # px, as 192,288; the finished weights are scored there too (FixRes, arXiv:1906.06423)
     # Interruption.
     "spot_notice": False,  # true polls the EC2 instance metadata for the two-minute termination notice

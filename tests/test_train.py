@@ -302,6 +302,20 @@ def test_the_averaged_weights_are_the_mean_of_the_epochs_final_weights(tiny_argu
     assert not torch.equal(averaged["module.bn1.running_mean"], third["bn1.running_mean"])
 
 
+def test_the_weights_do_not_depend_on_how_often_they_are_validated(image_tree, tmp_path, capfd):
+    every, seldom = tmp_path / "every", tmp_path / "seldom"
+    assert run_here(tiny_run(image_tree, every)) == 0
+    assert run_here(tiny_run(image_tree, seldom, validate_every_epochs=2)) == 0
+    first, second = (checkpoint_files.read(folder / "last.pt") for folder in (every, seldom))
+    for kind in ("model", "averaged_model"):
+        assert all(torch.equal(first[kind][name], second[kind][name]) for name in first[kind])
+    records = [json.loads(line) for line in (seldom / "metrics.jsonl").read_text().splitlines()]
+    assert ["val_top1" in record for record in records] == [False, True, True]  # the last one always
+    assert second["best"]["epoch"] in (2, 3)
+    assert re.search(r"epoch 1/3: train loss \S+, top-1 \S+ %; not validated; lr", capfd.readouterr().out)
+    assert report.main(report.parse_arguments([str(seldom)])) == 0
+
+
 def test_a_new_run_never_overwrites_an_earlier_one_unless_told_to(tiny_arguments, tmp_path):
     assert run_here([*tiny_arguments, "--epochs=2"]) == 0
     before = (tmp_path / "run/last.pt").read_bytes()

@@ -205,6 +205,7 @@ ALLOWED = {
     "log_file": LocalPath(),
     "log_every_steps": Number(1, 1_000_000, whole=True),
     "tensorboard": Flag(),
+    "validate_every_epochs": Number(1, 10_000, whole=True),
     "more_val_resolutions": Numbers(Number(32, 1024, whole=True)),
     "spot_notice": Flag(),
     "spot_notice_url": Address(),

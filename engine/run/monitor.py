@@ -226,7 +226,10 @@ def epoch_line(record, epochs):
     text = f"epoch {record['epoch']}/{epochs}: "
     if record["train_loss"] is not None:
         text += f"train loss {record['train_loss']:.3f}, top-1 {record['train_top1']:.2f} %; "
-    text += f"val loss {record['val_loss']:.3f}, top-1 {record['val_top1']:.2f} %, top-5 {record['val_top5']:.2f} %"
+    if "val_loss" in record:
+        text += f"val loss {record['val_loss']:.3f}, top-1 {record['val_top1']:.2f} %, top-5 {record['val_top5']:.2f} %"
+    else:
+        text += "not validated"
     if "val_flip_top1" in record:
         text += f", with flip {record['val_flip_top1']:.2f} %"
     for kind, weights in WEIGHTS.items():

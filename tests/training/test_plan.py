@@ -87,6 +87,11 @@ def test_validation_is_counted_once_for_each_kind_of_weights_and_twice_with_flip
     assert plan_run(both, rates_stated(1000 / 3, both), 1000, 3600).validation_hours == pytest.approx(5 * plain)
 
 
+def test_epochs_that_are_not_validated_cost_no_validation_and_the_last_one_always_is():
+    config = CONFIG | {"epochs": 10, "swa_start_epoch": 0, "warmup_epochs": 1, "validate_every_epochs": 4}
+    assert plan_run(config, rates_stated(1000 / 3, config), 1000, 3600).validation_hours == pytest.approx(3 / 1000)
+
+
 def test_reading_the_validation_images_is_counted_once_for_all_kinds_of_weights():
     config = CONFIG | {"epochs": 10, "swa_start_epoch": 6, "warmup_epochs": 1}
     rates = Rates({224: 1000.0}, {1: 1000.0, 2: 800.0}, 1000.0, "")
