@@ -90,6 +90,7 @@ SETTINGS = {
     "keep_checkpoints": 0,  # newest epoch_NNN.pt to keep; 0 keeps all (about 0.4 GB each with AdamW and SWA)
     "log_file": "training.log",  # time-stamped record of everything said, appended to
     "log_every_steps": 50,  # steps between readings of the loss; each one waits for the device
+    "report": True,  # writes report.html and report.md to checkpoint_dir when the run has come to its end
     "tensorboard": False,  # true also writes every epoch's figures for TensorBoard, to checkpoint_dir/tensorboard
     "validate_every_epochs": 1,  # epochs between validations; the last epoch always has one; best.pt holds validated weights
     "more_val_resolutions": [],  # px, as 192,288; the finished weights are scored there too (FixRes, arXiv:1906.06423)

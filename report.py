@@ -9,16 +9,15 @@ Reads metrics.jsonl and training.log alone; the run may still be going on.
 
 import argparse
 import sys
-from pathlib import Path
 
 from config import CONFIG
 from engine.report.figures import read_run
 from engine.report.one_run import report_of_run
-from engine.report.page import as_html, as_markdown
 from engine.report.side_by_side import report_of_runs
+from engine.report.writing import REPORT, write_report
 from engine.system.console import protect_output
 from engine.system.errors import run_program
-from engine.system.files import path_argument, replacing
+from engine.system.files import path_argument
 
 
 def main(arguments):
@@ -27,11 +26,8 @@ def main(arguments):
         title, blocks = report_of_run(runs[0], arguments.price_per_hour)
     else:
         title, blocks = report_of_runs(runs, arguments.price_per_hour)
-    output = arguments.output or str(runs[0].folder / "report")
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    for suffix, text in (("html", as_html(title, blocks)), ("md", as_markdown(title, blocks))):
-        with replacing(f"{output}.{suffix}", "w") as file:
-            file.write(text)
+    output = arguments.output or str(runs[0].folder / REPORT)
+    write_report(output, title, blocks)
     print(f"wrote {output}.html and {output}.md")
     return 0
 

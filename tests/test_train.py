@@ -246,10 +246,12 @@ def test_a_micro_batch_that_fitted_at_64_px_is_not_taken_to_32_px_if_it_is_a_sin
 
 
 def test_a_run_leaves_checkpoints_records_log_and_curves(tiny_arguments, tmp_path, capfd):
-    assert run_here([*tiny_arguments, "--checkpoint-every-epochs=2"]) == 0
+    assert run_here([*tiny_arguments, "--checkpoint-every-epochs=2", "--report=true"]) == 0
     folder = tmp_path / "run"
-    names = ["best.pt", "curves.png", "epoch_002.pt", "events.jsonl", "last.pt", "metrics.jsonl", "previous.pt"]
-    assert sorted(p.name for p in folder.iterdir()) == names
+    names = ["best.pt", "curves.png", "epoch_002.pt", "events.jsonl", "hours.json", "last.pt", "metrics.jsonl", "previous.pt"]
+    assert sorted(p.name for p in folder.iterdir()) == [*names, "report.html", "report.md"]
+    assert "Finished after 3 epochs." in (folder / "report.md").read_text()
+    assert (folder / "report.html").read_text().count("<svg") > 3
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["epoch"] for record in records] == [1, 2, 3]

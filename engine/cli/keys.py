@@ -204,6 +204,7 @@ ALLOWED = {
     "keep_checkpoints": Number(0, 10_000, whole=True),
     "log_file": LocalPath(),
     "log_every_steps": Number(1, 1_000_000, whole=True),
+    "report": Flag(),
     "tensorboard": Flag(),
     "validate_every_epochs": Number(1, 10_000, whole=True),
     "more_val_resolutions": Numbers(Number(32, 1024, whole=True)),

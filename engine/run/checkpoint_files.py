@@ -24,6 +24,7 @@ LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 EPOCH_PATTERN = re.compile(r"epoch_(\d{3,})\.pt")
 RECORDS = "metrics.jsonl"
 CURVES = "curves.png"
+REPORTS = ("report.html", "report.md")
 
 _COMMENT = re.compile(rb"sha256:([0-9a-f]{64})")
 _COMMENT_BYTES = 7 + 64
@@ -266,7 +267,7 @@ def refuse_to_overwrite(folder):
 def delete_run(folder):
     """Delete a run's files, and nothing else, from the folder."""
     folder = Path(folder)
-    for path in [*checkpoints_in(folder), folder / RECORDS, folder / CURVES, folder / EVENTS]:
+    for path in [*checkpoints_in(folder), folder / RECORDS, folder / CURVES, folder / EVENTS, *(folder / name for name in REPORTS)]:
         if path.is_symlink() or not path.is_dir():
             path.unlink(missing_ok=True)
 
@@ -281,15 +282,16 @@ class CheckpointFolder:
         stop: StopRequest, which may also ask for a save alone.
         log: called with each message for the user.
         event: called with the name and the facts of each event, as Monitor.event.
+        ledger: the run's Ledger, which each checkpoint keeps; or None.
     """
 
-    def __init__(self, config, facts, lock, stop, log, event=lambda name, **facts: None):
+    def __init__(self, config, facts, lock, stop, log, event=lambda name, **facts: None, ledger=None):
         self.folder = Path(config["checkpoint_dir"])
         self.facts = {"format": FORMAT, "version": VERSION} | facts
         self.every_epochs = config["checkpoint_every_epochs"]
         self.interval_seconds = 60 * config["checkpoint_minutes"]
         self.keep = config["keep_checkpoints"]
-        self.lock, self.stop, self.log, self.event = lock, stop, log, event
+        self.lock, self.stop, self.log, self.event, self.ledger = lock, stop, log, event, ledger
         self.best = {"top1": 0.0, "epoch": 0, "weights": "raw"}  # of the weights in best.pt
         self.is_saved = True  # whether the last attempt to save succeeded
         self._next_save = time.monotonic() + self.interval_seconds
@@ -372,6 +374,9 @@ class CheckpointFolder:
         self.lock.require()
         best, at_best, epochs = checkpoint["best"], self.best, checkpoint["epoch"]
         due = {}
+        if self.ledger is not None:
+            self.ledger.saves += 1
+            checkpoint = checkpoint | {"ledger": self.ledger.state()}
         if checkpoint["batch"] == 0 and epochs and best["epoch"] == epochs and best != self.best:
             due[self.folder / BEST] = "the best so far"
         if checkpoint["batch"] == 0 and epochs and self.every_epochs and epochs % self.every_epochs == 0:

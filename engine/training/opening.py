@@ -9,6 +9,7 @@ import torch
 
 from engine.data.loader import BatchLoader
 from engine.run.checkpoint_files import LAST, delete_run
+from engine.run.ledger import Ledger
 from engine.run.monitor import Monitor
 from engine.system import distributed
 from engine.system.device import (
@@ -26,7 +27,9 @@ from engine.system.lock import folder_lock
 from engine.system.plain_json import to_json
 from engine.system.workers import WorkerDied
 from engine.training import frontier
+from engine.training.budget import open_ledger
 from engine.training.images import open_images
+from engine.training.plan import positive
 from engine.training.resuming import beginning_of_run, source_of_run
 from engine.training.run import Run
 from engine.training.settling import open_device, require_consistent_flags, settle, settle_by_budget, with_found_rate
@@ -64,12 +67,18 @@ def _open(stack, command, train_step, build_model, begun):
     source, folder = distributed.run_on_rank0(source_of_run, command)
     advice = "train elsewhere: --checkpoint-dir OTHER"
     lock = stack.enter_context(folder_lock(folder, "checkpoint_dir", print, advice))
-    config, recipe, checkpoint, remarks = distributed.run_on_rank0(beginning_of_run, command, source, folder)
+    beginning = distributed.run_on_rank0(beginning_of_run, command, source, folder)
+    config, recipe, checkpoint, remarks = beginning
+    ledger = Ledger(begun, positive("price_per_hour", command.options))
+    of_budget = distributed.run_on_rank0(open_ledger, ledger, command, beginning, folder)
     device = choose_device(config)
     precision = choose_precision(config, device)
     set_up_arithmetic(config, device)
     monitor = stack.enter_context(Monitor(config, device))
     splits = open_images(config, checkpoint, monitor.log)
+    stack.callback(ledger.close)
+    if distributed.rank() == 0:
+        ledger.keep(folder)
     trials = Trials(train_step, build_model, len(splits["train"].classes), device, precision)
     if checkpoint is None and frontier.leaves_recipe_open(command):
         recipe, config, compile_choice, lines = settle_by_budget(command, splits, trials, monitor, begun)
@@ -78,13 +87,14 @@ def _open(stack, command, train_step, build_model, begun):
     first = frontier.remark_on_default(command) if checkpoint is None else None
     monitor.epochs = config["epochs"]
     stop = stack.enter_context(StopRequest())
-    remarks = [*lines, *([lock.note] if lock.note else []), *remarks, *precision_remarks(precision, device)]
+    stack.enter_context(stop.after(positive("stop_after_hours", command.options), begun))
+    remarks = [*lines, *([lock.note] if lock.note else []), *remarks, *of_budget, *precision_remarks(precision, device)]
     log_beginning(config, recipe, splits, device, precision, remarks, monitor, first)
     batches = BatchLoader(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.log)
     stack.callback(batches.close)
     if config["spot_notice"] and distributed.local_rank() == 0:
         watch_spot_notice(stop, config["spot_notice_url"], monitor.log)
-    return Run(config, recipe, checkpoint, compile_choice, device, precision, batches, monitor, lock, stop), trials
+    return Run(config, recipe, checkpoint, compile_choice, device, precision, batches, monitor, lock, stop, ledger), trials
 
 
 def log_beginning(config, recipe, splits, device, precision, remarks, monitor, first=None):
@@ -156,6 +166,7 @@ def save_and_leave(cause, run):
     program = "torchrun ... train.py" if distributed.launched() else "python train.py"
     alone = isinstance(cause, str) and distributed.size() > 1  # an error of this process: the others do not save with it
     if not state.is_whole or alone:
+        exit_code = exit_code or 1
         stopped(saved=False)
         log(
             f"stopped by {cause} {where}; NOT saved, {'alone with it' if alone else 'in the middle of a step'}. "
@@ -165,6 +176,7 @@ def save_and_leave(cause, run):
         stopped(saved=True)
         log(f"stopped by {cause} {where}; saved. Go on with: {program} --resume {folder / LAST}")
     else:
+        exit_code = exit_code or 1
         stopped(saved=False)
         log(f"stopped by {cause} {where}; NOT saved, an earlier checkpoint may be in {folder}")
     return exit_code
