@@ -17,8 +17,8 @@ OWN_FLAGS = {
     "resume PATH": "checkpoint or run's folder to go on from; auto: the run in checkpoint_dir, or else a new run",
     "overwrite": "delete the run that checkpoint_dir holds and start anew",
     "plan": "measure this machine for a minute, print how long the run will take, or without --recipe a menu, and exit",
-    "hours H": "measure this machine, choose the epochs that fit into H hours, without --recipe the best recipe too, and train, "
-    "or go on with that plan",
+    "hours H": "measure this machine, choose the epochs that fit into H hours (without --recipe also the recipe) and train; "
+    "resumed, go on with that plan",
     "dollars D": "the same for the hours that D dollars pay for, at --price-per-hour",
     "stop-after-hours H": "save and end, with status 0, before this session is H hours old: the limit of a queue or notebook",
     "images-per-s N": "for the plan: N images/s in training at 224 px instead of measuring",

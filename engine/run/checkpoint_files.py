@@ -267,7 +267,7 @@ def refuse_to_overwrite(folder):
 def delete_run(folder):
     """Delete a run's files, and nothing else, from the folder."""
     folder = Path(folder)
-    for path in [*checkpoints_in(folder), folder / RECORDS, folder / CURVES, folder / EVENTS, *(folder / name for name in REPORTS)]:
+    for path in [*checkpoints_in(folder), *(folder / name for name in (RECORDS, CURVES, EVENTS, *REPORTS))]:
         if path.is_symlink() or not path.is_dir():
             path.unlink(missing_ok=True)
 
