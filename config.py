@@ -85,6 +85,7 @@ SETTINGS = {
     "max_bad_steps": 20,  # steps in a row with a non-finite loss or gradient before the run stops
     # Records.
     "checkpoint_dir": "checkpoints",  # folder of last.pt, best.pt, epoch_005.pt, metrics.jsonl and curves.png
+    "mirror": "none",  # place that the checkpoints are uploaded to: s3://bucket/run, gs://, az:// or a folder; needs obstore
     "checkpoint_every_epochs": 5,  # epochs between the kept epoch_NNN.pt; 0 keeps none
     "checkpoint_minutes": 10.0,  # minutes between saves of last.pt inside an epoch; the most that a kill can cost
     "keep_checkpoints": 0,  # newest epoch_NNN.pt to keep; 0 keeps all (about 0.4 GB each with AdamW and SWA)

@@ -222,7 +222,8 @@ sys.exit(run_program("train.py", train.main, parse_command_line(sys.argv[1:], tr
 """
 
 
-def start_driver(arguments, steps, at=(None, None), call=1, signals=(signal.SIGTERM,), about="", **options):
+def start_driver(arguments, steps, at=(None, None), call=1, signals=(signal.SIGTERM,), about="", first="", **options):
+    """Start DRIVER; `first` is source code that it runs before anything else of the project."""
     source = DRIVER.format(
         repository=str(REPOSITORY),
         steps=str(steps),
@@ -232,6 +233,8 @@ def start_driver(arguments, steps, at=(None, None), call=1, signals=(signal.SIGT
         signals=[int(s) for s in signals],
         about=about,
     )
+    if first:
+        source = f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n{first}{source}"
     return start_python(["-c", source, *arguments], **options)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.system.errors import UserError
-from engine.system.files import ADDRESS, NO_ADDRESS
+from engine.system.files import ADDRESS, NO_ADDRESS, SCHEMES
 from engine.system.micro_batches import ONE_PIXEL_PX, enough_for_batch_norm, network_px
 from engine.system.torchrun import launched_size
 
@@ -133,6 +133,19 @@ class LocalPath(NamedTuple):
         return NO_ADDRESS
 
 
+class Place(NamedTuple):
+    """A path on this machine or the URL of a place in object storage."""
+
+    def read(self, text):
+        return LocalPath().read(text)
+
+    def admits(self, value):
+        return LocalPath().admits(value) or isinstance(value, str) and value.startswith(SCHEMES)
+
+    def describe(self):
+        return f"a path on this machine, or a URL that begins with {', '.join(SCHEMES)}"
+
+
 ALLOWED = {
     "batch_size": Number(1, 65536, whole=True),
     "learning_rate": Number(0, 100, or_auto=True, above_low=True, kept=UNEXPLAINED),
@@ -199,6 +212,7 @@ ALLOWED = {
     "deterministic": Flag(),
     "max_bad_steps": Number(1, 1_000_000, whole=True),
     "checkpoint_dir": LocalPath(),
+    "mirror": Place(),
     "checkpoint_every_epochs": Number(0, 10_000, whole=True),
     "checkpoint_minutes": Number(0, math.inf, above_low=True),
     "keep_checkpoints": Number(0, 10_000, whole=True),

@@ -36,7 +36,13 @@ class Ledger:
 
     def state(self):
         """Return the ledger as plain values."""
-        return {"run": self.run, "saves": self.saves, "budget": self.budget, "sessions": self.sessions()}
+        return {
+            "run": self.run,
+            "session": self.session,
+            "saves": self.saves,
+            "budget": self.budget,
+            "sessions": self.sessions(),
+        }
 
     def sessions(self):
         """Return {token: session} of all sessions, this one as long as it is by now."""

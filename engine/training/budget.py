@@ -3,27 +3,31 @@
 from engine.cli.keys import ConfigError
 from engine.run.ledger import read_hours
 from engine.system.wording import duration
+from engine.training.mirroring import ledgers_there, require_same_run
 from engine.training.plan import budget_hours, positive
 
 
-def open_ledger(ledger, command, beginning, folder, *others):
+def open_ledger(ledger, command, beginning, folder, mirror):
     """Let a session's Ledger be that of the run that it begins or goes on with; return lines on the budget.
 
     Args:
         beginning: the run's Beginning.
         folder: the run's, where hours.json may know more of its sessions than the checkpoint.
-        others: further ledgers, as Ledger.state() returned them.
+        mirror: Mirror, which may know more, too; or None.
     Raises:
+        CheckpointError: the mirror holds another run.
         ConfigError: a budget is given to a run that was begun without one.
     """
     options, checkpoint = command.options, beginning.checkpoint
-    known = [other for other in (read_hours(folder), *others) if other]
+    known = [other for other in (*ledgers_there(mirror), read_hours(folder)) if other]
     if checkpoint is not None:
         ledger.take_over(checkpoint.get("ledger"))  # absent in a checkpoint of old
     elif options.get("resume") == "auto" and known:  # killed before the first save
         ledger.run = known[-1]["run"]
     for other in known:
         ledger.merge(other)
+    if checkpoint is not None:
+        require_same_run(mirror, ledger)
     return _settle_budget(options, ledger, checkpoint)
 
 

@@ -29,6 +29,7 @@ from engine.system.workers import WorkerDied
 from engine.training import frontier
 from engine.training.budget import open_ledger
 from engine.training.images import open_images
+from engine.training.mirroring import open_mirror
 from engine.training.plan import positive
 from engine.training.resuming import beginning_of_run, source_of_run
 from engine.training.run import Run
@@ -56,6 +57,8 @@ def open_run(command, train_step, build_model, begun):
                 run.config = with_found_rate(run.config, trials, run.batches, run.monitor)
             if run.checkpoint is None:  # refused before unless it is asked for or there is none
                 distributed.run_on_rank0(delete_run, run.config["checkpoint_dir"])
+                if run.mirror is not None:
+                    run.mirror.delete_run()
             torch.manual_seed(run.config["seed"] + distributed.rank())
             with distributed.detect_lost_ranks():  # here already, so that the log says it, too
                 yield run
@@ -67,10 +70,11 @@ def _open(stack, command, train_step, build_model, begun):
     source, folder = distributed.run_on_rank0(source_of_run, command)
     advice = "train elsewhere: --checkpoint-dir OTHER"
     lock = stack.enter_context(folder_lock(folder, "checkpoint_dir", print, advice))
+    ledger = Ledger(begun, positive("price_per_hour", command.options))
+    mirror, of_mirror = _open_mirror(stack, command, source, folder, ledger)
     beginning = distributed.run_on_rank0(beginning_of_run, command, source, folder)
     config, recipe, checkpoint, remarks = beginning
-    ledger = Ledger(begun, positive("price_per_hour", command.options))
-    of_budget = distributed.run_on_rank0(open_ledger, ledger, command, beginning, folder)
+    of_budget = distributed.run_on_rank0(open_ledger, ledger, command, beginning, folder, mirror)
     device = choose_device(config)
     precision = choose_precision(config, device)
     set_up_arithmetic(config, device)
@@ -88,13 +92,31 @@ def _open(stack, command, train_step, build_model, begun):
     monitor.epochs = config["epochs"]
     stop = stack.enter_context(StopRequest())
     stack.enter_context(stop.after(positive("stop_after_hours", command.options), begun))
-    remarks = [*lines, *([lock.note] if lock.note else []), *remarks, *of_budget, *precision_remarks(precision, device)]
+    remarks = [
+        *lines,
+        *([lock.note] if lock.note else []),
+        *of_mirror,
+        *remarks,
+        *of_budget,
+        *precision_remarks(precision, device),
+    ]
     log_beginning(config, recipe, splits, device, precision, remarks, monitor, first)
+    if mirror is not None:
+        mirror.start(folder, config["log_file"], config["keep_checkpoints"], monitor.log)
+        stack.callback(mirror.close)
     batches = BatchLoader(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.log)
     stack.callback(batches.close)
     if config["spot_notice"] and distributed.local_rank() == 0:
         watch_spot_notice(stop, config["spot_notice_url"], monitor.log)
-    return Run(config, recipe, checkpoint, compile_choice, device, precision, batches, monitor, lock, stop, ledger), trials
+    opened = device, precision, batches, monitor, lock, stop, ledger, mirror
+    return Run(config, recipe, checkpoint, compile_choice, *opened), trials
+
+
+def _open_mirror(stack, command, source, folder, ledger):
+    """Return (Mirror or None, lines to log); only the first process has it."""
+    opened = []
+    remarks = distributed.run_on_rank0(open_mirror, opened, stack, command, source, folder, ledger)
+    return (opened or [None])[0], remarks
 
 
 def log_beginning(config, recipe, splits, device, precision, remarks, monitor, first=None):

@@ -13,6 +13,7 @@ from engine.report.one_run import report_of_run
 from engine.report.writing import REPORT, write_report
 from engine.run.checkpoint_files import CheckpointFolder
 from engine.run.ledger import Ledger
+from engine.run.mirror import Mirror
 from engine.run.monitor import Monitor
 from engine.system import distributed
 from engine.system.device import describe_device
@@ -39,6 +40,7 @@ class Run:
     lock: FolderLock
     stop: StopRequest
     ledger: Ledger
+    mirror: Mirror | None
     state: TrainState | None = None  # once restore() has been called: what an interruption saves
     checkpoints: CheckpointFolder | None = None
 
@@ -57,13 +59,15 @@ class Run:
             state.load_state_dict(checkpoint, self.config, self.steps_per_epoch)
             resumed, self.checkpoint = (checkpoint["best"], checkpoint["path"]), None  # hundreds of megabytes
             self.monitor.event("resume", epoch=state.epoch, batch=state.batch, checkpoint=resumed[1], best=dict(state.best))
+        log, event = self.monitor.log, self.monitor.event
         self.checkpoints = CheckpointFolder(
-            self.config, self.facts(), self.lock, self.stop, self.monitor.log, self.monitor.event, self.ledger
+            self.config, self.facts(), self.lock, self.stop, log, event, self.ledger, self.mirror
         )
         counts = len(self.batches.splits["train"]), len(self.batches.splits["val"])
         self.monitor.forecast = Forecast(self.config, counts, self.ledger)
         if resumed:
             self.checkpoints.find_best(*resumed)
+            self.checkpoints.mirror_what_is_there(state)
         self.monitor.open_records(self.checkpoints.folder, state.epoch, Path(resumed[1]).parent if resumed else None)
         self.state = state
 
@@ -109,3 +113,5 @@ class Run:
         if self.config["report"] and distributed.rank() == 0:
             with self.monitor.warn_on_error(f"{REPORT}.html could not be written"):
                 write_report(folder / REPORT, *report_of_run(read_run(folder, CONFIG), self.ledger.price_per_hour))
+        if self.mirror is not None:
+            self.mirror.finished = True
