@@ -71,7 +71,8 @@ HYPERPARAMETERS = {
 # Where and how it runs: none of these can bend the run, so a resumed run may change them.
 SETTINGS = {
     # Data and workers.
-    "data_dir": "data/imagenet",  # folder with train.arrow and val.arrow, or train/<class>/* and val/<class>/*
+    "data_dir": "data/imagenet",  # folder of train.arrow and val.arrow (or its URL), or of train/<class>/* and val/<class>/*
+    "local_data_dir": "data/fetched",  # of a URL (s3://, gs://, az://): folder on this machine that the images are copied to
     "make_demo_data": False,  # true makes the demo's pictures in data_dir on first use
     "num_workers": "auto",  # processes that decode images, for each GPU; "auto" shares out the cores, 0 is the main process
     "max_bad_images": 100,  # unreadable training images replaced before the run stops; in validation the first one stops it

@@ -14,6 +14,7 @@ import argparse
 import sys
 
 from config import CONFIG
+from engine.data.fetching import images_folder
 from engine.inference.averaging import average_networks, refuse_to_average
 from engine.inference.classify import print_classes
 from engine.inference.comparison import compare_networks, note_shared_images
@@ -50,7 +51,7 @@ def main(arguments):
         return print_classes(networks, arguments.classify, device, resolution, arguments.contact_sheet)
     if arguments.scores or arguments.average:
         needed = ("train", "val") if arguments.average else ("val",)  # the statistics of a mean come from training images
-        splits = open_matching_splits(networks, networks[0].config["data_dir"], needed)
+        splits = open_matching_splits(networks, images_folder(networks[0].config), needed)
     if arguments.scores:
         note_shared_images(networks)
     members = networks
