@@ -77,7 +77,8 @@ HYPERPARAMETERS = {
 # Where and how it runs: none of these can bend the run, so a resumed run may change them.
 SETTINGS = {
     # Data and workers.
-    "data_dir": "data/imagenet",  # folder with train.arrow and val.arrow, or train/<class>/* and val/<class>/*
+    "data_dir": "data/imagenet",  # folder of train.arrow and val.arrow (or its URL), or of train/<class>/* and val/<class>/*
+    "local_data_dir": "data/fetched",  # of a URL (s3://, gs://, az://): folder on this machine that the images are copied to
     "make_demo_data": False,  # true makes the demo's pictures in data_dir on first use
     "num_workers": "auto",  # processes that decode images, for each GPU; "auto" shares out the cores, 0 is the main process
     "max_bad_images": 100,  # unreadable training images replaced before the run stops; in validation the first one stops it
@@ -91,12 +92,15 @@ SETTINGS = {
     "max_bad_steps": 20,  # steps in a row with a non-finite loss or gradient before the run stops
     # Records.
     "checkpoint_dir": "checkpoints",  # folder of last.pt, best.pt, epoch_005.pt, metrics.jsonl and curves.png
+    "mirror": "none",  # place that the checkpoints are uploaded to: s3://bucket/run, gs://, az:// or a folder; needs obstore
     "checkpoint_every_epochs": 5,  # epochs between the kept epoch_NNN.pt; 0 keeps none
     "checkpoint_minutes": 10.0,  # minutes between saves of last.pt inside an epoch; the most that a kill can cost
     "keep_checkpoints": 0,  # newest epoch_NNN.pt to keep; 0 keeps all (about 0.4 GB each with AdamW and SWA)
     "log_file": "training.log",  # time-stamped record of everything said, appended to
     "log_every_steps": 50,  # steps between readings of the loss; each one waits for the device
+    "report": True,  # writes report.html and report.md to checkpoint_dir when the run has come to its end
     "tensorboard": False,  # true also writes every epoch's figures for TensorBoard, to checkpoint_dir/tensorboard
+    "validate_every_epochs": 1,  # epochs between validations; the last epoch always has one; best.pt holds validated weights
     "more_val_resolutions": [],  # px, as 192,288; the finished weights are scored there too (FixRes, arXiv:1906.06423)
     # Interruption.
     "spot_notice": False,  # true polls the EC2 instance metadata for the two-minute termination notice

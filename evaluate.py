@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 from config import CONFIG
+from engine.data.fetching import images_folder
 from engine.inference.averaging import average_networks, refuse_to_average
 from engine.inference.classify import print_classes
 from engine.inference.comparison import compare_networks, note_shared_images
@@ -54,7 +55,7 @@ def main(arguments):
         return print_classes(networks, arguments.classify, device, resolution, arguments.contact_sheet)
     if arguments.scores or arguments.average:
         both = arguments.average or arguments.split == "train"  # the statistics of a mean come from training images
-        splits = open_matching_splits(networks, networks[0].config["data_dir"], ("train", "val") if both else ("val",))
+        splits = open_matching_splits(networks, images_folder(networks[0].config), ("train", "val") if both else ("val",))
         if arguments.split == "train":
             splits["val"] = splits["train"]
             print("note: these are scores on the training images, seen as in validation")

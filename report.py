@@ -15,24 +15,20 @@ from pathlib import Path
 from config import CONFIG
 from engine.report.figures import read_run
 from engine.report.one_run import report_of_run
-from engine.report.page import as_html, as_markdown
 from engine.report.serving import serve
 from engine.report.side_by_side import report_of_runs
+from engine.report.writing import REPORT, write_report
 from engine.system.console import protect_output
 from engine.system.errors import run_program
-from engine.system.files import path_argument, replacing
+from engine.system.files import path_argument
 
 
 def main(arguments):
     if arguments.serve is not None:
         serve(arguments.folders, lambda: report_of(arguments), arguments.serve)
         return 0
-    title, blocks = report_of(arguments)
-    output = arguments.output or str(arguments.folders[0] / "report")
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    for suffix, text in (("html", as_html(title, blocks)), ("md", as_markdown(title, blocks))):
-        with replacing(f"{output}.{suffix}", "w") as file:
-            file.write(text)
+    output = arguments.output or str(arguments.folders[0] / REPORT)
+    write_report(output, *report_of(arguments))
     print(f"wrote {output}.html and {output}.md")
     return 0
 

@@ -19,10 +19,12 @@ OWN_FLAGS = {
     "check": "print a table of what this run finds on this machine, with a verdict each, and exit; status 1 if it would fail",
     "preview [N]": "write the first batch of epoch N (1), as the network will see it, to preview.png, and exit",
     "plan": "measure this machine for a minute, print how long the run will take, or without --recipe a menu, and exit",
-    "hours H": "measure this machine, choose the epochs that fit into H hours, without --recipe the best recipe too, and train",
+    "hours H": "measure this machine, choose the epochs that fit into H hours (without --recipe also the recipe) and train; "
+    "resumed, go on with that plan",
     "dollars D": "the same for the hours that D dollars pay for, at --price-per-hour",
+    "stop-after-hours H": "save and end, with status 0, before this session is H hours old: the limit of a queue or notebook",
     "images-per-s N": "for the plan: N images/s in training at 224 px instead of measuring",
-    "price-per-hour P": "for the plan: what an hour of the machine costs",
+    "price-per-hour P": "what an hour of the machine costs, for the plan and to show dollars while it runs",
 }
 if __name__ == "__main__":  # before torch is imported: --help and typing errors answer at once
     BEGUN = time.perf_counter()

@@ -78,6 +78,7 @@ def tiny_run(image_tree, folder, **changes):
         "precision": "fp32",
         "num_workers": 0,
         "log_every_steps": 2,
+        "report": "false",  # half a second of drawing
     } | changes
     return [f"--{key}={value}" for key, value in settings.items()]
 
@@ -221,7 +222,8 @@ sys.exit(run_program("train.py", train.main, parse_command_line(sys.argv[1:], tr
 """
 
 
-def start_driver(arguments, steps, at=(None, None), call=1, signals=(signal.SIGTERM,), about="", **options):
+def start_driver(arguments, steps, at=(None, None), call=1, signals=(signal.SIGTERM,), about="", first="", **options):
+    """Start DRIVER; `first` is source code that it runs before anything else of the project."""
     source = DRIVER.format(
         repository=str(REPOSITORY),
         steps=str(steps),
@@ -231,6 +233,8 @@ def start_driver(arguments, steps, at=(None, None), call=1, signals=(signal.SIGT
         signals=[int(s) for s in signals],
         about=about,
     )
+    if first:
+        source = f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n{first}{source}"
     return start_python(["-c", source, *arguments], **options)
 
 
@@ -250,6 +254,7 @@ def assert_same_run(folder, reference):
     for name in ("last.pt", "best.pt"):
         ours, theirs = checkpoint_files.read(folder / name), checkpoint_files.read(reference / name)
         for contents in (ours, theirs):
+            assert contents.pop("ledger")["saves"] > 0  # the hours of a run that was interrupted are others
             contents["config"] = {
                 k: v
                 for k, v in contents["config"].items()

@@ -236,7 +236,7 @@ def test_each_accident_that_the_documentation_lists_is_a_test():
 def requirements(name):
     """{package: what its line says of versions} of a requirements file."""
     lines = [line.split("#")[0].strip() for line in (REPOSITORY / name).read_text().splitlines()]
-    return dict(re.match(r"([\w.-]+)(.*)", line).groups() for line in lines if line and not line.startswith("-r"))
+    return dict(re.match(r"([\w.-]+)(?:\[\w+\])?(.*)", line).groups() for line in lines if line and not line.startswith("-r"))
 
 
 def test_every_requirement_has_a_tested_version_inside_its_range():

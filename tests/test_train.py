@@ -246,10 +246,12 @@ def test_a_micro_batch_that_fitted_at_64_px_is_not_taken_to_32_px_if_it_is_a_sin
 
 
 def test_a_run_leaves_checkpoints_records_log_and_curves(tiny_arguments, tmp_path, capfd):
-    assert run_here([*tiny_arguments, "--checkpoint-every-epochs=2"]) == 0
+    assert run_here([*tiny_arguments, "--checkpoint-every-epochs=2", "--report=true"]) == 0
     folder = tmp_path / "run"
-    names = ["best.pt", "curves.png", "epoch_002.pt", "events.jsonl", "last.pt", "metrics.jsonl", "previous.pt"]
-    assert sorted(p.name for p in folder.iterdir()) == names
+    names = ["best.pt", "curves.png", "epoch_002.pt", "events.jsonl", "hours.json", "last.pt", "metrics.jsonl", "previous.pt"]
+    assert sorted(p.name for p in folder.iterdir()) == [*names, "report.html", "report.md"]
+    assert "Finished after 3 epochs." in (folder / "report.md").read_text()
+    assert (folder / "report.html").read_text().count("<svg") > 3
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["epoch"] for record in records] == [1, 2, 3]
@@ -300,6 +302,20 @@ def test_the_averaged_weights_are_the_mean_of_the_epochs_final_weights(tiny_argu
     for name in ("conv1.weight", "fc.bias", "layer4.1.bn2.weight"):
         torch.testing.assert_close(averaged[f"module.{name}"], (second[name] + third[name]) / 2, rtol=1e-5, atol=1e-7)
     assert not torch.equal(averaged["module.bn1.running_mean"], third["bn1.running_mean"])
+
+
+def test_the_weights_do_not_depend_on_how_often_they_are_validated(image_tree, tmp_path, capfd):
+    every, seldom = tmp_path / "every", tmp_path / "seldom"
+    assert run_here(tiny_run(image_tree, every)) == 0
+    assert run_here(tiny_run(image_tree, seldom, validate_every_epochs=2)) == 0
+    first, second = (checkpoint_files.read(folder / "last.pt") for folder in (every, seldom))
+    for kind in ("model", "averaged_model"):
+        assert all(torch.equal(first[kind][name], second[kind][name]) for name in first[kind])
+    records = [json.loads(line) for line in (seldom / "metrics.jsonl").read_text().splitlines()]
+    assert ["val_top1" in record for record in records] == [False, True, True]  # the last one always
+    assert second["best"]["epoch"] in (2, 3)
+    assert re.search(r"epoch 1/3: train loss \S+, top-1 \S+ %; not validated; lr", capfd.readouterr().out)
+    assert report.main(report.parse_arguments([str(seldom)])) == 0
 
 
 def test_a_new_run_never_overwrites_an_earlier_one_unless_told_to(tiny_arguments, tmp_path):

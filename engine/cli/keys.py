@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.system.errors import UserError
-from engine.system.files import ADDRESS, NO_ADDRESS
+from engine.system.files import ADDRESS, NO_ADDRESS, SCHEMES
 from engine.system.micro_batches import ONE_PIXEL_PX, enough_for_batch_norm, network_px
 from engine.system.torchrun import launched_size
 
@@ -148,6 +148,19 @@ class WeightsSource(NamedTuple):
         return f"{NO_ADDRESS}, torchvision:NAME or none"
 
 
+class Place(NamedTuple):
+    """A path on this machine or the URL of a place in object storage."""
+
+    def read(self, text):
+        return LocalPath().read(text)
+
+    def admits(self, value):
+        return LocalPath().admits(value) or isinstance(value, str) and value.startswith(SCHEMES)
+
+    def describe(self):
+        return f"a path on this machine, or a URL that begins with {', '.join(SCHEMES)}"
+
+
 ALLOWED = {
     "batch_size": Number(1, 65536, whole=True),
     "learning_rate": Number(0, 100, or_auto=True, above_low=True, kept=UNEXPLAINED),
@@ -208,7 +221,8 @@ ALLOWED = {
     "ema_half_life_images": Number(0, 10**12, whole=True),
     "ema_every_images": Number(1, 10**12, whole=True),
     "seed": Number(0, 2**32 - 1, whole=True, kept="the rest of the run would see other images than the ones not yet seen"),
-    "data_dir": LocalPath(),
+    "data_dir": Place(),
+    "local_data_dir": LocalPath(),
     "make_demo_data": Flag(),
     "num_workers": Number(0, 256, whole=True, or_auto=True),
     "max_bad_images": Number(0, 10_000_000, whole=True),
@@ -220,12 +234,15 @@ ALLOWED = {
     "deterministic": Flag(),
     "max_bad_steps": Number(1, 1_000_000, whole=True),
     "checkpoint_dir": LocalPath(),
+    "mirror": Place(),
     "checkpoint_every_epochs": Number(0, 10_000, whole=True),
     "checkpoint_minutes": Number(0, math.inf, above_low=True),
     "keep_checkpoints": Number(0, 10_000, whole=True),
     "log_file": LocalPath(),
     "log_every_steps": Number(1, 1_000_000, whole=True),
+    "report": Flag(),
     "tensorboard": Flag(),
+    "validate_every_epochs": Number(1, 10_000, whole=True),
     "more_val_resolutions": Numbers(Number(32, 1024, whole=True)),
     "spot_notice": Flag(),
     "spot_notice_url": Address(),

@@ -80,7 +80,7 @@ def results(run, price_per_hour):
     rows.append(("last training loss", f"{last['train_loss']:.3f}" if last.get("train_loss") is not None else None))
     of_phases = []
     for name, records in phases(run):
-        scores = [best_of([record])[0] for record in records]
+        scores = [best_of([record])[0] for record in records if best_of([record])] or [None]
         hours = sum(record.get("seconds", 0) for record in records) / 3600
         epochs = f"{records[0]['epoch']} to {records[-1]['epoch']}"
         speed = spread([record["images_per_s"] for record in records if record.get("images_per_s")])

@@ -24,9 +24,11 @@ LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 EPOCH_PATTERN = re.compile(r"epoch_(\d{3,})\.pt")
 RECORDS = "metrics.jsonl"
 CURVES = "curves.png"
+REPORTS = ("report.html", "report.md")
 
 _COMMENT = re.compile(rb"sha256:([0-9a-f]{64})")
 _COMMENT_BYTES = 7 + 64
+CHECKSUM_BYTES = 2 + _COMMENT_BYTES  # at the end of a checkpoint: the length of the comment, and the comment
 _ADVICE = "--resume auto takes the newest whole one beside it"
 RETRY_SECONDS = 60.0  # after a save that failed
 
@@ -135,6 +137,19 @@ def verify(path):
         raise CheckpointError(f"{path} is damaged or cut short ({size:,} bytes): its checksum is missing; {_ADVICE}")
     if comment[1].decode() != digest.hexdigest():
         raise CheckpointError(f"{path} is damaged: its checksum does not match ({size:,} bytes); {_ADVICE}")
+
+
+def checksum_at_end(file):
+    """Return the SHA-256 that an open checkpoint ends with, in hexadecimal.
+
+    Raises:
+        OSError: it ends otherwise.
+    """
+    ending = os.pread(file.fileno(), CHECKSUM_BYTES, max(os.fstat(file.fileno()).st_size - CHECKSUM_BYTES, 0))
+    comment = _COMMENT.fullmatch(ending[2:])
+    if comment is None:
+        raise OSError(f"{file.name} is cut short or damaged: its checksum is missing")
+    return comment[1].decode()
 
 
 def _holds_plain_weights(path):
@@ -266,7 +281,7 @@ def refuse_to_overwrite(folder):
 def delete_run(folder):
     """Delete a run's files, and nothing else, from the folder."""
     folder = Path(folder)
-    for path in [*checkpoints_in(folder), folder / RECORDS, folder / CURVES, folder / EVENTS]:
+    for path in [*checkpoints_in(folder), *(folder / name for name in (RECORDS, CURVES, EVENTS, *REPORTS))]:
         if path.is_symlink() or not path.is_dir():
             path.unlink(missing_ok=True)
 
@@ -281,15 +296,18 @@ class CheckpointFolder:
         stop: StopRequest, which may also ask for a save alone.
         log: called with each message for the user.
         event: called with the name and the facts of each event, as Monitor.event.
+        ledger: the run's Ledger, which each checkpoint keeps; or None.
+        mirror: Mirror to upload to what is saved, or None.
     """
 
-    def __init__(self, config, facts, lock, stop, log, event=lambda name, **facts: None):
+    def __init__(self, config, facts, lock, stop, log, event=lambda name, **facts: None, ledger=None, mirror=None):
         self.folder = Path(config["checkpoint_dir"])
         self.facts = {"format": FORMAT, "version": VERSION} | facts
         self.every_epochs = config["checkpoint_every_epochs"]
         self.interval_seconds = 60 * config["checkpoint_minutes"]
         self.keep = config["keep_checkpoints"]
         self.lock, self.stop, self.log, self.event = lock, stop, log, event
+        self.ledger, self.mirror = ledger, mirror
         self.best = {"top1": 0.0, "epoch": 0, "weights": "raw"}  # of the weights in best.pt
         self.is_saved = True  # whether the last attempt to save succeeded
         self._next_save = time.monotonic() + self.interval_seconds
@@ -370,8 +388,13 @@ class CheckpointFolder:
     def _write(self, checkpoint):
         """Return (whether everything is on disk, what best.pt holds)."""
         self.lock.require()
+        if self.mirror is not None:
+            self.mirror.lock.require()
         best, at_best, epochs = checkpoint["best"], self.best, checkpoint["epoch"]
         due = {}
+        if self.ledger is not None:
+            self.ledger.saves += 1
+            checkpoint = checkpoint | {"ledger": self.ledger.state()}
         if checkpoint["batch"] == 0 and epochs and best["epoch"] == epochs and best != self.best:
             due[self.folder / BEST] = "the best so far"
         if checkpoint["batch"] == 0 and epochs and self.every_epochs and epochs % self.every_epochs == 0:
@@ -390,11 +413,19 @@ class CheckpointFolder:
             at_best = dict(best)
         written = [LAST, *(path.name for path in due if path not in failed)]
         self.event("save", epoch=epochs, batch=checkpoint["batch"], files=written)
+        if self.mirror is not None:
+            self.mirror.offer(written, (epochs, checkpoint["batch"]), checkpoint["ledger"]["saves"])
         for path, error in failed.items():
             self.log(f"WARNING: {path.name}, {due[path]}, could not be written: {error}. {LAST} is saved")
         with contextlib.suppress(OSError):
             self._prune()
         return not failed, at_best
+
+    def mirror_what_is_there(self, state):
+        """Have the checkpoints of a run that goes on at last.pt uploaded; what the mirror has is not sent again."""
+        if self.mirror is not None and self.is_saved:
+            names = [path.name for path in checkpoints_in(self.folder) if path.name in (LAST, BEST)]
+            self.mirror.offer(names, (state.epoch, state.batch), self.ledger.saves)
 
     def best_in_words(self, best, conditions):
         """Return where the best weights are, in words that are true: of best.pt as it is on disk.

@@ -41,6 +41,7 @@ class Monitor:
 
     def __init__(self, config, device):
         self.epochs = config["epochs"]
+        self.forecast = None  # Forecast, where the run has one
         self.gpu = GpuFigures(device)
         self._sampler = GpuSampler(self.gpu)
         self._config = config
@@ -79,7 +80,7 @@ class Monitor:
         self.finish()
         self._sampler.stop()
         if self._board is not None:
-            with self._warn_on_error("TensorBoard's file could not be closed"):
+            with self.warn_on_error("TensorBoard's file could not be closed"):
                 self._board.close()
         for handler in self._log.handlers:
             with contextlib.suppress(OSError):  # what a full disk did not take has been complained of
@@ -124,19 +125,25 @@ class Monitor:
     def advance(self, metrics=None, learning_rate=None, speed=None):
         """Count one batch; show the TrainingMetrics, the rate and the Throughput where they are given."""
         self._done += 1
-        figures = None
+        figures, forecast = None, self.forecast if self._epoch is not None else None
+        if forecast is not None:
+            forecast.note(self._epoch, self._done)
         if metrics is not None:
+            outlook = forecast and forecast.outlook(self._epoch, self._done)
             figures = {
                 "loss": f"{metrics.loss:.3f}",
                 "top1": f"{metrics.top1:.1f}%",
                 "lr": f"{learning_rate:.2e}",
                 "img/s": f"{speed.recent():.0f}",
                 **self.gpu.text(),
+                **(outlook.as_figures() if outlook else {}),
             }
             self._next_whereabouts = time.monotonic() + PLAIN_LINE_SECONDS
             self._judge(metrics, learning_rate, speed)
             if self._verdict is not None and self._verdict.active:
                 figures["verdict"] = " and ".join(self._verdict.active)
+            if forecast is not None and (warning := forecast.warning(self._epoch, self._done)):
+                self.log(warning)
         if self._bar is not None:
             if figures is not None:
                 self._bar.set_postfix(figures, refresh=False)
@@ -188,7 +195,7 @@ class Monitor:
         if not self._is_main:
             return
         self._folder = folder
-        with self._warn_on_error(f"{RECORDS} could not be written"):
+        with self.warn_on_error(f"{RECORDS} could not be written"):
             if resumed_from and (resumed_from / RECORDS).is_file() and not (folder / RECORDS).exists():
                 for name in (RECORDS, EVENTS):
                     if (resumed_from / name).is_file():
@@ -197,7 +204,7 @@ class Monitor:
                 self.log(f"WARNING: {unreadable} lines of {folder / RECORDS} could not be read and are dropped")
         self._events.open(folder)
         if self._config["tensorboard"]:
-            with self._warn_on_error("TensorBoard's file could not be opened"):
+            with self.warn_on_error("TensorBoard's file could not be opened"):
                 self._board = open_tensorboard(folder, epochs_done)
 
     def write_record(self, record):
@@ -206,12 +213,12 @@ class Monitor:
         What cannot be written now is written with the next record.
         """
         gpus = {}
-        with self._warn_on_error("the GPU's figures are not known"):
+        with self.warn_on_error("the GPU's figures are not known"):
             gpus = summary_of_all(all_gather_object(self._sampler.summary()))
         record = {name: None if value != value else value for name, value in record.items()} | gpus  # JSON knows no NaN
         if self._is_main:
             self._unwritten.append(record)
-            with self._warn_on_error(f"the record of epoch {record['epoch']} could not be written"):
+            with self.warn_on_error(f"the record of epoch {record['epoch']} could not be written"):
                 while self._unwritten:
                     append_record(self._folder / RECORDS, self._unwritten[0])
                     self._unwritten.pop(0)
@@ -222,14 +229,14 @@ class Monitor:
         self.finish()
         if not self._is_main:
             return
-        self.log(epoch_line(record, self.epochs))
+        self.log(epoch_line(record, self.epochs) + (self.forecast.in_words(record["epoch"]) if self.forecast else ""))
         self.event("epoch", epoch=record["epoch"], batch=0)
         if self._verdict is not None:
             self._pronounce(self._verdict.judge_epoch(record))
         if self._board is not None:
-            with self._warn_on_error("TensorBoard's file could not be written"):
+            with self.warn_on_error("TensorBoard's file could not be written"):
                 self._board.add(record)
-        with self._warn_on_error(f"{CURVES} could not be drawn"):
+        with self.warn_on_error(f"{CURVES} could not be drawn"):
             self._draw_curves_if_due(read_records(self._folder / RECORDS), is_last=record["epoch"] == self.epochs)
 
     # The verdict ------------------------------------------------------------------------------------------------------
@@ -269,7 +276,7 @@ class Monitor:
             print(line, flush=True)
 
     @contextlib.contextmanager
-    def _warn_on_error(self, trouble):
+    def warn_on_error(self, trouble):
         """Turn whatever goes wrong inside into a warning: the run is worth more."""
         try:
             yield
@@ -297,7 +304,10 @@ def epoch_line(record, epochs):
     text = f"epoch {record['epoch']}/{epochs}: "
     if record["train_loss"] is not None:
         text += f"train loss {record['train_loss']:.3f}, top-1 {record['train_top1']:.2f} %; "
-    text += f"val loss {record['val_loss']:.3f}, top-1 {record['val_top1']:.2f} %, top-5 {record['val_top5']:.2f} %"
+    if "val_loss" in record:
+        text += f"val loss {record['val_loss']:.3f}, top-1 {record['val_top1']:.2f} %, top-5 {record['val_top5']:.2f} %"
+    else:
+        text += "not validated"
     if "val_flip_top1" in record:
         text += f", with flip {record['val_flip_top1']:.2f} %"
     for kind, weights in WEIGHTS.items():

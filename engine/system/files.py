@@ -13,6 +13,7 @@ CANNOT = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPE
 
 
 ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://")
+SCHEMES = ("s3://", "gs://", "az://")  # of object storage
 NO_ADDRESS = "a path on this machine (object storage: copy from and to it, or mount it)"
 
 

@@ -5,10 +5,12 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import urllib.error
 import urllib.request
 
 SPOT_POLL_SECONDS = 5.0  # as AWS recommends; the notice comes two minutes ahead
+SAVING_SECONDS = 120.0  # before a limit on a session's hours, for the step in progress, the save and its upload
 
 
 class Interrupted(Exception):
@@ -70,6 +72,25 @@ class StopRequest:
         if self.cause is None:
             self.exit_code = exit_code
             self.cause = cause
+
+    @contextlib.contextmanager
+    def after(self, hours, begun):
+        """Ask the run to stop in time for it to have ended so many hours after it began; None never does.
+
+        Args:
+            begun: what time.perf_counter() showed then.
+        """
+        timer = None
+        if hours is not None:
+            seconds = 3600 * hours - min(SAVING_SECONDS, 3600 * hours / 30) - (time.perf_counter() - begun)
+            timer = threading.Timer(max(seconds, 0.0), self.request, (f"--stop-after-hours {hours:g}", 0))
+            timer.daemon = True
+            timer.start()
+        try:
+            yield
+        finally:
+            if timer is not None:
+                timer.cancel()
 
     def check(self):
         """Raise Interrupted if somebody asked the run to stop."""

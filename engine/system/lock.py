@@ -63,7 +63,8 @@ def _state_and_start(pid):
     return fields[0], fields[19]
 
 
-def _process_lives(pid, started):
+def process_lives(pid, started):
+    """Return whether a process of this machine lives that started at that tick, as _state_and_start tells it."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -186,7 +187,7 @@ class FolderLock:
     def _why_gone(self, holder, log):
         """Return why the holder is known to be gone, or None if it lives; may wait for a sign of life."""
         if holder.machine == self.me.machine:
-            return None if _process_lives(holder.pid, holder.process_started) else "that process is gone"
+            return None if process_lives(holder.pid, holder.process_started) else "that process is gone"
         touched = self._touched()
         if touched is None:
             return "it was released"

@@ -2,6 +2,7 @@
 
 from engine.cli.keys import ConfigError
 from engine.data.demo import make_demo_data
+from engine.data.fetching import fetch_images, images_folder
 from engine.data.splits import log_packing_gain, open_splits
 from engine.system import distributed
 from engine.system.errors import DataError
@@ -20,7 +21,9 @@ def open_images(config, checkpoint, log):
         made = distributed.run_on_all_ranks(lambda: distributed.local_rank() == 0 and make_demo_data(config["data_dir"]))
         if made:
             log(f"made the demo's pictures in {config['data_dir']}")
-    splits = distributed.run_on_all_ranks(lambda: open_splits(config["data_dir"], log=log, val_share=config["val_share"]))
+    distributed.run_on_all_ranks(lambda: distributed.local_rank() == 0 and fetch_images(config, log))
+    folder, val_share = images_folder(config), config["val_share"]
+    splits = distributed.run_on_all_ranks(lambda: open_splits(folder, log=log, val_share=val_share))
     images = splits["train"]
     if checkpoint is not None:
         _keep_order_of_classes(splits, checkpoint, log)

@@ -11,6 +11,7 @@ import torch
 from engine.data.loader import BatchLoader
 from engine.preparation.packed import PackedSplit
 from engine.run.checkpoint_files import LAST, delete_run
+from engine.run.ledger import Ledger
 from engine.run.monitor import Monitor
 from engine.run.verdict import Data, Verdict
 from engine.system import distributed
@@ -29,9 +30,12 @@ from engine.system.lock import folder_lock
 from engine.system.plain_json import to_json
 from engine.system.workers import WorkerDied, available_cores
 from engine.training import frontier
+from engine.training.budget import open_ledger
 from engine.training.check import FAILS, OK, quick_check
 from engine.training.images import open_images
 from engine.training.initial_weights import with_initial_weights
+from engine.training.mirroring import open_mirror
+from engine.training.plan import positive
 from engine.training.resuming import beginning_of_run, source_of_run
 from engine.training.run import Run
 from engine.training.settling import open_device, require_consistent_flags, settle, settle_by_budget, with_found_rate
@@ -58,6 +62,8 @@ def open_run(command, train_step, build_model, begun):
                 run.config = with_found_rate(run.config, trials, run.batches, run.monitor)
             if run.checkpoint is None:  # refused before unless it is asked for or there is none
                 distributed.run_on_rank0(delete_run, run.config["checkpoint_dir"])
+                if run.mirror is not None:
+                    run.mirror.delete_run()
             torch.manual_seed(run.config["seed"] + distributed.rank())
             with distributed.detect_lost_ranks():  # here already, so that the log says it, too
                 yield run
@@ -69,7 +75,11 @@ def _open(stack, command, train_step, build_model, begun):
     source, folder = distributed.run_on_rank0(source_of_run, command)
     advice = "train elsewhere: --checkpoint-dir OTHER"
     lock = stack.enter_context(folder_lock(folder, "checkpoint_dir", print, advice))
-    config, recipe, checkpoint, remarks = distributed.run_on_rank0(beginning_of_run, command, source, folder)
+    ledger = Ledger(begun, positive("price_per_hour", command.options))
+    mirror, of_mirror = _open_mirror(stack, command, source, folder, ledger)
+    beginning = distributed.run_on_rank0(beginning_of_run, command, source, folder)
+    config, recipe, checkpoint, remarks = beginning
+    of_budget = distributed.run_on_rank0(open_ledger, ledger, command, beginning, folder, mirror)
     initial = None
     if checkpoint is None:
         command, initial, found = distributed.run_on_rank0(with_initial_weights, command)
@@ -79,6 +89,9 @@ def _open(stack, command, train_step, build_model, begun):
     set_up_arithmetic(config, device)
     monitor = stack.enter_context(Monitor(config, device))
     splits = open_images(config, checkpoint, monitor.log)
+    stack.callback(ledger.close)
+    if distributed.rank() == 0:
+        ledger.keep(folder)
     images = splits["train"]
     trials = Trials(train_step, build_model, len(images.classes), device, precision, initial, images)
     if checkpoint is None and frontier.leaves_recipe_open(command):
@@ -88,17 +101,36 @@ def _open(stack, command, train_step, build_model, begun):
     first = frontier.remark_on_default(command) if checkpoint is None else None
     monitor.epochs = config["epochs"]
     stop = stack.enter_context(StopRequest())
-    remarks = [*lines, *([lock.note] if lock.note else []), *remarks, *precision_remarks(precision, device)]
+    stack.enter_context(stop.after(positive("stop_after_hours", command.options), begun))
+    remarks = [
+        *lines,
+        *([lock.note] if lock.note else []),
+        *of_mirror,
+        *remarks,
+        *of_budget,
+        *precision_remarks(precision, device),
+    ]
     log_beginning(config, recipe, splits, device, precision, remarks, monitor, first)
     for finding in quick_check(config, device, len(splits["train"].classes), build_model):
         if finding.verdict != OK:
             monitor.log(f"{'WARNING: ' if finding.verdict == FAILS else ''}check: {finding.what}: {finding.text}")
+    if mirror is not None:
+        mirror.start(folder, config["log_file"], config["keep_checkpoints"], monitor.log)
+        stack.callback(mirror.close)
     batches = BatchLoader(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.log)
     stack.callback(batches.close)
     monitor.judge_with(verdict_of(config, recipe, splits, batches), batches)
     if config["spot_notice"] and distributed.local_rank() == 0:
         watch_spot_notice(stop, config["spot_notice_url"], monitor.log)
-    return Run(config, recipe, checkpoint, initial, compile_choice, device, precision, batches, monitor, lock, stop), trials
+    opened = device, precision, batches, monitor, lock, stop, ledger, mirror
+    return Run(config, recipe, checkpoint, initial, compile_choice, *opened), trials
+
+
+def _open_mirror(stack, command, source, folder, ledger):
+    """Return (Mirror or None, lines to log); only the first process has it."""
+    opened = []
+    remarks = distributed.run_on_rank0(open_mirror, opened, stack, command, source, folder, ledger)
+    return (opened or [None])[0], remarks
 
 
 def verdict_of(config, recipe, splits, batches):
@@ -180,6 +212,7 @@ def save_and_leave(cause, run):
     program = "torchrun ... train.py" if distributed.launched() else "python train.py"
     alone = isinstance(cause, str) and distributed.size() > 1  # an error of this process: the others do not save with it
     if not state.is_whole or alone:
+        exit_code = exit_code or 1
         stopped(saved=False)
         log(
             f"stopped by {cause} {where}; NOT saved, {'alone with it' if alone else 'in the middle of a step'}. "
@@ -189,6 +222,7 @@ def save_and_leave(cause, run):
         stopped(saved=True)
         log(f"stopped by {cause} {where}; saved. Go on with: {program} --resume {folder / LAST}")
     else:
+        exit_code = exit_code or 1
         stopped(saved=False)
         log(f"stopped by {cause} {where}; NOT saved, an earlier checkpoint may be in {folder}")
     return exit_code

@@ -13,6 +13,7 @@ from engine.system.errors import UserError
 from engine.system.micro_batches import network_px
 from engine.system.wording import duration
 from engine.training import averaging
+from engine.training.validation import is_validated
 
 
 class PlanError(UserError):
@@ -96,6 +97,15 @@ def networks_scored(config, epochs_trained):
     return 1 + averages + bool(config["ema_half_life_images"])
 
 
+def validation_seconds(config, rates, epochs_done, val_images):
+    """Return the seconds in which the weights are scored after so many epochs of a run: 0 where they are not."""
+    if not is_validated(config, epochs_done):
+        return 0.0
+    others = config["more_val_resolutions"] if epochs_done == config["epochs"] else []
+    passes = 1 + sum((side / config["val_resolution"]) ** 2 for side in others)
+    return passes * val_images / rates.validation_of(networks_scored(config, epochs_done))
+
+
 def plan_new_run(config, options, counts, measure, stretch, is_sound):
     """Return (config, lines): the configuration with the epochs that fit, if hours are asked for, and its plan in words.
 
@@ -155,11 +165,8 @@ def plan_run(config, rates, train_images, val_images):
         rate = rates.training_at(network_px(config, resolution)) / passes_of_a_step(config)
         hours = len(group) * steps * config["batch_size"] / rate / 3600
         phases.append(Phase(group[0] + 1, group[-1] + 1, resolution, rate, hours))
-    fewest, most = (networks_scored(config, epoch) for epoch in (0, epochs))
     averaged = averaging.epochs_to_average(config, epochs)
-    others = sum((side / config["val_resolution"]) ** 2 for side in config["more_val_resolutions"])  # at the end
-    validation = (epochs - averaged) * val_images / rates.validation_of(fewest) if averaged < epochs else 0.0
-    validation += (averaged + others) * val_images / rates.validation_of(most)
+    validation = sum(validation_seconds(config, rates, epoch + 1, val_images) for epoch in range(epochs))
     statistics = 0.0
     for phase in phases if averaged else ():
         count = averaging.epochs_to_average(config, phase.last_epoch)

@@ -5,10 +5,16 @@ from pathlib import Path
 
 import torch
 
+from config import CONFIG
 from engine.data.batches import training_requests
 from engine.data.loader import BatchLoader
 from engine.inference.weight_files import FoundWeights, load_weights
+from engine.report.figures import read_run
+from engine.report.one_run import report_of_run
+from engine.report.writing import REPORT, write_report
 from engine.run.checkpoint_files import CheckpointFolder
+from engine.run.ledger import Ledger
+from engine.run.mirror import Mirror
 from engine.run.monitor import Monitor
 from engine.system import distributed
 from engine.system.device import describe_device
@@ -16,6 +22,7 @@ from engine.system.errors import TrainingStopped
 from engine.system.interruption import StopRequest
 from engine.system.lock import FolderLock
 from engine.training.class_balance import class_weights, weights_in_words
+from engine.training.forecast import Forecast
 from engine.training.state import TrainState
 from engine.training.validation import epoch_record, note_best
 
@@ -35,6 +42,8 @@ class Run:
     monitor: Monitor
     lock: FolderLock
     stop: StopRequest
+    ledger: Ledger
+    mirror: Mirror | None
     state: TrainState | None = None  # once restore() has been called: what an interruption saves
     checkpoints: CheckpointFolder | None = None
 
@@ -60,11 +69,15 @@ class Run:
             for line in load_weights(state.model, self.initial, images.classes):
                 self.monitor.log(line)
             self.initial = None
+        log, event = self.monitor.log, self.monitor.event
         self.checkpoints = CheckpointFolder(
-            self.config, self.facts(), self.lock, self.stop, self.monitor.log, self.monitor.event
+            self.config, self.facts(), self.lock, self.stop, log, event, self.ledger, self.mirror
         )
+        counts = len(self.batches.splits["train"]), len(self.batches.splits["val"])
+        self.monitor.forecast = Forecast(self.config, counts, self.ledger)
         if resumed:
             self.checkpoints.find_best(*resumed)
+            self.checkpoints.mirror_what_is_there(state)
         self.monitor.open_records(self.checkpoints.folder, state.epoch, Path(resumed[1]).parent if resumed else None)
         self.state = state
 
@@ -107,3 +120,8 @@ class Run:
         self.monitor.event("end", epoch=state.epoch, batch=0, best=dict(state.best))
         conditions = f"{self.config['val_resolution']} px, no test-time augmentation"
         self.monitor.log(f"finished {self.config['epochs']} epochs: {self.checkpoints.best_in_words(state.best, conditions)}")
+        if self.config["report"] and distributed.rank() == 0:
+            with self.monitor.warn_on_error(f"{REPORT}.html could not be written"):
+                write_report(folder / REPORT, *report_of_run(read_run(folder, CONFIG), self.ledger.price_per_hour))
+        if self.mirror is not None:
+            self.mirror.finished = True

@@ -1,6 +1,7 @@
 """What makes a configuration final before a run is built from it: compiled code, the epochs that fit, the recipe."""
 
 import math
+import time
 
 from engine.cli.keys import ConfigError, config_problems
 from engine.preparation.trees import IMAGENET_COUNTS
@@ -15,7 +16,7 @@ from engine.training.compiling import choose_compile, choose_compiled, coarser_s
 from engine.training.images import open_images
 from engine.training.initial_weights import with_initial_weights
 from engine.training.measuring import measure_machine
-from engine.training.plan import budget_hours, plan_new_run
+from engine.training.plan import budget_hours, plan_new_run, positive
 from engine.training.range_test import USUAL_RANGE, describe_rates, find_learning_rate
 from engine.training.size_rule import adapted, rate_for_length
 from engine.training.trials import Trials
@@ -35,7 +36,7 @@ def settle(command, config, checkpoint, splits, trials, monitor, begun):
         return config, choice, lines + trials.remarks
 
     def measure():
-        return measure_rates(config, choice, splits, trials, monitor, begun)
+        return measure_rates(command, config, choice, splits, trials, monitor, begun)
 
     config, planned = distributed.broadcast_from_rank0(plan_for(command, config, counts_of(splits), measure))
     if {"hours", "dollars"} & set(command.options) and "learning_rate" not in command.given:
@@ -59,11 +60,14 @@ def settle_compiling(command, config, checkpoint, splits, trials, monitor):
     return chosen
 
 
-def measure_rates(config, compile_choice, splits, trials, monitor, begun):
-    """Return the Rates of this machine with a configuration."""
+def measure_rates(command, config, compile_choice, splits, trials, monitor, begun):
+    """Return the Rates of this machine with a configuration; where a run follows, the measuring is part of its start."""
+    started = time.perf_counter()
     state = trials.scratch_state(config, compiled=compile_choice["compiled"])
     step = lambda state, *batch: trials.step(state, *batch, config)  # noqa: E731
-    return measure_machine(config, splits, state, step, monitor, begun)
+    rates = measure_machine(config, splits, state, step, monitor, begun)
+    measuring = 0.0 if "plan" in command.options else time.perf_counter() - started
+    return rates._replace(start_seconds=rates.start_seconds + measuring)
 
 
 def counts_of(splits):
@@ -82,7 +86,7 @@ def prospects_here(command, splits, trials, monitor, begun):
     config, choice, lines = settle_compiling(command, commands[recipe].config, None, splits, trials, monitor)
     rates_for = frontier.rates_stated_for(command)
     if rates_for is None:
-        rates = distributed.broadcast_from_rank0(measure_rates(config, choice, splits, trials, monitor, begun))
+        rates = distributed.broadcast_from_rank0(measure_rates(command, config, choice, splits, trials, monitor, begun))
 
         def rates_for(other):
             return frontier.rates_carried_over(rates, recipe, config, other)
@@ -130,19 +134,17 @@ def with_found_rate(config, trials, batches, monitor):
 def require_consistent_flags(command):
     """Raise ConfigError where the program's own flags do not go together."""
     planning = {"plan", "hours", "dollars"} & set(command.options)
-    if planning and "resume" in command.options:
-        raise ConfigError(
-            [f"--{' and --'.join(sorted(planning))} with --resume: a plan is made for a new run; change --epochs"]
-        )
+    if {"plan", "resume"} <= command.options.keys():
+        raise ConfigError(["--plan with --resume: a plan is made for a new run; change --epochs"])
     if {"hours", "dollars"} <= planning:
         raise ConfigError(["--hours and --dollars: each is a budget; give one of them"])
     if "dollars" in planning and "price_per_hour" not in command.options:
         raise ConfigError(["--dollars without --price-per-hour: add what an hour of the machine costs"])
-    idle = sorted({"images_per_s", "price_per_hour"} & set(command.options))
-    if idle and not planning and "check" not in command.options:
-        raise ConfigError(
-            [f"--{name.replace('_', '-')}: belongs to a plan; add --plan or --hours, or --dollars" for name in idle]
-        )
+    if "images_per_s" in command.options and not planning and "check" not in command.options:
+        raise ConfigError(["--images-per-s: belongs to a plan; add --plan or --hours, or --dollars"])
+    if {"plan", "stop_after_hours"} <= command.options.keys():
+        raise ConfigError(["--stop-after-hours: belongs to a run, and --plan only prints"])
+    positive("stop_after_hours", command.options)
 
 
 def open_device(config):

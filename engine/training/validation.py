@@ -28,8 +28,13 @@ BETWEEN_STEPS = "outside of a training step: make room in the GPU's memory, and 
 class Scores(NamedTuple):
     """Figures of evaluate() for each kind of weights: {'raw': ..., 'averaged': ..., 'ema': ...}."""
 
-    at_val_resolution: dict
+    at_val_resolution: dict  # empty where the epoch is not validated
     other_resolutions: dict  # {px: the same}, of more_val_resolutions and after the last epoch only
+
+
+def is_validated(config, epochs_done):
+    """Return whether the weights are scored after so many epochs of a run."""
+    return epochs_done % config["validate_every_epochs"] == 0 or epochs_done == config["epochs"]
 
 
 @stop_on_oom(BETWEEN_STEPS)
@@ -37,7 +42,9 @@ def average_and_validate(state, run):
     """Return the Scores of the epoch's weights and of their averages, which are brought up to date first."""
     config, is_last = run.config, state.epoch + 1 == run.config["epochs"]
     with random_state_restored_on_error(state.device):  # whoever resumes does all of it again
-        models = averaged_models(state, run)
+        models = averaged_models(state, run)  # also where nothing is scored: a checkpoint's averages are always ready for use
+        if not is_validated(config, state.epoch + 1):
+            return Scores({}, {})
         scores = validate(models, config["val_resolution"], state, run)
         others = config["more_val_resolutions"] if is_last else []
         return Scores(scores, {px: validate(models, px, state, run) for px in others})
@@ -84,8 +91,10 @@ def note_best(state, scores, on_disk):
     """Remember the best of the epoch's weights if it is better than what best.pt holds; of equals the earlier one stays.
 
     Args:
-        scores: {kind of weights: figures}.
+        scores: {kind of weights: figures}; none where they were not validated.
     """
+    if not scores:
+        return
     weights = max(scores, key=lambda name: scores[name]["top1"])
     if on_disk["epoch"] == 0 or scores[weights]["top1"] > on_disk["top1"]:
         state.best = {"top1": scores[weights]["top1"], "epoch": state.epoch + 1, "weights": weights}
@@ -106,13 +115,13 @@ def epoch_record(state, config, trained, scores):
     }
     for weights, figures in scores.at_val_resolution.items():
         record |= {f"{WEIGHTS[weights].column}_{name}": value for name, value in figures.items() if name != "images"}
-    record |= {
-        "val_images": scores.at_val_resolution["raw"]["images"],
-        "val_resolution": config["val_resolution"],
-        "test_time_augmentation": "none",
-        "best_top1": state.best["top1"],
-        "bad_images": len(state.bad_images),
-    }
+    if scores.at_val_resolution:
+        record |= {
+            "val_images": scores.at_val_resolution["raw"]["images"],
+            "val_resolution": config["val_resolution"],
+            "test_time_augmentation": "none",
+        }
+    record |= {"best_top1": state.best["top1"], "bad_images": len(state.bad_images)}
     if scores.other_resolutions:
         record["more_val"] = [{"val_resolution": px, **figures} for px, figures in scores.other_resolutions.items()]
     # what follows depends on the machine and on interruptions, what precedes does not

@@ -174,7 +174,11 @@ def test_the_machine_is_measured_once_for_all_recipes(image_tree, tmp_path):
     [
         (["--dollars=5"], "--dollars without --price-per-hour"),
         (["--dollars=5", "--hours=5", "--price-per-hour=1"], "--hours and --dollars: each is a budget"),
-        (["--dollars=5", "--price-per-hour=1", "--resume=auto"], "--dollars with --resume: a plan is made for a new run"),
+        (
+            ["--plan", "--dollars=5", "--price-per-hour=1", "--resume=auto"],
+            "--plan with --resume: a plan is made for",
+        ),
+        (["--plan", "--stop-after-hours=1"], "--stop-after-hours: belongs to a run"),
     ],
 )
 def test_budgets_that_contradict_are_refused(flags, reason):

@@ -1,0 +1,349 @@
+"""A run's files in object storage, so that it can be found again on another machine: uploaded behind the training's back.
+
+Under the mirror's URL lie the checkpoints as `checkpoints/epoch_003+00120-<checksum>.pt`, and run.json, which says which of
+them is last.pt, best.pt and so on. A generation is what one run.json names. Checkpoints are uploaded first and verified, and
+run.json is written last: whenever a machine goes away, the generation that run.json names is whole, and so is the last.pt of
+the one before it, which stays until the next. Records, log and report lie there under their own names.
+"""
+
+import contextlib
+import hashlib
+import os
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from engine.run.checkpoint_files import BEST, CHECKSUM_BYTES, CURVES, EPOCH_PATTERN, LAST, RECORDS, REPORTS, checksum_at_end
+from engine.run.events import EVENTS
+from engine.run.ledger import HOURS
+from engine.system import lock
+from engine.system.errors import first_line
+from engine.system.object_store import CHUNK_BYTES, Conflict, StorageError
+from engine.system.plain_json import from_json, to_json
+
+MANIFEST, OBJECTS, LOG = "run.json", "checkpoints/", "training.log"
+STOP_SECONDS = 90.0  # for the last upload of a run that is asked to stop: a spot instance has two minutes
+RETRY_SECONDS = (5.0, 60.0)  # after an upload that failed: at first, and at most
+COMPLAIN_SECONDS = 600.0  # between warnings while the storage does not answer
+
+
+class Overtaken(Exception):
+    """An upload is given up for a newer one."""
+
+
+class MirroredFile(NamedTuple):
+    """A checkpoint in the mirror."""
+
+    object: str
+    checksum: str  # SHA-256 that the file ends with, of all that comes before
+    bytes: int
+
+
+class Generation:
+    """Checkpoints of one save, held open: whatever takes their names later, these are the bytes that are read.
+
+    Args:
+        paths: {name: path}.
+        place: (whole epochs, batches of the next one) of last.pt.
+        saves: number of the save.
+    """
+
+    def __init__(self, paths, place, saves):
+        self.place, self.saves = place, saves
+        self.files = {name: open(path, "rb", buffering=0) for name, path in paths.items()}  # noqa: SIM115 - closed by close()
+
+    def take_over_from(self, older):
+        """Take the files of an older generation that has not been uploaded, as far as there are no newer ones here."""
+        for name, file in older.files.items():
+            if name in self.files:
+                file.close()
+            else:
+                self.files[name] = file
+
+    def close(self):
+        for file in self.files.values():
+            file.close()
+
+
+def read_manifest(store):
+    """Return (contents, e_tag) of the store's run.json; (None, None) if no run is there.
+
+    Raises:
+        StorageError: the storage cannot be reached, or what lies there is none.
+    """
+    content, found = store.read(MANIFEST)
+    if content is None:
+        return None, None
+    try:
+        manifest = from_json(content.decode())
+        if manifest["format"] > 1:
+            raise StorageError(f"{store.url}/{MANIFEST} was written by a newer version of this program: update the program")
+    except (ValueError, TypeError, KeyError) as error:
+        raise StorageError(f"{store.url}/{MANIFEST} cannot be read ({first_line(error)})") from error
+    return manifest, found.e_tag
+
+
+def files_in(manifest):
+    """Return {name: MirroredFile} of a manifest, or of nothing."""
+    return {name: MirroredFile(**facts) for name, facts in manifest["files"].items()} if manifest else {}
+
+
+class Mirror:
+    """Uploads what a run saves, in a thread of its own; the training only hands over open files.
+
+    Args:
+        store: ObjectStore.
+        its_lock: of the store, held by this process.
+        ledger: the run's Ledger, which goes along.
+    """
+
+    def __init__(self, store, its_lock, ledger):
+        self.store, self.lock, self.ledger = store, its_lock, ledger
+        self.folder, self.log_file, self.keep, self.log = None, None, 0, print
+        self.finished = False  # the run has come to its end: close() takes its time
+        self._manifest, self._e_tag = read_manifest(store)
+        self._there = set(store.list(OBJECTS))
+        self._small = {}  # {name: (size, time of change)} of the small files as they were uploaded
+        self._pending, self._closing, self._given_up = None, False, False
+        self._gave_up_last = False
+        self._next_complaint = 0.0
+        self._changed = threading.Condition()
+        self._thread = None
+
+    @property
+    def manifest(self):
+        """What run.json holds, or None where no run is there."""
+        return self._manifest
+
+    def start(self, folder, log_file, keep, log):
+        """Begin to upload.
+
+        Args:
+            folder: the run's checkpoint_dir.
+            log_file: the run's log, or None.
+            keep: newest epoch_NNN.pt to keep; 0 keeps all.
+            log: called with each message for the user.
+        """
+        self.folder, self.log_file, self.keep, self.log = Path(folder), log_file, keep, log
+        self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+        self._thread.start()
+        threading.Thread(target=self._show_hours, name="mirror-hours", daemon=True).start()
+
+    def offer(self, names, place, saves):
+        """Have these checkpoints of the folder uploaded; returns at once. An upload that waits is overtaken by this one."""
+        try:
+            generation = Generation({name: self.folder / name for name in names}, place, saves)
+        except OSError as error:
+            self.log(f"WARNING: mirror: {error}")
+            return
+        with self._changed:
+            if self._pending is not None:
+                generation.take_over_from(self._pending)
+            self._pending = generation
+            self._changed.notify_all()
+
+    def close(self):
+        """Wait until what was saved last is uploaded, as long as there is time; say what did not get there."""
+        if self._thread is None:
+            return
+        started, deadline = time.monotonic(), time.monotonic() + STOP_SECONDS
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+            while self._thread.is_alive() and self.lock.lost_to is None:
+                if not self.finished and time.monotonic() >= deadline:
+                    break
+                self._changed.wait(0.2)
+                if self.finished and self._next_complaint and time.monotonic() - started > 10 * STOP_SECONDS:
+                    break  # the storage does not answer
+        self._given_up = True
+        if self.lock.lost_to is not None:  # the run has said so
+            return
+        self._thread.join(0.1)
+        if self._thread.is_alive() or self._pending is not None or self._manifest is None:
+            there = f"what is there is of {_in_words(self._manifest)}" if self._manifest else "nothing is there"
+            self.log(f"WARNING: mirror: the last save did NOT get to {self.store.url} in time; {there}")
+        else:
+            self.log(f"mirrored to {self.store.url}: {_in_words(self._manifest)}")
+
+    def delete_run(self):
+        """Delete the run that is there, and nothing else."""
+        names = [MANIFEST, HOURS, RECORDS, EVENTS, CURVES, *REPORTS, LOG, LAST, BEST, *self._there]
+        for name in names if self._manifest or self._there else ():
+            self.store.delete(name)
+        self._manifest, self._e_tag, self._there = None, None, set()
+
+    # In the thread ---------------------------------------------------------------------------------------------------
+
+    def _work(self):
+        wait = RETRY_SECONDS[0]
+        while (generation := self._next()) is not None:
+            try:
+                if self._given_up or self.lock.lost_to is not None:
+                    break  # the next save says it
+                self._upload(generation)
+                wait = RETRY_SECONDS[0]
+                if self._next_complaint:
+                    self._next_complaint = 0.0
+                    self.log(f"mirror: {self.store.url} answers again")
+            except Overtaken:
+                self._put_back(generation)
+            except Exception as error:  # the run is worth more
+                self._put_back(generation)
+                if time.monotonic() >= self._next_complaint:
+                    self._next_complaint = time.monotonic() + COMPLAIN_SECONDS
+                    self.log(
+                        f"WARNING: mirror: {self.store.url} could not be written to: {first_line(error)}. The run goes on, and "
+                        "the upload is tried again"
+                    )
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closing, wait)
+                if self._closing:
+                    time.sleep(1.0)
+                wait = min(2 * wait, RETRY_SECONDS[1])
+        with contextlib.suppress(StorageError, OSError):
+            self._finish()
+        with self._changed:
+            self._changed.notify_all()
+
+    def _next(self):
+        """Wait for a generation and return it; None: the run has ended and everything is there."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._pending is not None or self._closing)
+            generation, self._pending = self._pending, None
+            return generation
+
+    def _put_back(self, generation):
+        """Let what was not uploaded be part of the next upload."""
+        with self._changed:
+            if self._pending is None:
+                self._pending = generation
+            else:
+                self._pending.take_over_from(generation)
+
+    def _upload(self, generation):
+        """Upload a generation, and let run.json name it."""
+        entries = {}
+        for name, file in generation.files.items():
+            entries[name] = self._upload_checkpoint(name, file, generation.place)
+        self._upload_small_files()
+        before = files_in(self._manifest)
+        files = self._without_old_epochs(before | entries)
+        epochs, batches = generation.place
+        manifest = {"format": 1, "saves": generation.saves, "epoch": epochs, "batch": batches, "time": time.time()}
+        manifest["files"] = {name: file._asdict() for name, file in files.items()}
+        manifest["previous"] = before[LAST]._asdict() if LAST in before else None
+        self._write_manifest(manifest)
+        generation.close()
+        self._delete_unnamed()
+
+    def _upload_checkpoint(self, name, file, place):
+        """Return the MirroredFile of an open checkpoint, uploaded unless the very bytes are there."""
+        size, checksum = os.fstat(file.fileno()).st_size, checksum_at_end(file)
+        for known in files_in(self._manifest).values():
+            if (known.bytes, known.checksum) == (size, checksum):
+                return known
+        epochs, batches = place
+        target = f"{OBJECTS}epoch_{epochs:03d}+{batches:05d}-{checksum[:12]}.pt"
+        entry = MirroredFile(target, checksum, size)
+        if target in self._there and self._is_whole(entry, file):
+            return entry
+        digest = hashlib.sha256()
+        self.store.put(target, self._chunks(file, size, digest, checksum, name))
+        self._there.add(target)
+        if not self._is_whole(entry, file):
+            raise StorageError(f"{target} is not what was sent")
+        self._gave_up_last = False
+        return entry
+
+    def _chunks(self, file, size, digest, checksum, name):
+        """Yield the file's bytes; raise Overtaken where they are no longer worth sending, OSError where they are damaged."""
+        covered, position = size - CHECKSUM_BYTES, 0
+        while position < size:
+            with self._changed:
+                if self._given_up:
+                    raise Overtaken
+                newer = self._pending is not None and LAST in self._pending.files and name == LAST
+                if newer and position < size // 2 and (self._closing or not self._gave_up_last):  # no run is always overtaken
+                    self._gave_up_last = True
+                    raise Overtaken
+            chunk = os.pread(file.fileno(), CHUNK_BYTES, position)
+            if not chunk:
+                raise OSError(f"{name} is cut short")
+            digest.update(chunk[: max(covered - position, 0)])
+            position += len(chunk)
+            if position == size and digest.hexdigest() != checksum:
+                raise OSError(f"{name} is damaged on this disk and was not uploaded")
+            yield chunk
+
+    def _is_whole(self, entry, file):
+        """Return whether the object has the file's length and its last bytes, which are the checksum of all the others."""
+        found = self.store.head(entry.object)
+        if found is None or found.bytes != entry.bytes:
+            return False
+        start = entry.bytes - CHECKSUM_BYTES
+        return self.store.read_range(entry.object, start, entry.bytes) == os.pread(file.fileno(), CHECKSUM_BYTES, start)
+
+    def _upload_small_files(self):
+        paths = {name: self.folder / name for name in (RECORDS, EVENTS, CURVES, *REPORTS)}
+        paths |= {LOG: Path(self.log_file)} if self.log_file else {}
+        for name, path in paths.items():
+            with contextlib.suppress(FileNotFoundError):
+                found = path.stat()
+                if self._small.get(name) != (found.st_size, found.st_mtime_ns):
+                    content = path.read_bytes()
+                    whole_lines = name in (RECORDS, EVENTS, LOG)
+                    self.store.put(name, content[: content.rfind(b"\n") + 1] if whole_lines else content)
+                    self._small[name] = found.st_size, found.st_mtime_ns
+
+    def _write_manifest(self, manifest):
+        """Replace run.json, on the condition that nobody else has."""
+        manifest |= {"ledger": self.ledger.state()}
+        condition = {} if self.store.is_folder else {"e_tag": self._e_tag} if self._e_tag else {"create": True}
+        content = (to_json(manifest, indent=1) + "\n").encode()
+        try:
+            self._e_tag = self.store.put(MANIFEST, content, **condition)
+        except Conflict:  # an answer was lost, or the former holder of the lock, woken up, was quicker: it has no lock now
+            _, found = self.store.read(MANIFEST)
+            if found is None or not self.lock.is_mine():
+                raise
+            self._e_tag = self.store.put(MANIFEST, content, e_tag=found.e_tag)
+        self._manifest = manifest
+
+    def _without_old_epochs(self, files):
+        kept = sorted(name for name in files if EPOCH_PATTERN.fullmatch(name))
+        gone = kept[: -self.keep] if self.keep else []
+        return {name: file for name, file in files.items() if name not in gone}
+
+    def _delete_unnamed(self):
+        """Delete the checkpoints that neither this generation names nor the one before it."""
+        named = {file.object for file in files_in(self._manifest).values()}
+        if self._manifest["previous"]:
+            named.add(self._manifest["previous"]["object"])
+        for name in self._there - named:
+            self.store.delete(name)
+        self._there &= named
+
+    def _finish(self):
+        """Bring the small files up to date, and let a finished run's weights lie under their own names."""
+        if self.lock.lost_to is not None or self._manifest is None:
+            return
+        self._upload_small_files()
+        self._write_manifest(self._manifest)
+        if self.finished:
+            for name in (LAST, BEST):
+                if name in self._manifest["files"]:
+                    self.store.copy(self._manifest["files"][name]["object"], name)
+
+    def _show_hours(self):
+        while not self._closing:
+            with contextlib.suppress(StorageError):
+                if self.lock.lost_to is None:
+                    self.store.put(HOURS, (to_json(self.ledger.state()) + "\n").encode())
+            time.sleep(lock.SIGN_OF_LIFE_SECONDS)
+
+
+def _in_words(manifest):
+    position = f"epoch {manifest['epoch']}" + (f" and {manifest['batch']} batches" if manifest["batch"] else "")
+    return f"after {position}"

@@ -1,0 +1,135 @@
+"""Object storage as the programs see it: S3, Google Cloud Storage, Azure, or a folder, through obstore, which is optional."""
+
+import contextlib
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+from engine.system.errors import UserError, first_line
+from engine.system.files import ADDRESS
+
+CHUNK_BYTES = 8 << 20
+TIMEOUTS = {"connect_timeout": "10s", "timeout": "120s", "allow_http": True}  # http only where an endpoint asks for it
+RETRIES = {"max_retries": 3, "retry_timeout": timedelta(seconds=30)}  # of one request; callers try again on their own
+
+
+class StorageError(Exception):
+    """The storage cannot be reached, or does not do what is asked."""
+
+
+class Conflict(StorageError):
+    """The object is there already, or is not any more what the caller knew."""
+
+
+class StoredObject(NamedTuple):
+    """What is known of an object."""
+
+    bytes: int
+    e_tag: str | None
+    modified: datetime  # by the clock of the storage
+
+
+class ObjectStore:
+    """The objects under a URL, by names with slashes.
+
+    Args:
+        url: s3://bucket/prefix, gs://bucket/prefix, az://container/prefix; or the path of a folder, which is made.
+        setting: what the URL is the value of, for messages.
+    Raises:
+        UserError: obstore is not installed, or knows no such storage.
+    """
+
+    def __init__(self, url, setting):
+        self.url = url.rstrip("/")
+        self.is_folder = not ADDRESS.match(url)
+        self.path = Path(url).absolute() if self.is_folder else None
+        try:
+            import obstore
+            from obstore.store import LocalStore, from_url
+        except ImportError as error:
+            raise UserError(f"{setting} = {url!r}: obstore is not installed: pip install obstore") from error
+        self._obstore = obstore
+        try:
+            if self.is_folder:
+                self._store = LocalStore(self.path, mkdir=True)
+            else:
+                self._store = from_url(url, client_options=TIMEOUTS, retry_config=RETRIES)
+        except Exception as error:  # of many kinds: unknown scheme, missing bucket, broken credentials
+            raise UserError(f"{setting} = {url!r} cannot be used: {first_line(error)}") from error
+
+    @contextlib.contextmanager
+    def _translated(self):
+        from obstore import exceptions
+
+        try:
+            yield
+        except (exceptions.AlreadyExistsError, exceptions.PreconditionError) as error:
+            raise Conflict(first_line(error)) from error
+        except (exceptions.BaseError, OSError) as error:
+            raise StorageError(first_line(error)) from error
+
+    def put(self, name, content, create=False, e_tag=None):
+        """Write an object, whole or not at all; return its new e_tag.
+
+        Args:
+            content: bytes, or an iterator of bytes; an exception from it leaves nothing there.
+            create: the object must not be there yet.
+            e_tag: the object must be the one of this e_tag.
+        Raises:
+            Conflict: it is there already, or another one.
+            StorageError: it could not be written.
+        """
+        mode = "create" if create else {"e_tag": e_tag} if e_tag else "overwrite"
+        upload = {"chunk_size": CHUNK_BYTES, "max_concurrency": 4}
+        with self._translated():
+            return self._obstore.put(self._store, name, content, mode=mode, **upload)["e_tag"]
+
+    def head(self, name):
+        """Return the StoredObject of a name, or None if there is none."""
+        with self._translated():
+            try:
+                found = self._obstore.head(self._store, name)
+            except FileNotFoundError:
+                return None
+        return StoredObject(found["size"], found["e_tag"], found["last_modified"])
+
+    def read(self, name):
+        """Return (contents, StoredObject) of a small object, or (None, None) if there is none."""
+        with self._translated():
+            try:
+                found = self._obstore.get(self._store, name)
+                content, meta = bytes(found.bytes()), found.meta
+            except FileNotFoundError:
+                return None, None
+        return content, StoredObject(meta["size"], meta["e_tag"], meta["last_modified"])
+
+    def read_range(self, name, start, end):
+        """Return the bytes from `start` to before `end` of an object."""
+        with self._translated():
+            return bytes(self._obstore.get_range(self._store, name, start=start, end=end))
+
+    def stream(self, name, start=0):
+        """Yield the bytes of an object from `start` on.
+
+        Raises:
+            StorageError: there is no such object, or it cannot be read.
+        """
+        with self._translated():
+            options = {"range": {"offset": start}} if start else None
+            for chunk in self._obstore.get(self._store, name, options=options).stream(min_chunk_size=CHUNK_BYTES):
+                yield bytes(chunk)
+
+    def list(self, prefix=""):
+        """Return {name: bytes} of the objects under a folder."""
+        with self._translated():
+            return {found["path"]: found["size"] for part in self._obstore.list(self._store, prefix or None) for found in part}
+
+    def copy(self, name, other):
+        """Let `other` hold what `name` holds; the storage does it by itself."""
+        with self._translated():
+            self._obstore.copy(self._store, name, other)
+
+    def delete(self, name):
+        """Delete an object; one that is not there stays so."""
+        with self._translated(), contextlib.suppress(FileNotFoundError):
+            self._obstore.delete(self._store, name)

@@ -1,0 +1,182 @@
+"""Where a run's mirror is, who may write to it, and what a new machine takes from it."""
+
+import contextlib
+import time
+from pathlib import Path
+
+import torch
+
+from config import CONFIG
+from engine.run import checkpoint_files
+from engine.run.checkpoint_files import BEST, LAST, PREVIOUS, RECORDS
+from engine.run.events import EVENTS
+from engine.run.ledger import HOURS
+from engine.run.mirror import LOG, Mirror, MirroredFile
+from engine.system.errors import CheckpointError, UserError
+from engine.system.files import keep_as, replacing
+from engine.system.object_store import ObjectStore, StorageError
+from engine.system.plain_json import from_json
+from engine.system.store_lock import lock_of_store
+
+START_TRIES_SECONDS = (2.0, 5.0, 15.0, 30.0)  # between tries to reach the mirror before a run begins
+
+
+def open_mirror(opened, stack, command, source, folder, ledger):
+    """Lock the mirror of the run that a command asks for, if it has one, and bring its folder up to date; return lines to log.
+
+    Args:
+        opened: list that the Mirror is added to.
+        stack: ExitStack that releases the lock.
+        source, folder: as source_of_run returns them.
+    Raises:
+        UserError: the mirror cannot be reached or used, or holds another run.
+        CheckpointError: another machine uses it.
+    """
+    url = _url_of(command, source, folder)
+    if url == "none":
+        return []
+    store = ObjectStore(url, "mirror")
+    mirror = _reach(store, ledger, stack)
+    opened.append(mirror)
+    remarks = [mirror.lock.note] if mirror.lock.note else []
+    if source == "auto":
+        remarks += _retried(store, lambda: fetch_newer(mirror, Path(folder), command))
+    elif source is None and mirror.manifest and "overwrite" not in command.options:
+        raise CheckpointError(
+            f"mirror = {url!r} holds another run. Go on with it: --resume auto. Keep it and start another: --mirror OTHER. "
+            "Delete it and start anew: --overwrite"
+        )
+    return remarks
+
+
+def _url_of(command, source, folder):
+    """Return the mirror's URL: the command's, or else the one that the checkpoint to go on from was mirrored to."""
+    if source is None or "mirror" in command.given:
+        return command.config["mirror"]
+    path = Path(folder) / LAST if source == "auto" else Path(source)
+    return _config_of(path / LAST if path.is_dir() else path).get("mirror", command.config["mirror"])
+
+
+def _config_of(path):
+    """Return the configuration in a checkpoint at a glance, {} where it has none."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["config"]
+    except Exception:  # whatever is wrong with it, read() says
+        return {}
+
+
+def _reach(store, ledger, stack):
+    its_lock = lock_of_store(store, "mirror", "use another --mirror")
+    _retried(store, lambda: its_lock.acquire(print))
+    stack.callback(its_lock.release)
+    return _retried(store, lambda: Mirror(store, its_lock, ledger))
+
+
+def _retried(store, ask):
+    """Return ask(), tried again for a while where the storage does not answer: what lies there decides how the run begins."""
+    for seconds in (*START_TRIES_SECONDS, None):
+        try:
+            return ask()
+        except StorageError as error:
+            if seconds is None:
+                raise UserError(
+                    f"mirror = {store.url!r} cannot be used: {error}. To go on without it: --mirror none"
+                ) from error
+            print(f"WARNING: mirror: {store.url}: {error}; tried again in {seconds:.0f} s", flush=True)
+            time.sleep(seconds)
+    return None
+
+
+def ledgers_there(mirror):
+    """Return the ledgers that a mirror knows: run.json's, and the one that is written every few seconds."""
+    if mirror is None:
+        return []
+    found = [mirror.manifest["ledger"]] if mirror.manifest else []
+    with contextlib.suppress(StorageError, ValueError):
+        content, _ = mirror.store.read(HOURS)
+        found += [from_json(content.decode())] if content else []
+    return found
+
+
+def require_same_run(mirror, ledger):
+    """Raise CheckpointError if the mirror holds another run than the ledger's."""
+    if mirror is not None and mirror.manifest and mirror.manifest["ledger"]["run"] != ledger.run:
+        raise CheckpointError(f"mirror = {mirror.store.url!r} holds another run than this one: name another --mirror")
+
+
+# From the mirror to the folder -----------------------------------------------------------------------------------------
+
+
+def fetch_newer(mirror, folder, command):
+    """Put the mirror's run into the folder where that has none, or an earlier state of it; return lines to log."""
+    manifest, remarks = mirror.manifest, []
+    if manifest is None:
+        return remarks
+    newest = {LAST: MirroredFile(**manifest["files"][LAST])}
+    here = None
+    try:
+        path, here, problems = checkpoint_files.newest_good(folder)
+        remarks += [f"WARNING: {problem}" for problem in problems]
+    except CheckpointError as error:
+        remarks.append(f"WARNING: {error}")
+    if here is not None:
+        ledger = here.get("ledger") or {"run": manifest["ledger"]["run"], "saves": 0}
+        if ledger["run"] != manifest["ledger"]["run"]:
+            raise CheckpointError(
+                f"{folder} and the mirror {mirror.store.url} hold different runs: name another --checkpoint-dir or --mirror"
+            )
+        same = path.name == LAST and _checksum_of(path) == newest[LAST].checksum
+        if ledger["saves"] > manifest["saves"] or same:
+            return remarks
+    candidates = [newest[LAST]] + ([MirroredFile(**manifest["previous"])] if manifest["previous"] else [])
+    taken = next((entry for entry in candidates if _fetched(mirror, entry, folder / LAST, remarks)), None)
+    if taken is None:
+        if here is None:
+            raise CheckpointError(
+                "\n".join([*remarks, f"no checkpoint in {mirror.store.url} is whole: start anew with --overwrite"])
+            )
+        return remarks
+    best = manifest["files"].get(BEST)
+    if best and _checksum_of(folder / BEST) != best["checksum"]:
+        _fetched(mirror, MirroredFile(**best), folder / BEST, remarks)
+    log_file = command.given.get("log_file") or (_config_of(folder / LAST)).get("log_file", CONFIG["log_file"])
+    for name, path in ((RECORDS, folder / RECORDS), (EVENTS, folder / EVENTS), (LOG, Path(log_file))):
+        content, _ = mirror.store.read(name)
+        if content is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as file:
+                file.write(content)
+    remarks.append(f"note: {folder / LAST} was fetched from {mirror.store.url} ({taken.bytes / 1e6:,.0f} MB)")
+    return remarks
+
+
+def _checksum_of(path):
+    try:
+        with open(path, "rb") as file:
+            return checkpoint_files.checksum_at_end(file)
+    except OSError:
+        return None
+
+
+def _fetched(mirror, entry, path, remarks):
+    """Put a checkpoint of the mirror at a path, the file that was there staying as previous.pt; return whether it is whole.
+
+    Raises:
+        StorageError: the storage cannot be reached.
+    """
+    if mirror.store.head(entry.object) is None:
+        remarks.append(f"WARNING: {entry.object} is not in {mirror.store.url} any more")
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with replacing(path) as file:
+            for chunk in mirror.store.stream(entry.object):
+                file.write(chunk)
+            file.flush()
+            checkpoint_files.verify(file.name)
+            if path.name == LAST and path.is_file():
+                keep_as(path, path.with_name(PREVIOUS))
+    except CheckpointError as error:
+        remarks.append(f"WARNING: of {mirror.store.url}: {error}")
+        return False
+    return True

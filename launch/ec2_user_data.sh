@@ -1,0 +1,36 @@
+#!/bin/bash
+# User data of an EC2 spot instance: from a bare machine to a run that ends by switching everything off.
+# launch/README.md says what it needs. Fill in the first four lines.
+set -euo pipefail
+: "${REPOSITORY:=https://github.com/OWNER/NAME.git}"        # where this code is cloned from
+: "${IMAGES:=s3://BUCKET/imagenet}"                          # train.arrow, val.arrow and SHA256SUMS, as prepare_data.py writes them
+: "${MIRROR:=s3://BUCKET/runs/mild}"                         # where the run is kept
+: "${GROUP:=resnet50}"                                       # the Auto Scaling group that starts this instance
+: "${FLAGS:=--recipe mild --hours 14 --price-per-hour 0.30}" # the budget counts the hours of all instances together
+: "${DISK:=/mnt/nvme}" "${DISKS:=/dev/disk/by-id}"
+
+switch_off() { # else the group would start another instance in place of this one
+    aws autoscaling set-desired-capacity --auto-scaling-group-name "$GROUP" --desired-capacity 0 || true
+    shutdown -h now
+}
+status=1
+trap 'if [ "$status" -ne 143 ]; then switch_off; fi' EXIT # 143: the spot notice; the group starts the next instance
+
+device=$(find "$DISKS" -name 'nvme-Amazon_EC2_NVMe_Instance_Storage_*' ! -name '*-ns-*' ! -name '*-part*' | sort | head -n 1)
+[ -n "$device" ] || { echo "no instance store here: choose a type that has one, such as g4dn.2xlarge"; exit; }
+mkfs.ext4 -q -F "$device"
+mkdir -p "$DISK"
+mount "$device" "$DISK"
+
+aws s3 sync --only-show-errors "$IMAGES" "$DISK/imagenet"
+(cd "$DISK/imagenet" && sha256sum --check --quiet SHA256SUMS)
+
+git clone --quiet --depth 1 "$REPOSITORY" "$DISK/code"
+python3 -m venv "$DISK/venv"
+"$DISK/venv/bin/pip" install --quiet -r "$DISK/code/requirements.txt" obstore
+
+status=0
+# shellcheck disable=SC2086 # FLAGS are words
+(cd "$DISK/code" && "$DISK/venv/bin/python" train.py $FLAGS --data-dir "$DISK/imagenet" --checkpoint-dir "$DISK/run" \
+    --log-file "$DISK/training.log" --mirror "$MIRROR" --resume auto --spot-notice true) || status=$?
+echo "train.py ended with status $status"

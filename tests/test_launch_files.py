@@ -1,0 +1,123 @@
+"""The files of launch/: run with stand-ins for what a machine here has not, which record what they are asked."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY, narrow, tiny_run
+
+from engine.cli.command_line import parse_command_line
+from train import OWN_FLAGS
+
+LAUNCH = REPOSITORY / "launch"
+
+
+def stand_in(folder, name, script="exit 0"):
+    """A program of that name that writes down its arguments and then runs a script."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text(f'#!/bin/bash\necho "{name} $*" >>"$ASKED"\n{script}\n')
+    path.chmod(0o755)
+
+
+def run_script(path, tmp_path, **environment):
+    """Run a script with the stand-ins in tmp_path/bin before everything else; return (status, what they were asked)."""
+    everything = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "ASKED": str(tmp_path / "asked")}
+    done = subprocess.run(["bash", path], env=everything | environment, cwd=tmp_path, capture_output=True, text=True)
+    asked = (tmp_path / "asked").read_text().splitlines() if (tmp_path / "asked").exists() else []
+    return done.returncode, asked, done.stdout + done.stderr
+
+
+def instance(tmp_path, status):
+    """The stand-ins of an EC2 instance whose train.py ends with that status; return the script's environment."""
+    images, programs, disk = tmp_path / "bucket", tmp_path / "bin", tmp_path / "nvme"
+    images.mkdir()
+    (images / "train.arrow").write_bytes(b"images")
+    (images / "SHA256SUMS").write_text(f"{hashlib.sha256(b'images').hexdigest()}  train.arrow\n")
+    (tmp_path / "by-id").mkdir()
+    for name in ("nvme-Amazon_EC2_NVMe_Instance_Storage_AWS1", "nvme-Amazon_Elastic_Block_Store_vol1"):
+        (tmp_path / "by-id" / name).touch()
+    stand_in(programs, "aws", f'if [ "$1" = s3 ]; then mkdir -p "${{@: -1}}" && cp {images}/* "${{@: -1}}"; fi')
+    for name in ("mkfs.ext4", "mount", "shutdown"):
+        stand_in(programs, name)
+    stand_in(programs, "git", 'mkdir -p "${@: -1}"')
+    stand_in(tmp_path / "venv", "pip")
+    stand_in(tmp_path / "venv", "python", f"exit {status}")
+    stand_in(programs, "python3", f'mkdir -p "$3/bin" && cp {tmp_path}/venv/* "$3/bin"')
+    return {"DISK": str(disk), "DISKS": str(tmp_path / "by-id"), "MIRROR": "s3://b/run", "IMAGES": "s3://b/images"}
+
+
+@pytest.mark.parametrize(("status", "switched_off"), [(0, True), (1, True), (143, False)])
+def test_an_instance_prepares_itself_trains_and_switches_off_unless_it_was_interrupted(status, switched_off, tmp_path):
+    _, asked, output = run_script(LAUNCH / "ec2_user_data.sh", tmp_path, **instance(tmp_path, status))
+    programs = [line.split()[0] for line in asked]
+    assert programs[:7] == ["mkfs.ext4", "mount", "aws", "git", "python3", "pip", "python"], output
+    assert asked[0].endswith("nvme-Amazon_EC2_NVMe_Instance_Storage_AWS1")
+    assert programs[7:] == (["aws", "shutdown"] if switched_off else [])
+    assert not switched_off or asked[7].endswith("--auto-scaling-group-name resnet50 --desired-capacity 0")
+    command = parse_command_line(asked[6].split()[2:], OWN_FLAGS)
+    assert command.options == {"hours": "14", "price_per_hour": "0.30", "resume": "auto"}
+    assert command.config["spot_notice"] and command.config["mirror"] == "s3://b/run"
+
+
+def test_an_instance_with_damaged_images_or_without_a_disk_does_not_train_and_does_not_go_on_billing(tmp_path):
+    environment = instance(tmp_path, 0)
+    (tmp_path / "bucket/train.arrow").write_bytes(b"damaged")
+    _, asked, _ = run_script(LAUNCH / "ec2_user_data.sh", tmp_path, **environment)
+    assert [line.split()[0] for line in asked] == ["mkfs.ext4", "mount", "aws", "aws", "shutdown"]
+    (tmp_path / "asked").unlink()
+    (tmp_path / "by-id/nvme-Amazon_EC2_NVMe_Instance_Storage_AWS1").unlink()
+    _, asked, output = run_script(LAUNCH / "ec2_user_data.sh", tmp_path, **environment)
+    assert [line.split()[0] for line in asked] == ["aws", "shutdown"] and "no instance store here" in output
+
+
+@pytest.mark.slow
+def test_a_slurm_job_ends_in_time_and_asks_for_the_next_until_the_run_has_ended(image_tree, tmp_path):
+    stand_in(tmp_path / "bin", "sbatch")
+    words = " ".join([*narrow("train.py"), *tiny_run(image_tree, tmp_path / "run")])
+    script = (LAUNCH / "slurm.sh").read_text().replace("train.py --recipe mild --data-dir", f"{words} --data-dir")
+    for hours, epochs, next_one in (("0.003", 4000, True), ("1", 60, False)):
+        (tmp_path / "slurm.sh").write_text(script.replace("7.8", hours).replace("--epochs=3 ", f"--epochs={epochs} "))
+        (tmp_path / "asked").unlink(missing_ok=True)
+        environment = {"PYTHON": sys.executable, "RUN": str(tmp_path / "run"), "DATA": str(image_tree)}
+        status, asked, output = run_script(tmp_path / "slurm.sh", tmp_path, **environment)
+        assert status == 0 and bool(asked) == next_one, output
+
+
+@pytest.mark.slow
+def test_the_notebooks_run_goes_on_in_the_next_session(image_tree, tmp_path):
+    cells = json.loads((LAUNCH / "notebook.ipynb").read_text())["cells"]
+    first, _, last = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    for hours, epochs, said in (("0.003", 4000, "stopped by --stop-after-hours"), ("1", 60, "finished ")):
+        flags = " ".join(tiny_run(image_tree, tmp_path / "run", epochs=epochs))
+        environment = os.environ | {"RUN": str(tmp_path / "run"), "FLAGS": flags, "HOURS": hours}
+        done = subprocess.run([sys.executable, "-c", f"{first}\n{last}"], cwd=REPOSITORY, env=environment, capture_output=True)
+        assert done.returncode == 0 and said in done.stdout.decode(), done.stderr
+
+
+def test_the_other_files_start_a_command_that_exists():
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    task = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
+    words = task["run"].replace("\\\n", " ").split("train.py ")[1].split()
+    assert parse_command_line(words, OWN_FLAGS).config["spot_notice"]
+    service = (LAUNCH / "resnet50.service").read_text()
+    assert parse_command_line(re.search(r"train\.py (.*)", service)[1].split(), OWN_FLAGS).options == {"resume": "auto"}
+    command = json.loads(re.search(r"^CMD (.*)$", (LAUNCH / "Dockerfile").read_text(), re.M)[1])
+    assert parse_command_line(command, OWN_FLAGS).recipe == "demo"
+    for script in LAUNCH.glob("*.sh"):
+        assert subprocess.run(["bash", "-n", script]).returncode == 0
+
+
+def test_the_unit_is_one_that_systemd_takes(tmp_path):
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    text = (LAUNCH / "resnet50.service").read_text()
+    text = re.sub(r"ExecStart=\S+", f"ExecStart={sys.executable}", text).replace("User=ubuntu", "User=root")
+    (tmp_path / "resnet50.service").write_text(text)
+    done = subprocess.run(["systemd-analyze", "verify", tmp_path / "resnet50.service"], capture_output=True, text=True)
+    assert "resnet50.service" not in done.stderr, done.stderr

@@ -1,0 +1,168 @@
+"""A run's hours and budget: counted over all sessions, kept in the checkpoint, said when they will be missed."""
+
+import json
+import re
+import signal
+import time
+
+import pytest
+from conftest import finish, run_here, run_program, start_driver, tiny_run, wait_for
+
+from config import CONFIG
+from engine.cli.keys import ConfigError
+from engine.run import checkpoint_files, ledger
+from engine.run.ledger import HOURS, Ledger, read_hours
+from engine.training.forecast import Forecast
+
+QUICK = CONFIG | {"batch_size": 8, "epochs": 4, "warmup_epochs": 1, "swa_start_epoch": 0, "train_resolution": 32}
+
+
+def ledger_of(hours, price=None, sessions=1):
+    """The ledger of a run whose earlier sessions took so many hours each."""
+    made = Ledger(time.perf_counter(), price)
+    made.run = "run"
+    made.merge(
+        {"run": "run", "saves": 3, "budget": None}
+        | {"sessions": {f"session {n}": {"seconds": 3600 * hours, "price_per_hour": price} for n in range(sessions)}}
+    )
+    return made
+
+
+class Clock:
+    """A clock that stands until it is moved."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_two_ledgers_of_a_run_are_merged_by_the_longer_of_each_session():
+    ours, theirs = ledger_of(1.0, price=2.0), ledger_of(1.5, price=2.0, sessions=3)
+    ours.merge(theirs.state())
+    assert ours.earlier_sessions == 4  # three, and the other process's own
+    assert ours.hours() == pytest.approx(3 * 1.5, abs=0.01)
+    assert ours.dollars() == pytest.approx(3 * 1.5 * 2, abs=0.01)
+    before = ours.state()["sessions"].keys()
+    stranger = Ledger(time.perf_counter())
+    ours.merge(stranger.state())
+    assert ours.state()["sessions"].keys() == before
+
+
+def test_hours_json_tells_what_a_killed_session_did_after_its_last_save(tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "WRITE_SECONDS", 0.05)
+    killed = Ledger(time.perf_counter() - 3600)
+    killed.keep(tmp_path)
+    checkpoint = killed.state()
+    time.sleep(0.3)
+    killed._ended.set()  # as a kill does: nothing more is written
+    later = Ledger(time.perf_counter())
+    later.take_over(checkpoint)
+    short = later.hours()
+    later.merge(read_hours(tmp_path))
+    assert later.hours() > short
+    (tmp_path / HOURS).write_text("{")
+    assert read_hours(tmp_path) is None
+
+
+def forecast_for(hours, budget, price=None, config=QUICK):
+    """A Forecast after the first of 4 epochs, which took an hour, in a session that follows one of so many hours."""
+    clock, book = Clock(), ledger_of(hours, price)
+    book.budget = budget
+    forecast = Forecast(config, (80, 0), book, clock)
+    forecast.note(0, 0)
+    clock.now = 3600.0
+    return forecast
+
+
+def test_the_end_and_the_dollars_follow_from_this_sessions_speed_and_all_sessions_hours():
+    outlook = forecast_for(2.0, None, price=1.5).outlook(1, 0)
+    assert outlook.hours_left == pytest.approx(3.0)
+    assert outlook.hours == pytest.approx(2.0 + 3.0, abs=0.01)  # the hour of the clock here is none of the ledger's
+    assert outlook.dollars_so_far == pytest.approx(2.0 * 1.5, abs=0.01)
+    assert outlook.dollars == pytest.approx(5.0 * 1.5, abs=0.01)
+    expected = time.time() + 3 * 3600
+    assert abs(time.mktime(outlook.end) - expected) < 5
+    assert re.fullmatch(r"; ends \d{4}-\d\d-\d\d \d\d:\d\d, 3.00 of 7.50 dollars", forecast_for(2.0, None, 1.5).in_words(1))
+
+
+def test_a_growing_resolution_makes_later_epochs_longer():
+    growing = QUICK | {"start_resolution": 32, "train_resolution": 64, "resolution_ramp_start": 0.5, "resolution_ramp_end": 0.5}
+    outlook = forecast_for(0.0, None, config=growing).outlook(1, 0)
+    assert outlook.hours_left == pytest.approx(3 * 4)  # the first one is the only small one
+
+
+@pytest.mark.parametrize(
+    ("budget", "price", "said"),
+    [
+        ({"hours": 5.1, "dollars": None}, None, None),
+        ({"hours": 4.01, "dollars": None}, None, "(25%) more than its budget of 4.0 hours; 3 ep"),
+        ({"hours": 2.5, "dollars": None}, None, "more than its budget of 2.5 hours; not even the epoch in progress fits"),
+        (
+            {"hours": 9.0, "dollars": 8.1},
+            2.0,
+            "takes 10.00 dollars in all, 1.90 (23%) more than its budget of 8.1; 3 ep",
+        ),
+    ],
+)
+def test_a_budget_that_will_be_missed_is_said_once_with_what_fits(budget, price, said):
+    forecast = forecast_for(2.0, budget, price)
+    first = forecast.warning(1, 0)
+    assert first is None if said is None else said in first
+    assert forecast.warning(1, 0) is None
+
+
+def test_a_speed_is_not_trusted_before_it_has_settled():
+    forecast = forecast_for(2.0, {"hours": 0.1, "dollars": None})
+    forecast._clock.now = 1.0
+    assert forecast.warning(0, 1) is None
+
+
+def test_a_budget_survives_in_the_checkpoint_and_a_run_without_one_gets_none(tiny_arguments, tmp_path, capfd):
+    arguments = [*(word for word in tiny_arguments if "--epochs" not in word), "--swa-start-epoch=0", "--recipe=seed"]
+    budget = ["--hours=0.0001", "--images-per-s=25", "--price-per-hour=3600"]
+    assert run_here([*arguments, *budget]) == 0
+    saved = checkpoint_files.read(tmp_path / "run/last.pt")
+    assert saved["ledger"]["budget"] == {"hours": 0.0001, "dollars": None}
+    assert saved["ledger"]["saves"] == saved["epoch"] == saved["config"]["epochs"]
+    assert re.search(r"epoch 1/\d+: .*; ends \S+ \S+, \d+\.\d\d of \d+\.\d\d dollars", capfd.readouterr().out)
+    assert run_here([*arguments, "--resume=auto", "--hours=2"]) == 0  # the plan stays, the budget is the new one
+    output = capfd.readouterr().out
+    assert "the budget was 0 seconds, now it is 2.0 hours; the epochs stay as planned" in output
+    assert re.search(r"budget: 2.0 hours; .* dollars used so far, with 1 earlier session", output)
+    (tmp_path / "other").mkdir()
+    assert run_here([*arguments, "--epochs=1", f"--checkpoint-dir={tmp_path / 'other'}"]) == 0
+    with pytest.raises(ConfigError, match="was begun without a budget"):
+        run_here(["--hours=2", f"--resume={tmp_path / 'other'}"])
+
+
+def test_stop_after_hours_saves_and_ends_with_status_0_and_the_run_goes_on(image_tree, tmp_path, capfd):
+    arguments = tiny_run(image_tree, tmp_path / "run", epochs=400, swa_start_epoch=0)
+    assert run_here([*arguments, "--resume=auto", "--stop-after-hours=0.0003"]) == 0
+    output = capfd.readouterr().out
+    position = r"stopped by --stop-after-hours 0.0003 in epoch (\d+) after (\d+) batches; saved. Go on with"
+    epoch, batch = map(int, re.search(position, output).groups())
+    saved = checkpoint_files.read(tmp_path / "run/last.pt")
+    assert (saved["epoch"], saved["batch"]) == (epoch - 1, batch)
+    assert run_here([*arguments, "--resume=auto", f"--epochs={epoch}"]) == 0
+
+
+@pytest.mark.slow
+def test_the_hours_of_killed_sessions_are_counted(image_tree, tmp_path):
+    arguments = [*tiny_run(image_tree, tmp_path / "run", epochs=400, swa_start_epoch=0), "--resume=auto"]
+    seconds = 0.0
+    for number in range(3):
+        began, steps = time.perf_counter(), tmp_path / f"steps{number}"
+        process = start_driver(arguments, steps)
+        wait_for(steps.exists)
+        time.sleep(ledger.WRITE_SECONDS + 1)
+        process.send_signal(signal.SIGKILL)
+        finish(process)
+        seconds += time.perf_counter() - began
+    status, output = run_program("train.py", [*arguments, "--stop-after-hours=0.0001"])
+    assert status == 0, output
+    sessions = json.loads((tmp_path / "run" / HOURS).read_text())["sessions"]
+    counted = sum(session["seconds"] for session in sessions.values())
+    assert len(sessions) == 4
+    assert seconds - 3 * (ledger.WRITE_SECONDS + 3) < counted
