@@ -131,7 +131,7 @@ def build_parser(program, usage, own_flags, for_help=False):
         name, _, value = flag.partition(" ")
         takes = {"metavar": value} | optional if value else {"action": "store_true"}
         if value.startswith("["):
-            takes = {"metavar": value, "nargs": "?", "const": ""}
+            takes = {"metavar": value.strip("[]"), "nargs": "?", "const": ""}
         group.add_argument(f"--{name}", dest=name.replace("-", "_"), help=text, **takes)
     group = parser.add_argument_group(f"configuration ({program} --key value; defaults of the seed recipe in brackets)")
     for key, comment in key_comments().items():
