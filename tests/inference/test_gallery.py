@@ -39,6 +39,7 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_the_lists_hold_every_image_once_with_what_the_network_saw(run):
     for split, count in (("train", 60), ("val", 40)):
         rows = rows_of(run / f"{split}_images.csv")
@@ -51,6 +52,7 @@ def test_the_lists_hold_every_image_once_with_what_the_network_saw(run):
         assert sum(int(row["correct"]) for row in classes) == count - wrong
 
 
+@pytest.mark.slow
 def test_the_sections_show_what_they_say(run):
     gallery = json.loads((run / "val_gallery.json").read_text())
     shots = {section["title"]: section["shots"] for section in gallery["sections"]}
@@ -81,6 +83,7 @@ def test_suspicion_and_reliability_are_those_of_their_definitions():
     assert error == pytest.approx(0.75 * (0.98 - 2 / 3) + 0.25 * 0.1, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_else_and_no_name_in_it_is_markup(run):
     page = (run / "report.html").read_text()
     assert "<img src=x" not in page and "&lt;img src=x onerror=" in page

@@ -65,11 +65,11 @@ def test_waiting_for_data_is_said_once_and_again_when_it_ends():
     assert changes[0].text.startswith("30% of the time the device waits for data; 2 data workers spent 10% of the time reading")
 
 
-def test_workers_that_wait_for_a_core_are_a_fault_where_a_gpu_waits_for_them_alone():
-    starved = window(waited=20, work=(1.0, 0.1, 0.3))
-    for on_gpu in (True, False):
-        judged = Verdict(CONFIG, "seed", 10, 2000, DATA._replace(on_gpu=on_gpu), 10.0)
-        assert names(told(judged, [starved])) == ([("waiting for data", True)] if on_gpu else [])
+@pytest.mark.parametrize("on_gpu, waited, begun", [(True, 20, True), (False, 20, False), (False, 40, True)])
+def test_workers_that_wait_for_a_core_are_a_fault_unless_it_is_the_training_that_has_it(on_gpu, waited, begun):
+    judged = Verdict(CONFIG, "seed", 10, 2000, DATA._replace(on_gpu=on_gpu), 10.0)
+    changes = told(judged, [window(waited=waited, work=(1.0, 0.1, 0.3))])
+    assert names(changes) == ([("waiting for data", True)] if begun else [])
 
 
 @pytest.mark.parametrize(
@@ -119,13 +119,7 @@ def test_a_network_that_learns_nothing_is_said_after_1000_steps_and_two_epochs_a
     )
     assert learning([10.0] * 5 + [14.1] * 5, chance) == []  # more than 3 standard deviations: 4.02 points of 500 images
     assert names(learning([13.9] * 10, chance)) == [("nothing learned", True)]
-
-
-def test_a_validation_at_chance_is_told_from_a_network_that_learns_nothing_by_the_training_loss():
-    chance = loss_of_guessing("cross_entropy", 10)
-    changes = learning([10.0] * 7 + [20.0], 0.5 * chance)
-    assert names(changes) == [("validation at chance", True), ("validation at chance", False)]
-    assert "normalised otherwise" in changes[0].text
+    assert learning([10.0] * 10, 0.9 * chance) == []  # training learns: its distance to validation is another alarm's
 
 
 def test_a_loss_that_rises_for_two_windows_is_said_and_a_single_bump_is_not():
@@ -219,7 +213,7 @@ def test_training_far_above_validation_must_last_and_the_best_weights_count():
     judged = verdict_of()
     apart = [record_of(1, 80.0, val_top1=20.0, val_flip_top1=None)] * 3
     assert [names(judged.judge_epoch(record)) for record in apart] == [[], [("training above validation", True)], []]
-    averaged = [record | {"averaged_val_top1": 78.0} for record in apart]
+    averaged = [record | {"averaged_val_top1": 70.0} for record in apart]
     assert names(judged.judge_epoch(averaged[0])) == [("training above validation", False)]
     assert all(verdict_of().judge_epoch(record) == [] for record in averaged)
 
@@ -375,9 +369,10 @@ def evidence():
     false = sum(len(names) for names in raised.values()) - right
     missed = sum(not set(row["expected"]) & set(raised[row["run"]]) for row in rows if row["expected"])
     healthy = [row for row in rows if row["run"].startswith("healthy")]
-    lines = ["| run | one of these is right | raised |", "|---|---|---|"]
+    lines = ["| run | steps | one of these is right | raised |", "|---|---|---|---|"]
     for row in rows:
-        lines.append(f"| {row['run']} | {', '.join(row['expected']) or 'none'} | {', '.join(raised[row['run']]) or 'none'} |")
+        wanted, got = (", ".join(names) or "none" for names in (row["expected"], raised[row["run"]]))
+        lines.append(f"| {row['run']} | {46 * len(row['val_top1']):,} | {wanted} | {got} |")
 
     def guessing(row):
         return loss_of_guessing("bce" if "mild" in row["run"] or "medium" in row["run"] else "cross_entropy", 10)
@@ -386,7 +381,12 @@ def evidence():
     growth = max(largest_growth(row["windows"]["norm"]) for row in healthy)
     wait = max(share for row in healthy for share in row["windows"]["wait"])
     apart = max(points for row in healthy for points in row["apart"])
-    latest = max(next((k for k, top1 in enumerate(row["val_top1"], 1) if top1 > 16.4), 99) for row in healthy)
+    like_guessing = [
+        rules.LEARNING_STEPS * number
+        for row in healthy
+        for number, loss in enumerate(row["windows"]["loss"], start=1)
+        if loss >= rules.LEARNED_NOTHING * guessing(row)
+    ]
     first, faults = rows[0], sum(bool(row["expected"]) for row in rows)
     machine = f"{first['cpu']}, {first['cores']} cores, shared with other work"
     where = f"{machine}, PyTorch {first['versions']['torch']}, {first['date']}"
@@ -396,11 +396,11 @@ def evidence():
     margins = (
         f"In the {len(healthy)} healthy runs the loss gave back at most {rise:.0%} of what it had fallen, the gradient's norm "
         f"was at most {growth:.1f} times the median before, training was at most {apart:.1f} points above validation, the "
-        f"waiting at most {wait:.0%}, and the last of them left chance in epoch {latest} (step {46 * latest})."
+        f"waiting at most {wait:.0%}, and the loss was like that of guessing for at most {max(like_guessing)} steps."
     )
     return "\n".join(
         [
-            f"{len(rows)} runs of a narrow ResNet-18 on made pictures of 10 classes, each once, up to 1,104 steps; {where}; "
+            f"{len(rows)} runs of a narrow ResNet-18 on made pictures of 10 classes, each once; {where}; "
             "`benchmarks/verdict_evidence.py`. Windows were 10 s and 10 samples instead of a minute.",
             "",
             *lines,
