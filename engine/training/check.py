@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from engine.data.batches import resolution_of_epoch
+from engine.data.fetching import images_folder
 from engine.data.images import decode_rgb, training_view
 from engine.data.loader import worker_count
 from engine.preparation.trees import IMAGENET_COUNTS
@@ -25,6 +26,7 @@ from engine.system.distributed import local_size, refuse_several, size
 from engine.system.errors import UserError
 from engine.system.interruption import spot_notice
 from engine.system.micro_batches import network_px
+from engine.system.object_store import ObjectStore, StorageError
 from engine.system.workers import available_cores
 from engine.training.images import open_images
 from engine.training.plan import positive
@@ -90,6 +92,8 @@ def whole_check(config, options, build_model):
         yield _reading(splits["train"], config, device, positive("images_per_s", options))
     if config["spot_notice"]:
         yield _metadata_service(config)
+    if config["mirror"] != "none":
+        yield _mirror(config["mirror"])
 
 
 def quick_check(config, device, classes, build_model):
@@ -153,7 +157,7 @@ def _reading(split, config, device, images_per_s):
             continue
     decoded = workers * done / max(time.process_time() - began, 1e-9)
     text = (
-        f"{read:,.0f} images/s read from {config['data_dir']} by {workers} at once, {decoded:,.0f} images/s decoded at {px} px "
+        f"{read:,.0f} images/s read from {images_folder(config)} by {workers} at once, {decoded:,.0f} decoded at {px} px "
         "without augmentation (measured for a moment)"
     )
     if images_per_s is None and device.type == "cuda" and "T4" in describe_device(device):
@@ -304,3 +308,13 @@ def _metadata_service(config):
     except (OSError, ValueError) as error:
         return Finding(NOTE, "spot notice", f"the metadata service at {url} does not answer ({error}): no notice will come")
     return Finding(OK, "spot notice", f"the metadata service at {url} answers")
+
+
+def _mirror(url):
+    try:
+        store, name = ObjectStore(url, "mirror"), f"check_{os.getpid()}"
+        store.put(name, b"")
+        store.delete(name)
+    except (UserError, StorageError) as error:
+        return Finding(FAILS, "mirror", f"{url} cannot be written to: {error}")
+    return Finding(OK, "mirror", f"{url} can be written to")

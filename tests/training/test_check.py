@@ -67,6 +67,16 @@ def test_a_metadata_service_that_does_not_answer_is_noted(image_tree, tmp_path, 
     assert table["spot notice"][0] == "note" and "does not answer" in table["spot notice"][1]
 
 
+def test_a_mirror_that_takes_nothing_is_found_and_one_that_takes_something_stays_empty(image_tree, tmp_path, capsys):
+    pytest.importorskip("obstore")
+    arguments = tiny_run(image_tree, tmp_path / "run")
+    _, table = checked(capsys, [*arguments, f"--mirror={tmp_path / 'mirror'}"])
+    assert table["mirror"][0] == "ok" and not any((tmp_path / "mirror").iterdir())
+    (tmp_path / "file").write_text("no folder")
+    status, table = checked(capsys, [*arguments, f"--mirror={tmp_path / 'file' / 'below'}"])
+    assert status == 1 and table["mirror"][0] == "FAILS"
+
+
 def findings(**changes):
     config = CONFIG | changes
     device = train.torch.device("cpu")
