@@ -130,6 +130,7 @@ def test_a_terminal_that_is_closed_saves_the_run_or_under_nohup_lets_it_go_on(ig
         assert (tmp_path / "run/last.pt").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_to_a_pipeline_saves_though_its_reader_is_gone(image_tree, tmp_path):
     arguments = tiny_run(image_tree, tmp_path / "run", epochs=1000, num_workers=1)
     command = shell("train.py", arguments, f"2>&1 | tee {shlex.quote(str(tmp_path / 'shown'))}")
@@ -395,6 +396,7 @@ for path in sys.argv[1:]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="somebody else's files need root")
+@pytest.mark.slow
 def test_a_file_that_may_not_be_read_is_refused_in_words(finished):
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)

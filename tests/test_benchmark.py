@@ -193,6 +193,7 @@ def test_a_part_that_fails_says_why_and_is_no_end():
     assert "KeyError" in in_a_process({"do": "step"}, seconds=60)["failed"]
 
 
+@pytest.mark.slow
 def test_without_a_gpu_a_sitting_is_refused_with_the_way_to_rehearse_it(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

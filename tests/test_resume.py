@@ -98,7 +98,10 @@ def test_a_run_with_every_building_block_goes_on_as_if_nothing_had_happened(bloc
     assert output.count("running average: top-1") == 2  # plain, and with the mirror image
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+QUICK = ("a training step", "the recomputation of batch norm", "the writing of a checkpoint")
+
+
+@pytest.mark.parametrize("moment", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MOMENTS])
 def test_sigterm_saves_everything_and_the_resumed_run_equals_the_uninterrupted_one(moment, image_tree, reference, tmp_path):
     module, function, call, where = MOMENTS[moment]
     arguments = tiny_run(image_tree, tmp_path / "run")

@@ -223,6 +223,7 @@ def test_the_micro_batch_is_remembered_in_the_checkpoint(tiny_arguments, tmp_pat
     assert checkpoint_files.read(tmp_path / "run/last.pt")["micro_batch_size"] == 3
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_micro_batch_that_fitted_unless_a_flag_changes_it(tiny_arguments, tmp_path):
     assert run_here([*tiny_arguments, "--epochs=2"]) == 0
     last = tmp_path / "run/last.pt"
@@ -304,6 +305,7 @@ def test_the_averaged_weights_are_the_mean_of_the_epochs_final_weights(tiny_argu
     assert not torch.equal(averaged["module.bn1.running_mean"], third["bn1.running_mean"])
 
 
+@pytest.mark.slow
 def test_the_weights_do_not_depend_on_how_often_they_are_validated(image_tree, tmp_path, capfd):
     every, seldom = tmp_path / "every", tmp_path / "seldom"
     assert run_here(tiny_run(image_tree, every)) == 0

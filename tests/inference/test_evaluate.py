@@ -312,6 +312,7 @@ def test_classify_says_what_the_network_says(runs, image_tree, capsys):
 
 
 @pytest.mark.usefixtures("whole_network")
+@pytest.mark.slow
 def test_exported_weights_load_into_torchvisions_own_network(image_tree, tmp_path, capsys):
     runs = tmp_path / "runs"
     assert run_here(tiny_run(image_tree, runs / "a", epochs=2)) == 0
@@ -340,6 +341,7 @@ def test_an_exported_safetensors_file_is_scored_as_the_checkpoint_it_came_from(r
     assert capsys.readouterr().out.split(": ", 1)[1].split(", loss")[0] == expected
 
 
+@pytest.mark.slow
 def test_onnxruntime_gives_the_networks_logits_for_any_batch(runs, image_tree, tmp_path, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

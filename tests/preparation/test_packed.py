@@ -158,6 +158,7 @@ def private_memory(pid):
         return 1024 * sum(int(line.split()[1]) for line in file if line.startswith(("Private_Dirty", "Private_Clean")))
 
 
+@pytest.mark.slow
 def test_a_workers_memory_does_not_grow_over_an_epoch(tmp_path):
     content = [encoded(photo(200, 240, seed), quality=95) + bytes(40_000) for seed in range(8)]
     rows = [(content[n % 8], f"{n}.JPEG", n % 2) for n in range(3000)]

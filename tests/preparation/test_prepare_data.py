@@ -542,6 +542,7 @@ def test_a_damaged_archive_is_said_and_a_damaged_member_is_named(originals, tmp_
         forms.open_source(path)
 
 
+@pytest.mark.slow
 def test_a_disk_that_cannot_hold_it_is_refused_before_the_start(originals, tmp_path):
     image_folder(tmp_path / "source", originals)
     source = forms.open_source(tmp_path / "source")

@@ -164,6 +164,7 @@ def test_without_a_log_the_records_alone_are_reported_and_without_records_it_is_
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_a_shared_log_gives_each_run_its_own_sessions_and_a_replaced_run_is_forgotten(image_tree, tmp_path):
     log = f"--log_file={tmp_path / 'training.log'}"
     for name, more in (("a", []), ("b", []), ("a", ["--overwrite"])):

@@ -100,6 +100,7 @@ def test_what_only_has_torch_in_its_command_line_is_not_torchrun(command):
     assert not is_torchrun(command.split(" "))
 
 
+@pytest.mark.slow
 def test_a_parent_that_is_not_torchrun_is_left_alone(tmp_path):
     parent = tmp_path / "torch_sweep.py"
     child = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); from engine.system.distributed import *; end_launcher()"

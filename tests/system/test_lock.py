@@ -173,6 +173,7 @@ def test_a_run_whose_folder_was_taken_over_writes_nothing_more(tmp_path, monkeyp
     assert json.loads((tmp_path / "run" / lock.LOCK).read_text())["host"] == "node7"  # not ours to delete
 
 
+@pytest.mark.slow
 def test_a_lock_file_without_sense_is_taken_over_once_it_is_old(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "SILENCE_SECONDS", 0.5)
     (tmp_path / lock.LOCK).write_bytes(b"\xff\x00")

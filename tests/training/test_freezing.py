@@ -82,6 +82,7 @@ def test_nothing_is_kept_for_the_backward_pass_of_what_is_frozen(memory):
     assert kept("layer4") < 0.2 * kept("layer2") < 0.2 * kept("none")
 
 
+@pytest.mark.slow
 def test_recomputed_statistics_leave_frozen_norms_alone(image_tree, tmp_path):
     source = tmp_path / "first"
     changes = {"epochs": 2, "swa_start_epoch": 2, "swa_anneal_epochs": 0}

@@ -202,6 +202,7 @@ def test_a_plain_run_says_what_mild_would_give_on_imagenet():
     assert frontier.remark_on_default(parse_command_line(["--recipe=seed"], train.OWN_FLAGS)) is None
 
 
+@pytest.mark.slow
 def test_it_is_the_first_line_of_the_run_and_only_of_a_new_one(tiny_arguments, tmp_path, capsys):
     assert run_here(tiny_arguments) == 0
     first, second = capsys.readouterr().out.splitlines()[:2]

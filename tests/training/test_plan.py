@@ -205,6 +205,7 @@ def test_the_readme_shows_the_plan_as_it_is_printed(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_machines_rates_are_measured_at_the_smallest_and_largest_size_and_in_validation(image_tree, tmp_path):
     arguments = tiny_run(image_tree, tmp_path / "run", start_resolution=32, train_resolution=96, epochs=8)
     config = parse_command_line(arguments).config
