@@ -30,10 +30,8 @@ FALLEN = 0.1  # of the loss of guessing; from then on a rise is told from noise
 RISEN, RISEN_ENDS = 0.5, 0.25  # shares of what the loss had fallen below guessing
 EXPLODED, EXPLODED_ENDS = 10.0, 5.0  # times the median gradient norm of the windows before
 USUAL_WINDOWS = 4  # that a usual gradient norm is known from
-SKIPPED, SKIPPED_ENDS = (
-    16,
-    1,
-)  # of LEARNING_STEPS: a GradScaler's first scale, 2**16, is at 1 after 16; later 1 of 2,000 is usual
+# Of LEARNING_STEPS: a GradScaler's first scale, 2**16, is at 1 after 16; later 1 step of 2,000 is usual.
+SKIPPED, SKIPPED_ENDS = 16, 1
 BELOW_POINTS, BELOW_ENDS_POINTS, EPOCHS_LATE = 10.0, 5.0, 2  # one epoch of FFCV's 16 makes up to 14 points
 APART_POINTS, APART_ENDS_POINTS, APART_EPOCHS = 40.0, 25.0, 2  # of training top-1, augmented, over validation
 
