@@ -86,7 +86,7 @@ def check_outputs(arguments):
 def open_networks(arguments, device):
     """Return the Networks of all files, on the device, their configurations as the command line wants them."""
     single = len(arguments.checkpoints) == 1 and arguments.scores
-    kinds = arguments.weights or ("all" if single else "auto")
+    kinds = arguments.weights or ("all" if single and not arguments.details else "auto")
     # One process has nothing to synchronise its norms with, and the run's device need not be here.
     here = {"device": device.type, "sync_batch_norm": False}
     defaults = CONFIG | {"architecture": arguments.architecture}
@@ -112,7 +112,7 @@ def parse_arguments(arguments=None):
     flag("--flip", action="store_true", help="also score the mean over image and mirror image")
     flag("--resolution", type=int, nargs="+", metavar="PX", help="score at these sizes; default: the run's")
     flag("--crop-ratio", type=float, metavar="R", help="crop over the resized shorter side; default: the run's")
-    flag("--weights", choices=("auto", "all", *WEIGHTS), help="default: all of one checkpoint, auto of several")
+    flag("--weights", choices=("auto", "all", *WEIGHTS), help="default: all of one checkpoint; auto of several, and for --details")
     flag("--real-labels", type=path_text, metavar="FILE", help="ReaL's real.json: also score ImageNet's val by its labels")
     flag("--average", action="store_true", help="the mean of the checkpoints' weights instead of an ensemble")
     split_help = "train scores the training images; with --details it ranks them by how likely their label is wrong"

@@ -251,7 +251,7 @@ def test_the_place_of_an_output_is_made_or_refused_before_anything_is_scored(run
         ):
             with pytest.raises(UserError, match=said):
                 evaluated(runs / "a/last.pt", *flags)
-    assert evaluated(runs / "a/last.pt", "--weights=raw", "--details", f"{tmp_path}/new/er/") == 0
+    assert evaluated(runs / "a/last.pt", "--details", f"{tmp_path}/new/er/") == 0
     assert (tmp_path / "new/er/_classes.csv").exists()
     sheet = tmp_path / "newest/sheet.png"
     assert evaluated(runs / "a/last.pt", "--classify", picture, "--contact-sheet", sheet) == 0
