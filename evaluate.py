@@ -112,7 +112,11 @@ def parse_arguments(arguments=None):
     flag("--flip", action="store_true", help="also score the mean over image and mirror image")
     flag("--resolution", type=int, nargs="+", metavar="PX", help="score at these sizes; default: the run's")
     flag("--crop-ratio", type=float, metavar="R", help="crop over the resized shorter side; default: the run's")
-    flag("--weights", choices=("auto", "all", *WEIGHTS), help="default: all of one checkpoint; auto of several, and for --details")
+    flag(
+        "--weights",
+        choices=("auto", "all", *WEIGHTS),
+        help="default: all of one checkpoint; auto of several, and for --details",
+    )
     flag("--real-labels", type=path_text, metavar="FILE", help="ReaL's real.json: also score ImageNet's val by its labels")
     flag("--average", action="store_true", help="the mean of the checkpoints' weights instead of an ensemble")
     split_help = "train scores the training images; with --details it ranks them by how likely their label is wrong"

@@ -1,12 +1,15 @@
 """What the documentation says of speed and recipes is what was measured and kept."""
 
+import argparse
 import json
+import math
 import os
 import re
 import signal
 import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, children_of, finish, run_program, start_program, wait_for
@@ -15,6 +18,8 @@ import benchmark
 from benchmarks.gpu_sitting import ON_A_GPU, gpu_tables, in_a_process, newest_sitting, parts_of
 from benchmarks.input_speed import input_tables, read_originals
 from benchmarks.measuring import recorded
+from benchmarks.optimizer_evidence import best_rate, epochs_to_reach, missing_runs, optimizer_tables
+from benchmarks.other_pictures import DRAW, TRAIN_FONTS, VAL_FONTS
 from benchmarks.recipe_evidence import compute, contenders, recipe_tables
 from benchmarks.scaling import PARAMETERS, scaling, scaling_tables
 from benchmarks.step_speed import LOOPS, step_tables
@@ -39,6 +44,7 @@ TABLES = {
     "train": lambda: train_tables(recorded("train")[-1]),
     "scaling": scaling_tables,
     "recipes": tables_of_studies,
+    "optimizers": lambda: optimizer_tables(recorded("optimizers")),
 }
 if TRANSFERS := recorded("transfer"):
     TABLES["transfer"] = lambda: transfer_tables([run for run in TRANSFERS if run["study"] == TRANSFERS[-1]["study"]])
@@ -46,6 +52,7 @@ if SITTING := newest_sitting(recorded("gpu")):  # until a card was measured, the
     TABLES["gpu"] = lambda: gpu_tables(SITTING)
 PAGES = dict.fromkeys(TABLES, REPOSITORY / "docs/speed.md")
 PAGES |= {"scaling": REPOSITORY / "docs/several_gpus.md", "recipes": REPOSITORY / "docs/recipes.md"}
+PAGES["optimizers"] = REPOSITORY / "docs/recipes.md"
 PAGES |= {"transfer": REPOSITORY / "docs/finetuning.md"}
 
 
@@ -322,3 +329,27 @@ if __name__ == "__main__":
         begin, end = marks(name)
         before, rest = PAGES[name].read_text().split(begin)
         PAGES[name].write_text(f"{before}{begin}\n\n" + "\n".join(table()) + f"\n\n{end}{rest.split(end)[1]}")
+
+
+def test_a_scan_of_rates_widens_until_its_best_one_lies_inside_and_only_then_come_the_seeds():
+    arguments = argparse.Namespace(kinds=["waves"], epochs=8, lengths=[16], seeds=2, variants=False)
+    runs = []
+    for kind, name, rate, epochs, seed in iter(lambda: (missing_runs(runs, arguments) or [None])[0], None):
+        top1 = 50 - abs(math.log(rate / 0.9)) + seed  # the best rate is above all of the four that are tried first
+        run = {"kind": kind, "optimizer": name, "rate": rate, "epochs": epochs, "seed": seed, "top1": [top1]}
+        assert seed == 0 == epochs - 8 or rate == best_rate(runs, kind, name, 8)
+        runs.append(run)
+    assert best_rate(runs, "waves", "Muon", 8) == 0.9
+    assert {run["rate"] for run in runs if run["optimizer"] == "Muon"} == {0.01, 0.03, 0.1, 0.3, 0.9, 2.7}
+    assert len([run for run in runs if (run["optimizer"], run["epochs"]) == ("Muon", 16)]) == 2
+    assert epochs_to_reach(runs, "waves", "Muon", 8, 0.0) is None
+
+
+@pytest.mark.parametrize("kind", DRAW)
+def test_pictures_of_a_class_differ_and_letters_are_validated_in_fonts_that_training_never_sees(kind):
+    pytest.importorskip("matplotlib")
+    classes, draw = DRAW[kind]
+    first, second = (draw["val"](classes[0], np.random.default_rng(seed), (60, 72)) for seed in (0, 1))
+    assert first.dtype == np.uint8 and first.shape[2] == 3 and 60 <= min(first.shape[:2]) <= max(first.shape[:2]) <= 72
+    assert first.std() > 5 and first.tobytes() != second.tobytes()
+    assert not set(TRAIN_FONTS) & set(VAL_FONTS)
