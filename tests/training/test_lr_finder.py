@@ -130,7 +130,7 @@ def test_the_range_is_the_one_asked_for(image_tree, tmp_path):
 @pytest.mark.slow
 def test_the_suggestion_trains_better_than_a_rate_30_times_smaller_or_larger(tmp_path):
     make_demo_data(tmp_path / "images", 160, 20)
-    changes = {"train_resolution": 48, "min_crop_area": 0.6, "batch_size": 16, "swa_start_epoch": 0, "epochs": 5}
+    changes = {"train_resolution": 48, "min_crop_area": 0.6, "batch_size": 16, "swa_start_epoch": 0, "epochs": 10}
     assert run_here(tiny_run(tmp_path / "images", tmp_path / "auto", **changes, learning_rate="auto")) == 0
     suggestion = float((tmp_path / "auto.log").read_text().split("suggested learning_rate: ")[1].split()[0])
     losses = [last_training_loss(tmp_path / "auto")]
