@@ -288,13 +288,14 @@ def kill_again_and_again(image_tree, folder, kills, seed):
     """Kill a run that often at random instants, resume it each time, and let it end; return what happened.
 
     Returns:
-        dict: `kills`; `in_writing`, those that hit the writing of a checkpoint; `steps_lost`, of each kill.
+        dict: `kills`; `ends`, how often the run was quicker; `in_writing`, kills that hit the writing of a checkpoint;
+            `steps_lost`, of each kill.
     """
     rng = random.Random(seed)
     steps = folder.with_suffix(".steps")
     # last.pt after every step that ends more than 0.3 s after the save before
     arguments = [*tiny_run(image_tree, folder, checkpoint_minutes=0.005), "--resume=auto"]
-    happened = {"kills": 0, "in_writing": 0, "steps_lost": []}
+    happened = {"kills": 0, "ends": 0, "in_writing": 0, "steps_lost": []}
     while happened["kills"] < kills:
         steps.unlink(missing_ok=True)
         process = start_driver(arguments, steps)
@@ -302,7 +303,8 @@ def kill_again_and_again(image_tree, folder, kills, seed):
         time.sleep(rng.uniform(0, 2.0))
         if process.poll() is not None:  # it came to its end first: begin anew, the kills are not done
             assert process.returncode == 0, process.communicate()[0]
-            assert happened["kills"], "the run ends before the first kill"
+            happened["ends"] += 1
+            assert happened["ends"] <= kills, "the run is too short to be killed"
             shutil.rmtree(folder)
             continue
         process.kill()
