@@ -4,11 +4,14 @@ import contextlib
 import math
 import os
 import signal
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path, PurePosixPath
 
 from engine.system.errors import UserError
+
+NOTICED_SECONDS = 5.0  # after the death of a worker, by which the pool has usually noticed
 
 
 class WorkerDied(UserError):
@@ -68,13 +71,27 @@ def worker_pool(processes):
     Raises:
         WorkerDied: a worker process ended, for example killed by the OS for its memory.
     """
-    pool = ProcessPoolExecutor(processes, initializer=_start_worker)
+    pool, ended = ProcessPoolExecutor(processes, initializer=_start_worker), threading.Event()
+    pool.submit(int)  # begins the workers, before there is a second thread
+    threading.Thread(target=_end_with_the_first, args=(pool._processes, pool._result_queue, ended), daemon=True).start()
     try:
         yield pool
     except BrokenProcessPool as error:
         raise WorkerDied("a worker process was killed; out of memory? Fewer processes need less") from error
     finally:
         pool.shutdown(cancel_futures=True)
+        ended.set()
+
+
+def _end_with_the_first(workers, answers, ended):
+    """Kill the other workers if one has died unnoticed: the pool may wait without end for the rest of its answer."""
+    while not ended.wait(0.5):
+        if any(worker.exitcode not in (None, 0) for worker in list(workers.values())):
+            if not ended.wait(NOTICED_SECONDS):
+                for worker in list(workers.values()):
+                    worker.kill()
+                answers._writer.close()  # the last end that something could come from
+            return
 
 
 def _start_worker():

@@ -1,3 +1,5 @@
+import contextlib
+import multiprocessing.connection
 import os
 import signal
 import time
@@ -18,6 +20,35 @@ def test_a_killed_worker_is_said_and_the_others_end():
     for pid in processes:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def _dies_while_it_answers(number):
+    """Let this worker be killed once half of its answer, more than a pipe takes, is on its way."""
+
+    def send_half(connection, content, write=os.write):
+        write(connection.fileno(), content[: len(content) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    multiprocessing.connection.Connection._send = send_half
+    return bytes(100_000)
+
+
+def _asks_workers_that_die():
+    os.setsid()
+    with contextlib.suppress(WorkerDied), worker_pool(2) as pool:
+        list(pool.map(_dies_while_it_answers, range(4)))
+        os._exit(1)
+
+
+@pytest.mark.slow
+def test_a_worker_killed_in_the_middle_of_its_answer_is_no_wait_without_end():
+    asking = multiprocessing.get_context("fork").Process(target=_asks_workers_that_die)
+    asking.start()
+    asking.join(60)
+    if asking.is_alive():
+        os.killpg(asking.pid, signal.SIGKILL)
+        asking.join()
+    assert asking.exitcode == 0
 
 
 def test_a_ctrl_c_leaves_the_workers_alone():
