@@ -30,13 +30,18 @@ def calibration(logits, labels):
         labels: int64 [N].
     """
     confidences, predictions = logits.double().softmax(dim=1).max(dim=1)
-    right = (predictions == labels).double()
+    return calibration_of(confidences, predictions == labels)
+
+
+def calibration_of(confidences, right):
+    """Return the Calibration of predictions: float [N], how sure they are, and bool [N], whether they are right."""
+    confidences, right = confidences.double(), right.double()
     bins = (confidences * BINS).ceil().long().clamp(1, BINS) - 1  # (low, high]
     counts, confident, correct = (
         torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, values)
         for values in (torch.ones_like(right), confidences, right)
     )
-    error = ((confident - correct).abs().sum() / len(labels)).item()
+    error = ((confident - correct).abs().sum() / len(right)).item()
     return Calibration(error, counts.long(), confident / counts, correct / counts)
 
 

@@ -5,9 +5,11 @@ import csv
 import io
 
 import numpy as np
+import torch
 from PIL import Image
 
 from engine.data.images import validation_view
+from engine.inference.calibration import calibration_of
 from engine.inference.confusion import pair_rows
 from engine.preparation.finding import ImageFolder
 from engine.system.files import replacing
@@ -16,7 +18,6 @@ from engine.system.plain_json import to_json
 GALLERY = "_gallery.json"
 THUMBNAIL, QUALITY = 96, 75  # px; of JPEG
 SHOWN, MISLABELS_SHOWN, PAIRS, OF_A_PAIR = 24, 48, 8, 4
-BINS = 15  # of the reliability diagram, as in arXiv:1706.04599
 
 
 def write_gallery(prefix, seen, confusions, split, view, title, training=False):
@@ -114,15 +115,9 @@ def pictures_to_show(shares, classes, labels, order, confusions, names, people, 
 
 def reliability(confidence, right):
     """Return ([[mean confidence, accuracy, images], ...] of the bins that are not empty, expected calibration error)."""
-    number = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    rows, error = [], 0.0
-    for k in range(BINS):
-        inside = number == k
-        if count := int(inside.sum()):
-            mean, accuracy = float(confidence[inside].mean()), float(right[inside].mean())
-            rows.append([round(mean, 4), round(accuracy, 4), count])
-            error += abs(mean - accuracy) * count / len(right)
-    return rows, round(error, 4)
+    found = calibration_of(torch.as_tensor(confidence), torch.as_tensor(right))
+    bins = zip(found.confidences.tolist(), found.accuracies.tolist(), found.counts.tolist(), strict=True)
+    return [[round(mean, 4), round(accuracy, 4), count] for mean, accuracy, count in bins if count], round(found.error, 4)
 
 
 def names_of(split):
