@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -226,8 +227,13 @@ def in_a_process(job, seconds):
         answer, log = Path(folder) / "answer.json", Path(folder) / "log"
         with open(log, "w", encoding="utf-8") as output:
             command = [sys.executable, "-m", "benchmarks.gpu_sitting", json.dumps(job | {"answer": str(answer)})]
-            child = subprocess.Popen(command, cwd=REPOSITORY, stdout=output, stderr=output, start_new_session=True)
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+            unblock = partial(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
+            child = subprocess.Popen(
+                command, cwd=REPOSITORY, stdout=output, stderr=output, start_new_session=True, preexec_fn=unblock
+            )
             try:
+                unblock()  # a signal that came while it started, too, takes it along
                 child.wait(seconds)
             except subprocess.TimeoutExpired:
                 return None

@@ -7,12 +7,13 @@ import os
 import re
 import signal
 import statistics
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, children_of, finish, run_program, start_program, wait_for
+from conftest import REPOSITORY, children_of, finish, run_program, start_program
 
 import benchmark
 from benchmarks.gpu_sitting import ON_A_GPU, gpu_tables, in_a_process, newest_sitting, parts_of
@@ -185,11 +186,14 @@ def test_a_part_that_takes_too_long_ends_with_all_its_processes():
 
 
 @pytest.mark.slow
-def test_a_sitting_that_is_ended_takes_its_part_along(tmp_path):
+@pytest.mark.parametrize("seconds", [0, 2], ids=["as it starts", "at work"])
+def test_a_sitting_that_is_ended_takes_its_part_along(tmp_path, seconds):
     flags = ["gpu", "--rehearse", f"--results={tmp_path / 'r.jsonl'}", "--parts", "second start"]
     sitting = start_program("benchmark.py", flags)
-    wait_for(lambda: children_of(sitting.pid))
+    while not children_of(sitting.pid):
+        assert sitting.poll() is None
     (part,) = children_of(sitting.pid)
+    time.sleep(seconds)
     sitting.send_signal(signal.SIGTERM)
     assert finish(sitting)[0] == 128 + signal.SIGTERM
     assert not Path(f"/proc/{part}").exists()
