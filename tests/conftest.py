@@ -191,7 +191,8 @@ def finish(process, timeout=300):
 # train.py in a process of its own that sends itself a signal when it enters `function` of `module` for the n-th time with
 # `about` among its arguments, and that writes down each step it takes.
 DRIVER = """
-import importlib, os, signal, sys
+import importlib, os, signal, sys, time
+BEGUN = time.perf_counter()
 sys.path.insert(0, {repository!r})
 import train
 from engine.cli.command_line import parse_command_line
@@ -218,7 +219,7 @@ def send(*args):
             os.kill(os.getpid(), number)
 if {function!r}:
     wrap({module!r}, {function!r}, send)
-sys.exit(run_program("train.py", train.main, parse_command_line(sys.argv[1:], train.OWN_FLAGS)))
+sys.exit(run_program("train.py", train.main, parse_command_line(sys.argv[1:], train.OWN_FLAGS), BEGUN))
 """
 
 
