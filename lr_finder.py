@@ -74,7 +74,7 @@ def main(command):
     device = choose_device(config)
     precision = choose_precision(config, device)
     set_up_arithmetic(config, device)
-    with Monitor(config | {"log_file": None}, device) as monitor, StopRequest() as stop:
+    with Monitor(None, device) as monitor, StopRequest() as stop:
         splits = open_images(config, None, monitor.log)
         config, sized = adapted(command, config, splits["train"])
         start = f"range test from {lowest:g} to {highest:g} in {steps} steps; {describe_device(device)}, {precision}"

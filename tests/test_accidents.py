@@ -289,7 +289,8 @@ def test_an_ornament_that_fails_costs_a_warning_and_never_the_epoch(broken, imag
 def test_the_epoch_is_saved_before_its_ornaments(image_tree, tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(
-        "engine.run.monitor.draw_curves", lambda *_: saved.append(checkpoint_files.read(tmp_path / "run/last.pt")["epoch"])
+        "engine.run.epoch_records.draw_curves",
+        lambda *_: saved.append(checkpoint_files.read(tmp_path / "run/last.pt")["epoch"]),
     )
     assert run_here(tiny_run(image_tree, tmp_path / "run", **ONE_EPOCH)) == 0
     assert saved == [1]

@@ -28,7 +28,6 @@ from conftest import (
 )
 
 import model
-from config import CONFIG
 from engine.cli.keys import ConfigError
 from engine.data.loader import to_device
 from engine.run import checkpoint_files
@@ -54,7 +53,7 @@ MOMENTS = {  # function of a module, its n-th call, and where the run then says 
     "the recomputation of batch norm": ("engine.training.averaging", "recompute_bn_stats", 1, "in epoch 2 after 7 batches"),
     "validation": ("engine.training.validation", "evaluate", 3, "in epoch 3 after 7 batches"),
     "the writing of a checkpoint": ("engine.run.checkpoint_files", "write", 2, "in epoch 3 after 0 batches"),
-    "the writing of the records": ("engine.run.monitor", "append_record", 2, "in epoch 3 after 0 batches"),
+    "the writing of the records": ("engine.run.epoch_records", "append_record", 2, "in epoch 3 after 0 batches"),
 }
 
 
@@ -277,7 +276,7 @@ def test_a_run_goes_on_with_a_full_disk_and_says_that_its_result_is_not_saved(im
 
 
 def test_a_full_disk_does_not_end_the_log(tmp_path):
-    with Monitor(CONFIG | {"log_file": "/dev/full"}, torch.device("cpu")) as monitor:
+    with Monitor("/dev/full", torch.device("cpu")) as monitor:
         monitor.log("said all the same")
 
 

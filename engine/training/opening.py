@@ -87,7 +87,7 @@ def _open(stack, command, train_step, build_model, begun):
     device = choose_device(config)
     precision = choose_precision(config, device)
     set_up_arithmetic(config, device)
-    monitor = stack.enter_context(Monitor(config, device))
+    monitor = stack.enter_context(Monitor(config["log_file"], device))
     splits = open_images(config, checkpoint, monitor.log)
     stack.callback(ledger.close)
     if distributed.rank() == 0:
@@ -99,7 +99,6 @@ def _open(stack, command, train_step, build_model, begun):
     else:
         config, compile_choice, lines = settle(command, config, checkpoint, splits, trials, monitor, begun)
     first = frontier.remark_on_default(command) if checkpoint is None else None
-    monitor.epochs = config["epochs"]
     stop = stack.enter_context(StopRequest())
     stack.enter_context(stop.after(positive("stop_after_hours", command.options), begun))
     remarks = [

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from engine.data.batches import resolution_of_epoch
 from engine.inference.freezing import work_of_a_step
-from engine.run.monitor import DRAWING_SECONDS
+from engine.run.epoch_records import DRAWING_SECONDS
 from engine.system.errors import UserError
 from engine.system.micro_batches import network_px
 from engine.system.wording import duration

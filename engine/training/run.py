@@ -78,7 +78,8 @@ class Run:
         if resumed:
             self.checkpoints.find_best(*resumed)
             self.checkpoints.mirror_what_is_there(state)
-        self.monitor.open_records(self.checkpoints.folder, state.epoch, Path(resumed[1]).parent if resumed else None)
+        came_from = Path(resumed[1]).parent if resumed else None
+        self.monitor.open_records(self.config, self.checkpoints.folder, state.epoch, came_from)
         self.state = state
 
     def facts(self):

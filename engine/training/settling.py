@@ -161,7 +161,7 @@ def print_plan(command, train_step, build_model, begun):
     command, initial, found = with_initial_weights(command)
     device = open_device(command.config)
     config = command.config
-    with distributed.process_group(device), Monitor(config | {"log_file": None}, device) as monitor:
+    with distributed.process_group(device), Monitor(None, device) as monitor:
         set_up_arithmetic(config, device)
         if "images_per_s" in command.options:
             lines = stated_plan(command, monitor)

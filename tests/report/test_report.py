@@ -188,7 +188,7 @@ def test_progress_in_the_log_tells_how_far_a_killed_session_came(tmp_path, monke
     log = tmp_path / "log"
     figures = TrainingMetrics(1.5, 25.0, 0.3, 64, 0, 0, 0)
     for start in ((0, 0), (2, 10)):
-        with Monitor(CONFIG | {"log_file": str(log)}, torch.device("cpu")) as monitor:
+        with Monitor(str(log), torch.device("cpu")) as monitor:
             monitor.log_to_file("environment: {}")
             monitor.log_to_file(f"configuration: {json.dumps(CONFIG)}")
             monitor.log_to_file("recipe seed: resnet50 on 25,600 images of 5 classes, 100 steps an epoch; CPU")

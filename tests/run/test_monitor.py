@@ -54,7 +54,7 @@ def test_a_terminal_gets_a_bar_with_loss_top1_rate_and_speed(image_tree, tmp_pat
 def test_figures_appear_in_plain_lines_now_and_then_where_there_is_no_terminal(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("engine.run.monitor.PLAIN_LINE_SECONDS", 0.0)
     figures = TrainingMetrics(1.5, 25.0, 0.3, 64, 0, 0, 0)
-    with Monitor(CONFIG | {"log_file": str(tmp_path / "log")}, torch.device("cpu")) as monitor:
+    with Monitor(str(tmp_path / "log"), torch.device("cpu")) as monitor:
         monitor.start("epoch 1/2", 10)
         monitor.advance(figures, 0.001, Throughput(CPU, 10))
         monitor.advance()
@@ -74,7 +74,7 @@ def test_gpu_memory_and_utilisation_are_shown():
 
 
 def test_every_line_of_the_log_has_its_time(tmp_path):
-    with Monitor(CONFIG | {"log_file": str(tmp_path / "deep/log")}, torch.device("cpu")) as monitor:
+    with Monitor(str(tmp_path / "deep/log"), torch.device("cpu")) as monitor:
         monitor.log("one\ntwo")
         monitor.log_to_file("three")
     lines = (tmp_path / "deep/log").read_text().splitlines()
@@ -112,15 +112,15 @@ def test_the_time_between_asking_for_a_batch_and_getting_it_is_the_waiting(monke
 
 
 def test_curves_are_drawn_at_first_at_last_and_now_and_then(tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.run.monitor.DRAWING_SECONDS", 1000.0)
+    monkeypatch.setattr("engine.run.epoch_records.DRAWING_SECONDS", 1000.0)
     drawn = []
-    monkeypatch.setattr("engine.run.monitor.draw_curves", lambda records, path: drawn.append(len(records)) or True)
+    monkeypatch.setattr("engine.run.epoch_records.draw_curves", lambda records, path: drawn.append(len(records)) or True)
     figures = {"train_loss": None, "val_loss": 1.0, "val_top1": 1.0, "val_top5": 1.0, "learning_rate": 1.0}
     figures |= {"images_per_s": 1.0, "seconds": 1.0, "skipped_steps": 0}
-    with Monitor(CONFIG | {"log_file": str(tmp_path / "log"), "epochs": 6}, CPU) as monitor:
-        monitor.open_records(tmp_path, 0)
+    with Monitor(str(tmp_path / "log"), CPU) as monitor:
+        monitor.open_records(CONFIG | {"epochs": 6}, tmp_path, 0)
         for epoch in range(1, 7):
             if epoch == 4:
-                monkeypatch.setattr("engine.run.monitor.time.monotonic", lambda: 1e9)  # much later
+                monkeypatch.setattr("engine.run.epoch_records.time.monotonic", lambda: 1e9)  # much later
             monitor.show_epoch(monitor.write_record({"epoch": epoch} | figures))
     assert drawn == [1, 4, 6]

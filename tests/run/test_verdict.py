@@ -245,7 +245,7 @@ def test_an_active_alarm_stands_in_the_plain_line(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("engine.run.monitor.PLAIN_LINE_SECONDS", 0.0)
     judged, loader = verdict_of(batch_size=32), type("Loader", (), {"work": (1.0, 0.9, 0.1)})
     judged.active = {"waiting for data": None, "throttled": None}
-    with Monitor(CONFIG | {"log_file": None}, CPU) as monitor:
+    with Monitor(None, CPU) as monitor:
         monitor.judge_with(judged, loader)
         monitor.start("epoch 1/2", 10, epoch=0)
         monitor.advance(TrainingMetrics(1.5, 25.0, 0.3, 64, 0, 0, 0), 0.001, Throughput(CPU, 32))
@@ -291,7 +291,7 @@ def impatient(monkeypatch):
 
 
 def test_phases_without_figures_say_where_they_are(impatient, tmp_path, capfd):
-    with Monitor(CONFIG | {"log_file": str(tmp_path / "log")}, CPU) as monitor:
+    with Monitor(str(tmp_path / "log"), CPU) as monitor:
         monitor.start("learning-rate range test", 100)
         for _ in monitor.watch(range(3)):
             time.sleep(0.15)
@@ -310,7 +310,7 @@ def test_phases_without_figures_say_where_they_are(impatient, tmp_path, capfd):
 def test_a_phase_whose_figures_come_in_time_says_nothing_else(impatient, capfd, monkeypatch):
     monkeypatch.setattr("engine.run.monitor.PLAIN_LINE_SECONDS", 0.5)
     figures, speed = TrainingMetrics(1.5, 25.0, 0.3, 64, 0, 0, 0), Throughput(CPU, 32)
-    with Monitor(CONFIG | {"log_file": None}, CPU) as monitor:
+    with Monitor(None, CPU) as monitor:
         monitor.start("epoch 1/2", 100, epoch=0)
         for _ in range(8):
             time.sleep(0.1)

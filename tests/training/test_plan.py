@@ -215,7 +215,7 @@ def test_a_machines_rates_are_measured_at_the_smallest_and_largest_size_and_in_v
     def step(state, images, labels):
         return train.train_step(state, images, labels, config)
 
-    with Monitor(config | {"log_file": None}, torch.device("cpu")) as monitor:
+    with Monitor(None, torch.device("cpu")) as monitor:
         rates = measure_machine(config, splits, state, step, monitor, time.perf_counter(), seconds=0.5)
     assert list(rates.training) == [32, 96]
     assert rates.training[32] > rates.training[96] > 0
@@ -238,7 +238,7 @@ def test_rates_are_kept_without_sam_and_by_the_size_that_the_network_sees(image_
 
     monkeypatch.setattr(measuring, "steady_pace", pace)
     state = Trials(train.train_step, build_model, 10, torch.device("cpu"), "fp32").scratch_state(config)
-    with Monitor(config | {"log_file": None}, torch.device("cpu")) as monitor:
+    with Monitor(None, torch.device("cpu")) as monitor:
         rates = measure_machine(config, open_splits(image_tree), state, None, monitor, time.perf_counter())
     assert rates.training == {48: 125.0, 72: 125.0}
     assert asked[:2] == [4, 4] and set(asked[2:]) == {1}
@@ -262,7 +262,7 @@ def test_a_plan_is_right_when_held_against_the_run_that_follows(changes, tmp_pat
     def planned():
         begun = time.process_time()
         state = Trials(train.train_step, train.build_model, 10, cpu, "fp32").scratch_state(config)
-        with Monitor(config | {"log_file": None}, cpu) as monitor:
+        with Monitor(None, cpu) as monitor:
             rates = measure_machine(config, splits, state, step, monitor, begun, seconds=4, clock=time.process_time)
         return 3600 * plan_run(config, rates, 480, 160).hours
 

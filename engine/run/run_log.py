@@ -1,0 +1,94 @@
+"""What a run says: on the terminal, in its log file, in events.jsonl."""
+
+import contextlib
+import logging
+import sys
+import threading
+from pathlib import Path
+
+from tqdm import tqdm
+
+from engine.run.events import EventLog
+from engine.system.console import lost_output
+from engine.system.distributed import rank
+from engine.system.errors import UserError, first_line
+
+WARNINGS = ("WARNING", "bad image", "out of GPU memory")  # what a warning begins with
+
+
+class RunLog:
+    """Says lines and keeps events. Of several processes only the first one does.
+
+    Args:
+        log_file: path, or None: nothing is logged.
+    Raises:
+        UserError: the file cannot be written to.
+    """
+
+    def __init__(self, log_file):
+        self._is_main = rank() == 0
+        self._speaking = threading.RLock()  # the heartbeat speaks, too
+        self._events = EventLog()
+        self._output_was_lost = False
+        self._log = logging.Logger("training")  # not from the registry: each run has its own file
+        if self._is_main and log_file is not None:
+            try:
+                Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+                handler = logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace")
+            except OSError as error:
+                raise UserError(f"log_file = {log_file!r} cannot be written to: {error}") from error
+            handler.handleError = _complain_of_the_log
+            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S%z"))
+            self._log.addHandler(handler)
+
+    def close(self):
+        """Close the log file."""
+        for handler in self._log.handlers:
+            with contextlib.suppress(OSError):  # what a full disk did not take has been complained of
+                handler.close()
+
+    def log(self, text):
+        """Print a line, above the bar if there is one, and log it."""
+        if not self._is_main:
+            return
+        with self._speaking:
+            self.log_to_file(text)
+            if text.startswith(WARNINGS):
+                self.event("warning", text=text)
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+            if not self._output_was_lost and (reason := lost_output()):
+                self._output_was_lost = True
+                self.log_to_file(
+                    f"note: standard output cannot be written to ({reason}); the run goes on, and this log has everything"
+                )
+
+    def event(self, event, **facts):
+        """Add an event to events.jsonl, which lies in the folder of open_events."""
+        if self._is_main:
+            with self._speaking:
+                self._events.add(event, **facts)
+
+    def open_events(self, folder):
+        """Write events.jsonl in a folder from now on; what was kept before comes first."""
+        self._events.open(folder)
+
+    def log_to_file(self, text):
+        """Write a line to the log file alone."""
+        for line in text.splitlines():
+            self._log.info(line)
+
+    @contextlib.contextmanager
+    def warn_on_error(self, trouble):
+        """Turn whatever goes wrong inside into a warning: the run is worth more."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            self.log(f"WARNING: {trouble}: {first_line(error)}. The run goes on")
+
+
+def _complain_of_the_log(record):
+    """Say that a line could not be logged, in place of logging's traceback: a full disk must not end the run."""
+    print(f"WARNING: not logged ({sys.exc_info()[1]}): {record.getMessage()}", file=sys.stderr)
