@@ -12,7 +12,7 @@ from pathlib import Path
 CANNOT = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EBADF, errno.ENOTTY}
 
 
-ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://")
+ADDRESS = re.compile(r"[A-Za-z][\w+.-]+:/|(s3|gs|az):")  # mistyped ones, too: none is the name of a folder
 SCHEMES = ("s3://", "gs://", "az://")  # of object storage
 NO_ADDRESS = "a path on this machine (object storage: copy from and to it, or mount it)"
 

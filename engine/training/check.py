@@ -24,11 +24,13 @@ from engine.system.device import choose_device, choose_precision, describe_devic
 from engine.system.disks import existing, free_bytes, why_it_goes_away, why_not_writable
 from engine.system.distributed import local_size, refuse_several, size
 from engine.system.errors import UserError
+from engine.system.files import ADDRESS
 from engine.system.interruption import spot_notice
 from engine.system.micro_batches import network_px
 from engine.system.object_store import ObjectStore, StorageError
 from engine.system.workers import available_cores
 from engine.training.images import open_images
+from engine.training.mirroring import IS_THE_SAME, is_same_folder
 from engine.training.plan import positive
 
 OK, NOTE, FAILS = "ok", "note", "FAILS"
@@ -259,6 +261,16 @@ def _folders(config):
             yield Finding(NOTE, key, f"{folder}: {reason}; name another with --{key.replace('_', '-')}")
         else:
             yield Finding(OK, key, f"{folder} can be written to")
+    yield from _disk_of_mirror(config["mirror"], config["checkpoint_dir"])
+
+
+def _disk_of_mirror(mirror, folder):
+    if mirror == "none" or ADDRESS.match(mirror):
+        return
+    if is_same_folder(mirror, folder):
+        yield Finding(FAILS, "mirror's disk", f"{mirror} {IS_THE_SAME}")
+    elif existing(mirror).stat().st_dev == existing(folder).stat().st_dev:
+        yield Finding(NOTE, "mirror's disk", f"{mirror} lies on the disk of checkpoint_dir and is lost with it")
 
 
 def _room(config, weights):

@@ -13,11 +13,12 @@ from engine.run.events import EVENTS
 from engine.run.ledger import HOURS
 from engine.run.mirror import LOG, Mirror, MirroredFile
 from engine.system.errors import CheckpointError, UserError
-from engine.system.files import keep_as, replacing
+from engine.system.files import ADDRESS, keep_as, replacing
 from engine.system.object_store import ObjectStore, StorageError
 from engine.system.plain_json import from_json
 from engine.system.store_lock import lock_of_store
 
+IS_THE_SAME = "is checkpoint_dir itself: name a place that outlives this machine"
 START_TRIES_SECONDS = (2.0, 5.0, 15.0, 30.0)  # between tries to reach the mirror before a run begins
 
 
@@ -35,6 +36,8 @@ def open_mirror(opened, stack, command, source, folder, ledger):
     url = _url_of(command, source, folder)
     if url == "none":
         return []
+    if is_same_folder(url, folder):
+        raise UserError(f"mirror = {url!r} {IS_THE_SAME}")
     store = ObjectStore(url, "mirror")
     mirror = _reach(store, ledger, stack)
     opened.append(mirror)
@@ -47,6 +50,11 @@ def open_mirror(opened, stack, command, source, folder, ledger):
             "Delete it and start anew: --overwrite"
         )
     return remarks
+
+
+def is_same_folder(url, folder):
+    """Return whether a mirror's URL is the path of a run's folder."""
+    return not ADDRESS.match(url) and Path(url).resolve() == Path(folder).resolve()
 
 
 def _url_of(command, source, folder):

@@ -244,6 +244,16 @@ def test_a_home_folder_in_a_path_is_found(monkeypatch):
         parse_command_line(["--resume=gs://bucket/run/last.pt"], ["resume FILE"])
 
 
+@pytest.mark.parametrize(
+    "typed", ["s3:/bucket/run", "s3:bucket/run", "S3://bucket/run", "gs:/b", "https://b.s3.amazonaws.com/run"]
+)
+def test_a_mistyped_address_is_no_folder(typed):
+    for flag in ("mirror", "data-dir", "checkpoint-dir", "local-data-dir", "log-file"):
+        assert "must be" in problems_of(f"--{flag}={typed}")[0]
+    with pytest.raises(ConfigError, match="must be a path on this machine"):
+        parse_command_line([f"--resume={typed}"], ["resume FILE"])
+
+
 def test_a_deterministic_run_cannot_be_compiled():
     assert "compile = 'on'" in problems_of("--deterministic=true", "--compile=on")[0]
     for compile in ("auto", "off"):

@@ -271,6 +271,16 @@ def as_machine(name, sign_of_life=0.5, silence=4.0):
     return "\n".join([*lines, f"lock.SIGN_OF_LIFE_SECONDS, lock.SILENCE_SECONDS = {sign_of_life}, {silence}\n"])
 
 
+def test_a_runs_own_folder_is_no_mirror_of_it(image_tree, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    arguments = tiny_run(image_tree, tmp_path / "run", mirror=tmp_path / "link")
+    with pytest.raises(UserError, match="is checkpoint_dir itself"):
+        run_here(arguments)
+    assert run_here([*arguments, "--check"]) == 1
+    assert "is checkpoint_dir itself" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_of_two_machines_one_is_refused_and_the_lock_of_a_dead_one_is_taken_over(server, url, image_tree, tmp_path):
     store, started = ObjectStore(url, "mirror"), []

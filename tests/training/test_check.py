@@ -72,6 +72,7 @@ def test_a_mirror_that_takes_nothing_is_found_and_one_that_takes_something_stays
     arguments = tiny_run(image_tree, tmp_path / "run")
     _, table = checked(capsys, [*arguments, f"--mirror={tmp_path / 'mirror'}"])
     assert table["mirror"][0] == "ok" and not any((tmp_path / "mirror").iterdir())
+    assert table["mirror's disk"][0] == "note"  # of no use when the machine goes away
     (tmp_path / "file").write_text("no folder")
     status, table = checked(capsys, [*arguments, f"--mirror={tmp_path / 'file' / 'below'}"])
     assert status == 1 and table["mirror"][0] == "FAILS"
