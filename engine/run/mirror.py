@@ -162,10 +162,10 @@ class Mirror:
             return
         self._thread.join(0.1)
         if self._thread.is_alive() or self._pending is not None or self._manifest is None:
-            there = f"what is there is of {_in_words(self._manifest)}" if self._manifest else "nothing is there"
+            there = f"what is there is of {position_in_words(self._manifest)}" if self._manifest else "nothing is there"
             self.log(f"WARNING: mirror: the last save did NOT get to {self.store.url} in time; {there}")
         else:
-            self.log(f"mirrored to {self.store.url}: {_in_words(self._manifest)}")
+            self.log(f"mirrored to {self.store.url}: {position_in_words(self._manifest)}")
 
     def delete_run(self):
         """Delete the run that is there, and nothing else."""
@@ -344,6 +344,7 @@ class Mirror:
             time.sleep(lock.SIGN_OF_LIFE_SECONDS)
 
 
-def _in_words(manifest):
+def position_in_words(manifest):
+    """Return how far the state that a manifest names has come."""
     position = f"epoch {manifest['epoch']}" + (f" and {manifest['batch']} batches" if manifest["batch"] else "")
     return f"after {position}"

@@ -83,7 +83,8 @@ def keep_as(path, target):
     except OSError:
         os.replace(path, target)
     else:
-        os.replace(temporary, target)
+        os.replace(temporary, target)  # does nothing where both are names of one file
+        temporary.unlink(missing_ok=True)
 
 
 def _temporary(path):

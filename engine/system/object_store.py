@@ -126,6 +126,8 @@ class ObjectStore:
 
     def copy(self, name, other):
         """Let `other` hold what `name` holds; the storage does it by itself."""
+        if self.is_folder and (self.path / other).exists() and (self.path / other).samefile(self.path / name):
+            return  # it is: to rename one name of a file to another of its names would leave both
         with self._translated():
             self._obstore.copy(self._store, name, other)
 

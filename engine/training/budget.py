@@ -15,7 +15,7 @@ def open_ledger(ledger, command, beginning, folder, mirror):
         folder: the run's, where hours.json may know more of its sessions than the checkpoint.
         mirror: Mirror, which may know more, too; or None.
     Raises:
-        CheckpointError: the mirror holds another run.
+        CheckpointError: the mirror holds another run, or a later state of this one than was asked for.
         ConfigError: a budget is given to a run that was begun without one.
     """
     options, checkpoint = command.options, beginning.checkpoint
@@ -27,7 +27,7 @@ def open_ledger(ledger, command, beginning, folder, mirror):
     for other in known:
         ledger.merge(other)
     if checkpoint is not None:
-        require_same_run(mirror, ledger)
+        require_same_run(mirror, ledger, command, checkpoint["path"])
     return _settle_budget(options, ledger, checkpoint)
 
 

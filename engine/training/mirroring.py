@@ -11,7 +11,7 @@ from engine.run import checkpoint_files
 from engine.run.checkpoint_files import BEST, LAST, PREVIOUS, RECORDS
 from engine.run.events import EVENTS
 from engine.run.ledger import HOURS
-from engine.run.mirror import LOG, Mirror, MirroredFile
+from engine.run.mirror import LOG, Mirror, MirroredFile, position_in_words
 from engine.system.errors import CheckpointError, UserError
 from engine.system.files import ADDRESS, keep_as, replacing
 from engine.system.object_store import ObjectStore, StorageError
@@ -106,10 +106,22 @@ def ledgers_there(mirror):
     return found
 
 
-def require_same_run(mirror, ledger):
-    """Raise CheckpointError if the mirror holds another run than the ledger's."""
-    if mirror is not None and mirror.manifest and mirror.manifest["ledger"]["run"] != ledger.run:
-        raise CheckpointError(f"mirror = {mirror.store.url!r} holds another run than this one: name another --mirror")
+def require_same_run(mirror, ledger, command, path):
+    """Let the mirror hold the ledger's run, and no later state of it than a last.pt that was asked for.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    if mirror is None or not mirror.manifest:
+        return
+    url, there = mirror.store.url, mirror.manifest
+    if there["ledger"]["run"] != ledger.run:
+        raise CheckpointError(f"mirror = {url!r} holds another run than this one: name another --mirror")
+    if there["saves"] > ledger.saves and command.options["resume"] != "auto" and Path(path).name == LAST:
+        raise CheckpointError(
+            f"the mirror {url} holds a later state of this run than {path}, {position_in_words(there)}. Go on with it: "
+            "--resume auto. Do again what came after this one: --mirror OTHER, or --mirror none"
+        )
 
 
 # From the mirror to the folder -----------------------------------------------------------------------------------------

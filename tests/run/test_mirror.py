@@ -178,6 +178,21 @@ def test_a_run_is_found_again_in_an_empty_folder_to_the_bit(image_tree, tmp_path
     assert (tmp_path / "mirror/best.pt").is_file() and not (tmp_path / "mirror/run.lock").exists()
 
 
+def test_an_older_last_pt_does_not_take_the_place_of_a_newer_one_in_the_mirror(image_tree, tmp_path, capsys):
+    first, second, place = tmp_path / "first", tmp_path / "second", tmp_path / "mirror"
+    arguments = tiny_run(image_tree, first, mirror=place, epochs=1, swa_start_epoch=0)
+    assert run_here(arguments) == 0
+    shutil.copytree(first, second)  # a disk that stayed when its machine went away
+    assert run_here([f"--resume={first}/last.pt", "--epochs=2"]) == 0
+    for flags in ([f"--resume={second}/last.pt", "--epochs=3"], [f"--resume={second}", "--epochs=3"]):
+        with pytest.raises(CheckpointError, match="after epoch 2.*--resume auto"):
+            run_here(flags)
+    assert run_here([f"--resume={second}/last.pt", "--mirror=none"]) == 0
+    assert run_here([*tiny_run(image_tree, second, mirror=place, epochs=2, swa_start_epoch=0), "--resume=auto"]) == 0
+    assert checkpoint_files.read(second / "last.pt")["epoch"] == 2
+    assert not list(place.glob("*#*"))  # of files that were put in the place of themselves
+
+
 # A real S3 server ----------------------------------------------------------------------------------------------------
 
 
