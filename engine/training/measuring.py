@@ -11,6 +11,7 @@ import torch
 from engine.data.batches import resolution_of_epoch, training_requests
 from engine.data.loader import BatchLoader
 from engine.run import checkpoint_files
+from engine.run.checkpoint_folder import all_finite
 from engine.run.curves import draw_curves
 from engine.system.device import AUTOCAST_DTYPES, autocast, describe_device
 from engine.system.distributed import all_reduce_sum, any_process, broadcast_from_rank0, run_on_rank0
@@ -200,5 +201,5 @@ def seconds_to_keep(config, state, log, clock):
 
     started = clock()
     checkpoint = state.state_dict()
-    checkpoint_files.all_finite(checkpoint)
+    all_finite(checkpoint)
     return broadcast_from_rank0(run_on_rank0(kept, checkpoint, started))

@@ -12,7 +12,7 @@ from engine.inference.weight_files import FoundWeights, load_weights
 from engine.report.figures import read_run
 from engine.report.one_run import report_of_run
 from engine.report.writing import REPORT, write_report
-from engine.run.checkpoint_files import CheckpointFolder
+from engine.run.checkpoint_folder import CheckpointFolder
 from engine.run.ledger import Ledger
 from engine.run.mirror import Mirror
 from engine.run.monitor import Monitor

@@ -11,7 +11,8 @@ import torch
 
 from engine.data.batches import resolution_of_epoch, training_requests
 from engine.inference.scoring import evaluate
-from engine.run.checkpoint_files import LAST, require_finite
+from engine.run.checkpoint_files import LAST
+from engine.run.checkpoint_folder import require_finite
 from engine.run.weights import WEIGHTS
 from engine.system import distributed
 from engine.system.device import autocast

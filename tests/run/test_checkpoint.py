@@ -4,6 +4,7 @@ import pickle
 import resource
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 
 from config import CONFIG
 from engine.run import checkpoint_files
+from engine.run.checkpoint_folder import CheckpointFolder, all_finite
 from engine.system.errors import CheckpointError, TrainingStopped
 from engine.system.interruption import StopRequest
 from engine.system.lock import LOCK, FolderLock
@@ -38,9 +40,7 @@ class State:
 
 def folder_for(path, said=None, **changes):
     config, log = CONFIG | {"checkpoint_dir": str(path)} | changes, (said if said is not None else []).append
-    return checkpoint_files.CheckpointFolder(
-        config, {"recipe": "seed"}, FolderLock(Path(path) / LOCK, "", ""), StopRequest(), log
-    )
+    return CheckpointFolder(config, {"recipe": "seed"}, FolderLock(Path(path) / LOCK, "", ""), StopRequest(), log)
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ def test_nothing_that_is_not_finite_is_saved_over_a_good_checkpoint(tmp_path, va
 
 def test_saves_inside_an_epoch_come_after_checkpoint_minutes(tmp_path, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(checkpoint_files.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     folder = folder_for(tmp_path, checkpoint_minutes=2.0)
     for seconds, saved in ((119, False), (2, True), (119, False), (2, True)):
         now[0] += seconds
@@ -264,9 +264,9 @@ def test_rlimit_is_the_real_thing():
 
 def test_all_finite_looks_into_nested_state():
     good = {"a": [torch.ones(2), {"b": torch.zeros(0)}], "n": 3, "i": torch.tensor([1]), "none": None}
-    assert checkpoint_files.all_finite(good)
-    assert not checkpoint_files.all_finite(good | {"c": ({"d": torch.tensor([1.0, float("nan")])},)})
-    assert checkpoint_files.all_finite({})
+    assert all_finite(good)
+    assert not all_finite(good | {"c": ({"d": torch.tensor([1.0, float("nan")])},)})
+    assert all_finite({})
 
 
 # Damage: whatever single file it hits, an earlier whole one is there ---------------------------------------------------
