@@ -8,7 +8,17 @@ from engine.cli.keys import ConfigError, config_problems
 from engine.preparation.trees import IMAGENET_COUNTS
 from engine.run.published import POINTS, SEED_RUN, Published, published_result, top1_on_line
 from engine.system.wording import duration
-from engine.training.plan import Rates, budget_hours, epochs_within, plan_lines, plan_run, positive, rates_stated, too_short
+from engine.training.plan import (
+    Rates,
+    budget_hours,
+    epochs_within,
+    overruled,
+    plan_lines,
+    plan_run,
+    positive,
+    rates_stated,
+    too_short,
+)
 
 CANDIDATES = ("fast", "mild", "medium", "hot")
 LIKELIEST = "mild"  # what a machine is measured with; chosen, too, where nothing is published: the best at the shortest length
@@ -204,7 +214,7 @@ def choose(command, prospects, counts, remarks=()):
         raise too_short(command.options, chosen.rates)
     lines = [f"chosen for {duration(hours)}: recipe {option_in_words(chosen)}; {why}"]
     lines += [f"  instead: {option_in_words(option)}" for option in options if option is not chosen]
-    lines += remarks
+    lines += [*remarks, *overruled(command)]
     plan, price = plan_run(chosen.config, chosen.rates, *counts), positive("price_per_hour", command.options)
     return chosen, lines + plan_lines(plan, chosen.config, chosen.rates, *counts, price)
 

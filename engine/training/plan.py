@@ -148,6 +148,14 @@ def budget_hours(options):
     return positive("hours", options) if dollars is None else dollars / price
 
 
+def overruled(command):
+    """Return lines on what a command asks for in vain: epochs, beside a budget."""
+    budget = next((name for name in ("hours", "dollars") if name in command.options), None)
+    if budget is None or "epochs" not in command.given:
+        return []
+    return [f"note: --epochs {command.given['epochs']} is not used: --{budget} chooses the epochs"]
+
+
 def too_short(options, rates):
     """Return the PlanError of a budget that not one epoch fits into."""
     asked = "hours" if "hours" in options else "dollars"

@@ -16,7 +16,7 @@ from engine.training.compiling import choose_compile, choose_compiled, coarser_s
 from engine.training.images import open_images
 from engine.training.initial_weights import with_initial_weights
 from engine.training.measuring import measure_machine
-from engine.training.plan import budget_hours, plan_new_run, positive
+from engine.training.plan import budget_hours, overruled, plan_new_run, positive
 from engine.training.range_test import USUAL_RANGE, describe_rates, find_learning_rate
 from engine.training.size_rule import adapted, rate_for_length
 from engine.training.trials import Trials
@@ -108,7 +108,7 @@ def settle_by_budget(command, splits, trials, monitor, begun):
 
 def plan_for(command, config, counts, measure):
     """Return (config, lines) of plan_new_run for a command."""
-    return plan_new_run(
+    config, lines = plan_new_run(
         config,
         command.options,
         counts,
@@ -116,6 +116,7 @@ def plan_for(command, config, counts, measure):
         lambda epochs: config | command.durations(epochs),
         lambda stretched: not config_problems(stretched),
     )
+    return config, overruled(command) + lines
 
 
 def with_found_rate(config, trials, batches, monitor):

@@ -286,6 +286,15 @@ def test_plan_measures_this_machine_and_writes_nothing(image_tree, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("recipe", [["--recipe=seed"], []])
+def test_epochs_that_a_budget_overrules_are_said(recipe, capsys, tmp_path):
+    flags = ["--plan", "--images-per-s=282", f"--data-dir={tmp_path / 'none'}", *recipe]
+    for budget, said in ((["--hours=30"], "--hours"), (["--dollars=30", "--price-per-hour=1"], "--dollars"), ([], None)):
+        assert run_here([*flags, *budget, "--epochs=3"]) == 0
+        note = f"note: --epochs 3 is not used: {said} chooses the epochs"
+        assert (note in capsys.readouterr().out) == (said is not None)
+
+
 def test_hours_chooses_the_epochs_and_trains(image_tree, tmp_path):
     flags = [
         "--hours",
