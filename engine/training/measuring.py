@@ -18,6 +18,7 @@ from engine.system.distributed import all_reduce_sum, any_process, broadcast_fro
 from engine.system.gpu_memory import retry_in_parts_on_oom, stop_on_oom
 from engine.system.interruption import StopRequest
 from engine.system.micro_batches import network_px
+from engine.training import sam
 from engine.training.compiling import eager_mode
 from engine.training.mixing import build_mixing
 from engine.training.plan import Rates, networks_scored, passes_of_a_step
@@ -110,7 +111,7 @@ def measure_with(batches, config, state, step, monitor, begun, seconds, clock):
         return batches.training(endless(lambda epoch: training_requests(batches.splits["train"], fixed, epoch)), set())
 
     sizes = sorted({resolution_of_epoch(config, epoch) for epoch in range(config["epochs"])})
-    repeats = config["sam_every_steps"] if config["sam_rho"] > 0 else 1
+    repeats = sam.period(config) or 1
     at = {size: pace(work.train, training(size), repeats) for size in sorted({sizes[0], sizes[-1]})}
     counts = sorted({1, networks_scored(config, config["epochs"])})
     scoring = {count: pace(work.score_with(count), endless(lambda epoch: batches.validation())) for count in counts}

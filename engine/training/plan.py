@@ -12,7 +12,7 @@ from engine.run.epoch_records import DRAWING_SECONDS
 from engine.system.errors import UserError
 from engine.system.micro_batches import network_px
 from engine.system.wording import duration
-from engine.training import averaging
+from engine.training import averaging, sam
 from engine.training.validation import is_validated
 
 
@@ -63,8 +63,9 @@ def rates_stated(images_per_s, config):
 
 
 def passes_of_a_step(config):
-    """Return how often a step passes forward and backward, on average: with SAM, twice at every sam_every_steps-th."""
-    return 1 + 1 / config["sam_every_steps"] if config["sam_rho"] > 0 else 1.0
+    """Return how often a step passes forward and backward, on average: twice where SAM takes its gradient uphill."""
+    every = sam.period(config)
+    return 1 + 1 / every if every else 1.0
 
 
 class Phase(NamedTuple):

@@ -7,9 +7,15 @@ import torch
 EPSILON = 1e-12  # beside the gradient's norm, as in MosaicML's recipes
 
 
+def period(config):
+    """Return every how many steps the gradient is taken uphill, or 0 where it never is."""
+    return config["sam_every_steps"] if config["sam_rho"] > 0 else 0
+
+
 def is_due(state, config, probe=False):
-    """Return whether the step in progress takes its gradient uphill: each sam_every_steps-th does, and each probe."""
-    return config["sam_rho"] > 0 and (probe or (state.schedule.last_epoch + 1) % config["sam_every_steps"] == 0)
+    """Return whether the step in progress takes its gradient uphill: one in each period does, and each probe."""
+    every = period(config)
+    return every > 0 and (probe or (state.schedule.last_epoch + 1) % every == 0)
 
 
 @contextlib.contextmanager
