@@ -83,6 +83,18 @@ def tiny_run(image_tree, folder, **changes):
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
+HOSTILE = "<img src=x onerror=document.title='hacked'>"
+
+
+def run_with_a_hostile_class(folder, **images):
+    """Train for an epoch on pictures in folder/tree of which one class is called HOSTILE; return the run's folder."""
+    make_demo_data(folder / "tree", **images)
+    for split in ("train", "val"):
+        (folder / "tree" / split / "waves_ring").rename(folder / "tree" / split / HOSTILE)
+    assert run_here(tiny_run(folder / "tree", folder / "run", epochs=1, swa_start_epoch=0)) == 0
+    return folder / "run"
+
+
 class WithoutBatchNorm(torch.nn.Module):
     """A network whose images do not see each other, so that micro-batches must add up exactly; always the same weights."""
 

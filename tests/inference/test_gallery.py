@@ -8,30 +8,23 @@ import shutil
 import numpy as np
 import pytest
 from browser import CHROMIUM, browser
-from conftest import run_here, tiny_run
+from conftest import run_with_a_hostile_class
 
 import evaluate
 import report
-from engine.data.demo import make_demo_data
 from engine.data.splits import open_splits
 from engine.inference.gallery import names_of, reliability, suspicion_of
-
-HOSTILE = "<img src=x onerror=document.title='hacked'>"
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run on pictures of which one class has a hostile name, its details of both splits, and its report."""
-    folder = tmp_path_factory.mktemp("gallery")
-    make_demo_data(folder / "tree", train_images=60, val_images=40)
-    for split in ("train", "val"):
-        (folder / "tree" / split / "waves_ring").rename(folder / "tree" / split / HOSTILE)
-    assert run_here(tiny_run(folder / "tree", folder / "run", epochs=1, swa_start_epoch=0)) == 0
+    folder = run_with_a_hostile_class(tmp_path_factory.mktemp("gallery"), train_images=60, val_images=40)
     for split in ("val", "train"):
-        arguments = [str(folder / "run/best.pt"), "--weights=raw", f"--split={split}", f"--details={folder}/run/{split}"]
+        arguments = [str(folder / "best.pt"), "--weights=raw", f"--split={split}", f"--details={folder}/{split}"]
         assert evaluate.main(evaluate.parse_arguments(arguments)) == 0
-    assert report.main(report.parse_arguments([str(folder / "run")])) == 0
-    return folder / "run"
+    assert report.main(report.parse_arguments([str(folder)])) == 0
+    return folder
 
 
 def rows_of(path):

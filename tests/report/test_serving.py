@@ -7,23 +7,15 @@ import shutil
 
 import pytest
 from browser import CHROMIUM, browser
-from conftest import finish, run_here, start_program, tiny_run, wait_for
-
-from engine.data.demo import make_demo_data
-
-HOSTILE = "<img src=x onerror=document.title='hacked'>"
+from conftest import HOSTILE, finish, run_with_a_hostile_class, start_program, wait_for
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of an epoch, one of its classes with a hostile name."""
-    folder = tmp_path_factory.mktemp("serving")
-    make_demo_data(folder / "tree", train_images=60, val_images=20)
-    for split in ("train", "val"):
-        (folder / "tree" / split / "dots_disc").rename(folder / "tree" / split / HOSTILE)
-    assert run_here(tiny_run(folder / "tree", folder / "run", epochs=1, swa_start_epoch=0)) == 0
-    (folder / "run/secret.txt").write_text("not for others")
-    return folder / "run"
+    folder = run_with_a_hostile_class(tmp_path_factory.mktemp("serving"), train_images=60, val_images=20)
+    (folder / "secret.txt").write_text("not for others")
+    return folder
 
 
 @pytest.fixture
