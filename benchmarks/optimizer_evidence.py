@@ -13,12 +13,18 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from benchmarks.measuring import REPOSITORY, record, recorded, run_quietly
 from benchmarks.other_pictures import DRAW
 from benchmarks.recipe_evidence import mean_and_spread, some_classes
+from config import CONFIG
 from engine.data.demo import make_demo_data
 from engine.run.records import read_records
 from engine.system.environment import environment
+from engine.training.muon import NEWTON_SCHULZ_STEPS, split_groups
+from model import build_model
 
 NAME = "optimizers"
 CLASSES = 20
@@ -207,7 +213,29 @@ def optimizer_tables(runs):
                 cells.append(f"{mean_and_spread(scores)} (n = {len(scores)})" if scores else "")
             if any(cells):
                 lines.append(f"| {kind} | {name} | {' | '.join(cells)} |")
+    here = SHARED["train_resolution"], SHARED["batch_size"]
+    shares = ", ".join(f"{newton_schulz_share('resnet50', px, 256):.3f}" for px in (224, 176, 128))
+    lines += [
+        "",
+        "Muon's Newton-Schulz steps over the network's own work in a step, in FLOP (calculated): "
+        f"{newton_schulz_share(study['architecture'], *here):.2f} for {study['architecture']} at {here[0]} px and batches of "
+        f"{here[1]}, as above; {shares} for resnet50 at 224, 176 and 128 px and batches of 256.",
+    ]
     return lines
+
+
+def newton_schulz_share(architecture, px, batch_size):
+    """Return the FLOP of an optimizer step's Newton-Schulz steps over those of the network, forward and backward."""
+    with torch.device("meta"):
+        model = build_model(CONFIG | {"architecture": architecture}, CLASSES, torch.device("meta"))
+        with FlopCounterMode(display=False) as counted:
+            model(torch.empty(1, 3, px, px)).sum().backward()
+    filters, _ = split_groups([{"params": list(model.parameters())}])
+    products = 0
+    for weight in filters:
+        short, long = sorted((weight.shape[0], weight[0].numel()))
+        products += NEWTON_SCHULZ_STEPS * (4 * short**2 * long + 2 * short**3)
+    return products / (batch_size * counted.get_total_flops())
 
 
 def at_best_rate(runs, kind, name, scanned):

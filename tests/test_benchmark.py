@@ -19,7 +19,7 @@ import benchmark
 from benchmarks.gpu_sitting import ON_A_GPU, gpu_tables, in_a_process, newest_sitting, parts_of
 from benchmarks.input_speed import input_tables, read_originals
 from benchmarks.measuring import recorded
-from benchmarks.optimizer_evidence import best_rate, epochs_to_reach, missing_runs, optimizer_tables
+from benchmarks.optimizer_evidence import best_rate, epochs_to_reach, missing_runs, newton_schulz_share, optimizer_tables
 from benchmarks.other_pictures import DRAW, TRAIN_FONTS, VAL_FONTS
 from benchmarks.recipe_evidence import compute, contenders, recipe_tables
 from benchmarks.scaling import PARAMETERS, scaling, scaling_tables
@@ -328,13 +328,6 @@ def test_the_recipe_benchmark_trains_and_goes_on_with_what_is_missing(tmp_path, 
     assert again == first  # nothing is trained twice
 
 
-if __name__ == "__main__":
-    for name, table in TABLES.items():
-        begin, end = marks(name)
-        before, rest = PAGES[name].read_text().split(begin)
-        PAGES[name].write_text(f"{before}{begin}\n\n" + "\n".join(table()) + f"\n\n{end}{rest.split(end)[1]}")
-
-
 def test_a_scan_of_rates_widens_until_its_best_one_lies_inside_and_only_then_come_the_seeds():
     arguments = argparse.Namespace(kinds=["waves"], epochs=8, lengths=[16], seeds=2, variants=False)
     runs = []
@@ -349,6 +342,11 @@ def test_a_scan_of_rates_widens_until_its_best_one_lies_inside_and_only_then_com
     assert epochs_to_reach(runs, "waves", "Muon", 8, 0.0) is None
 
 
+def test_newton_schulz_takes_the_share_of_a_step_that_its_products_amount_to():
+    assert newton_schulz_share("resnet50", 224, 256) == pytest.approx(0.039, abs=0.001)  # 0.245 of 6.2 TFLOP
+    assert newton_schulz_share("resnet50", 224, 2048) == pytest.approx(newton_schulz_share("resnet50", 224, 256) / 8)
+
+
 @pytest.mark.parametrize("kind", DRAW)
 def test_pictures_of_a_class_differ_and_letters_are_validated_in_fonts_that_training_never_sees(kind):
     pytest.importorskip("matplotlib")
@@ -357,3 +355,10 @@ def test_pictures_of_a_class_differ_and_letters_are_validated_in_fonts_that_trai
     assert first.dtype == np.uint8 and first.shape[2] == 3 and 60 <= min(first.shape[:2]) <= max(first.shape[:2]) <= 72
     assert first.std() > 5 and first.tobytes() != second.tobytes()
     assert not set(TRAIN_FONTS) & set(VAL_FONTS)
+
+
+if __name__ == "__main__":
+    for name, table in TABLES.items():
+        begin, end = marks(name)
+        before, rest = PAGES[name].read_text().split(begin)
+        PAGES[name].write_text(f"{before}{begin}\n\n" + "\n".join(table()) + f"\n\n{end}{rest.split(end)[1]}")
