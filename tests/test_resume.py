@@ -284,7 +284,7 @@ def test_a_full_disk_does_not_end_the_log(tmp_path):
 
 
 def kill_again_and_again(image_tree, folder, kills, seed):
-    """Kill a run that often at random instants, resume it each time, and let it end; return what happened.
+    """Kill a run that often at random instants, each third time as it writes a checkpoint, and let it end; return what happened.
 
     Returns:
         dict: `kills`; `ends`, how often the run was quicker; `in_writing`, kills that hit the writing of a checkpoint;
@@ -300,6 +300,8 @@ def kill_again_and_again(image_tree, folder, kills, seed):
         process = start_driver(arguments, steps)
         wait_for(lambda process=process: steps.exists() or process.poll() is not None)
         time.sleep(rng.uniform(0, 2.0))
+        while happened["kills"] % 3 == 2 and process.poll() is None and not list(folder.glob(".*.pt.tmp")):
+            pass  # until a checkpoint is being written
         if process.poll() is not None:  # it came to its end first: begin anew, the kills are not done
             assert process.returncode == 0, process.communicate()[0]
             happened["ends"] += 1
