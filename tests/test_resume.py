@@ -284,7 +284,7 @@ def test_a_full_disk_does_not_end_the_log(tmp_path):
 
 
 def kill_again_and_again(image_tree, folder, kills, seed):
-    """Kill a run that often at random instants, each third time as it writes a checkpoint, and let it end; return what happened.
+    """Kill a run that often at random instants, each third time as it writes a checkpoint, let it end; return what happened.
 
     Returns:
         dict: `kills`; `ends`, how often the run was quicker; `in_writing`, kills that hit the writing of a checkpoint;
