@@ -11,30 +11,35 @@ SERIES = ["#010210", "#010211", "#010212", "#010213", "#010214", "#010215"]
 VARIABLES = {INK: "ink", FAINT: "faint", LINE: "line"} | {colour: f"series-{n}" for n, colour in enumerate(SERIES)}
 
 
+# How lines are drawn in matplotlib and in CSS: round after round of the colours, and what is no measurement of the run.
+ROUNDS, DOTTED = (("-", "solid"), ("--", "dashed"), ("-.", "double")), (":", "dotted")
+
+
 def chart(title, series, unit, x_label="epoch", steps=False):
     """Return a chart's block, or None if there is nothing to draw or matplotlib is not installed.
 
     Args:
-        series: list of (name, {x: y}) or (name, {x: y}, 'dashed').
+        series: list of (name, {x: y}) or (name, {x: y}, 'dotted').
         unit: of y.
         steps: y jumps instead of passing straight.
     """
-    series = [(entry[0], {x: y for x, y in entry[1].items() if y is not None}, "dashed" in entry[2:]) for entry in series]
-    series = [entry for entry in series if entry[1]]
-    drawing = new_figure(1, 1, (5.6, 2.9)) if series else None
+    lines = []
+    for number, (name, points, *dotted) in enumerate(series):
+        points = {x: y for x, y in points.items() if y is not None}
+        style, css = DOTTED if dotted else ROUNDS[number // len(SERIES) % len(ROUNDS)]
+        lines += [(name, points, number % len(SERIES), style, css)] if points else []
+    drawing = new_figure(1, 1, (5.6, 2.9)) if lines else None
     if drawing is None:
         return None
     figure, ((axis,),) = drawing
-    for (_, points, dashed), colour in zip(series, SERIES, strict=False):
-        look = {"drawstyle": "steps-mid"} if steps else {}
-        axis.plot(
-            *zip(*sorted(points.items()), strict=True), ":" if dashed else "-", color=colour, lw=1.8, marker=".", ms=4, **look
-        )
+    look = {"lw": 1.8, "marker": ".", "ms": 4} | ({"drawstyle": "steps-mid"} if steps else {})
+    for _, points, colour, style, _ in lines:
+        axis.plot(*zip(*sorted(points.items()), strict=True), style, color=SERIES[colour], **look)
     axis.set_xlabel(x_label)
     axis.set_ylabel(unit)
     if x_label == "epoch":
         axis.xaxis.get_major_locator().set_params(integer=True)
-    return chart_block(title, _svg(figure, axis), [(name, dashed) for name, _, dashed in series])
+    return chart_block(title, _svg(figure, axis), [(name, colour, css) for name, _, colour, _, css in lines])
 
 
 def timeline(title, bars, unit):

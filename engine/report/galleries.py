@@ -1,5 +1,7 @@
 """The gallery of a report: what evaluate.py --details has found out about single images."""
 
+import contextlib
+
 from engine.report.charts import chart
 from engine.report.page import gallery_block, heading, paragraph, table
 from engine.report.words import percent
@@ -21,6 +23,15 @@ def galleries_in(folder):
     return sorted(found, key=lambda content: bool(content.get("training")))
 
 
+def blocks_of_galleries(folder):
+    """Return the blocks of a folder's galleries; one that is damaged is passed over."""
+    blocks = []
+    for content in galleries_in(folder):
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            blocks += blocks_of_gallery(content)
+    return blocks
+
+
 def blocks_of_gallery(content):
     """Return the blocks of one gallery."""
     which = "training images" if content.get("training") else "validation images"
@@ -37,7 +48,7 @@ def blocks_of_gallery(content):
         paragraph(text),
         chart(
             "Reliability: accuracy by confidence",
-            [("this network", bins), ("as sure as right", {0.0: 0.0, 1.0: 1.0}, "dashed")],
+            [("this network", bins), ("as sure as right", {0.0: 0.0, 1.0: 1.0}, "dotted")],
             "accuracy",
             "confidence",
         ),

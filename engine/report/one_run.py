@@ -5,7 +5,7 @@ import statistics
 from config import CONFIG, RECIPES
 from engine.report.charts import chart, timeline
 from engine.report.figures import best_of, column, conditions, energy_kwh, is_imagenet, machine_hours, phases
-from engine.report.galleries import blocks_of_gallery, galleries_in
+from engine.report.galleries import blocks_of_galleries
 from engine.report.history import SILENT_END, interruptions
 from engine.report.page import heading, paragraph, table
 from engine.report.words import clock, interruptions_of, percent, position, spread
@@ -61,9 +61,10 @@ def verdicts(run, price_per_hour):
 
 def results(run, price_per_hour):
     """Return the best and the last figures, and the accuracy by phase."""
-    if not run.records:
+    found = best_of(run.records)
+    if found is None:
         return [paragraph("No epoch has been validated yet.")]
-    last, (top1, epoch, kind) = run.records[-1], best_of(run.records)
+    last, (top1, epoch, kind) = run.records[-1], found
     best_weights = WEIGHTS[kind]
     best = next(record for record in run.records if record["epoch"] == epoch)
     rows = [
@@ -105,7 +106,7 @@ def curves(run, price_per_hour):
     top1.append(("training, augmented", column(records, "train_top1")))
     published = published_curve(run.recipe, run.config["epochs"]) if is_imagenet(run) else None
     if published is not None:
-        top1.append((f"published: {published[1]}", published[0], "dashed"))
+        top1.append((f"published: {published[1]}", published[0], "dotted"))
     loss = [("validation", column(records, "val_loss")), ("averaged weights", column(records, "averaged_val_loss"))]
     loss += [("training", column(records, "train_loss"))]
     waits = {epoch: 100 * share for epoch, share in column(records, "data_wait_share").items()}
@@ -129,7 +130,7 @@ def curves(run, price_per_hour):
 
 def pictures(run, price_per_hour):
     """Return what evaluate.py --details has left in the run's folder: images, calibration, accuracy by class."""
-    return [block for gallery in galleries_in(run.folder) for block in blocks_of_gallery(gallery)]
+    return blocks_of_galleries(run.folder)
 
 
 def sessions(run, price_per_hour):
@@ -196,7 +197,7 @@ def machine(run, price_per_hour):
     ]
     if price_per_hour is not None:
         rows.append(("cost", f"{hours * price_per_hour:,.2f} at {price_per_hour:g} per hour"))
-        if (best := best_of(records)) and hours:
+        if (best := best_of(records)) and best[0] and hours:
             rows.append(("cost of a point of top-1", f"{hours * price_per_hour / best[0]:,.3f}"))
     note = [] if busy else [paragraph("No GPU figures were sampled: the run had no GPU, or NVML did not answer.")]
     return [heading("Machine"), table(("", ""), rows), *note]

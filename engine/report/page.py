@@ -28,7 +28,7 @@ def chart_block(title, svg, names):
     """Return the block of a drawing; Markdown leaves it out.
 
     Args:
-        names: list of (name of a series, whether its line is dashed) for the key.
+        names: for the key, list of (name of a series, number of its colour, style of its line in CSS).
     """
     return {"kind": "chart", "title": title, "svg": svg, "names": names}
 

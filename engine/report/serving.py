@@ -8,7 +8,7 @@ import threading
 from engine.report.page import as_html, paragraph
 from engine.run.checkpoint_files import RECORDS
 from engine.run.events import EVENTS, read_events
-from engine.system.errors import UserError
+from engine.system.errors import UserError, first_line
 
 OWN_NAMES = ("localhost", "127.0.0.1")  # a page elsewhere whose name leads here is not answered
 QUIET_EVENTS = ("progress", "save")  # that need no new page
@@ -69,6 +69,9 @@ class Page:
                     title, blocks = self._report()
                 except UserError as error:
                     title, blocks = "Nothing to report yet", [paragraph(str(error))]
+                except Exception as error:  # the page answers, and with the next state it is made anew
+                    title = "The report could not be made"
+                    blocks = [paragraph(f"{type(error).__name__}: {first_line(error)}")]
                 self._html, self._state = as_html(title, blocks, live={"state": state, "nonce": "NONCE"}).encode(), state
             return self._html.replace(b'nonce="NONCE"', f'nonce="{nonce}"'.encode())
 

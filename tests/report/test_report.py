@@ -149,6 +149,30 @@ def test_a_run_that_still_goes_on_and_damaged_lines_are_reported_as_far_as_they_
     assert "No epoch has been validated yet." in markdown
 
 
+@pytest.mark.parametrize("top1", [None, 0.0])
+def test_a_run_without_a_validated_epoch_or_without_a_hit_is_reported(top1, run_folder, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with open(folder / "metrics.jsonl", "w", encoding="utf-8") as file:
+        for record in raw_records(run_folder)[:2]:
+            kept = {name: value for name, value in record.items() if not name.startswith(("val_", "averaged_", "ema_"))}
+            file.write(json.dumps(kept | ({} if top1 is None else {"val_top1": top1, "val_top5": top1})) + "\n")
+    (folder / "val_gallery.json").write_text('{"title": "cut short by hand", "sections": []}')
+    for folders in ([folder], [folder, folder]):
+        markdown, _ = reported(*folders, "--price-per-hour=1", folder=tmp_path)
+        if len(folders) == 1:
+            assert ("No epoch has been validated yet." in markdown) == (top1 is None)
+            assert "cost of a point" not in markdown and "cut short by hand" not in markdown
+
+
+def test_each_of_many_lines_can_be_told_from_the_others():
+    drawn = chart("Accuracy", [(f"run {number}", {1: 1.0, 2: number}) for number in range(16)], "%")
+    assert len({(colour, style) for _, colour, style in drawn["names"]}) == 16
+    assert len(re.findall(r"<path d=[^>]*stroke: var\(--series-\d\)[^>]*stroke-width: 1.8", drawn["svg"])) == 16
+    some = chart("Accuracy", [("nothing yet", {}), ("another", {1: 1.0, 2: 2.0})], "%")
+    assert some["names"][0][1:] == drawn["names"][1][1:]  # a run has one colour in all charts
+
+
 def test_without_a_log_the_records_alone_are_reported_and_without_records_it_is_said(run_folder, tmp_path):
     (tmp_path / "alone").mkdir()
     (tmp_path / "alone/metrics.jsonl").write_bytes((run_folder / "metrics.jsonl").read_bytes())
@@ -220,7 +244,7 @@ def test_the_page_needs_nothing_from_outside_and_escapes_what_it_shows(run_folde
 
 
 def test_both_writers_show_every_block():
-    drawn = chart("Accuracy", [("a", {1: 10.0, 2: None, 3: 20.0}), ("b", {}), ("c", {1: 1.0}, "dashed")], "%")
+    drawn = chart("Accuracy", [("a", {1: 10.0, 2: None, 3: 20.0}), ("b", {}), ("c", {1: 1.0}, "dotted")], "%")
     blocks = [heading("Head"), paragraph("Text"), table(("k", "v"), [("x", 1), ("gone", None), ("pipe", "a|b")]), drawn, None]
     markdown, page = as_markdown("Title", blocks), as_html("Title", blocks)
     for text in ("Title", "Head", "Text", "| x | 1 |", "a\\|b"):
