@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 
 from engine.preparation.finding import some
 from engine.run import checkpoint_files
+from engine.run.checkpoint_folder import all_finite
 from engine.run.weights import PREFERENCE, WEIGHTS
 from engine.system.errors import CheckpointError, UserError, first_line
 
@@ -89,14 +91,20 @@ def read_weights(path, no_checkpoint=None):
     except CheckpointError as error:
         if no_checkpoint is None or (path.suffix == ".safetensors" and path.exists()):
             raise
+        if isinstance(no_checkpoint, checkpoint_files.NotSealedError):
+            raise CheckpointError(
+                f"{error}; a checkpoint of this program it is not, or cut short: its checksum is missing"
+            ) from error
         raise no_checkpoint from error
     facts = _facts_of_export(path, weights)
     network = {}
     if facts:
         network = {"architecture": facts["architecture"]} | {key: name in facts["blurs"] for key, name in BLURS.items()}
     weights = without_prefix(weights)
-    if "fc.weight" not in weights:
+    if "fc.weight" not in weights or weights["fc.weight"].ndim != 2:
         raise CheckpointError(f"{path} holds no weights of a ResNet with torchvision's keys: {some(list(weights), 3)}")
+    if bad := [key for key, tensor in weights.items() if not all_finite(tensor)]:
+        raise CheckpointError(f"{path} holds numbers that are not finite: {some(bad, 3)}; damaged, or of a run that diverged")
     return FoundWeights(str(path), weights, network, facts.get("classes"), facts)
 
 
@@ -108,13 +116,38 @@ def _read_tensors(path):
         with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments that training scripts save beside them
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        if "GLOBAL" in str(error):
+            raise CheckpointError(
+                f"{path} holds pickled objects, which could run any code and are not loaded: save the network's state_dict()"
+            ) from error
         raise CheckpointError(f"{path} holds no weights: {first_line(error)}") from error
+    _require_undamaged(path)
     for key in NESTED:
         if isinstance(contents, dict) and isinstance(contents.get(key), dict):
             contents = contents[key]
-    if not isinstance(contents, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in contents.values()):
+    if not isinstance(contents, dict) or not all(
+        isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in contents.items()
+    ):
         raise CheckpointError(f"{path} holds something else than weights")
     return contents
+
+
+def _require_undamaged(path):
+    """Raise CheckpointError if some of the checksums of torch.save's archive are wrong; where all are, it was saved without."""
+    if not zipfile.is_zipfile(path):  # of torch before 1.6
+        return
+    wrong = []
+    with zipfile.ZipFile(path) as archive:
+        members = [member for member in archive.infolist() if member.file_size]
+        for member in members:
+            try:
+                with archive.open(member) as file:
+                    while file.read(1 << 20):
+                        pass
+            except zipfile.BadZipFile:
+                wrong.append(member.filename)
+    if len(wrong) not in (0, len(members)):
+        raise CheckpointError(f"{path} is damaged: the checksum of {some(wrong, 3)} does not match")
 
 
 def _facts_of_export(path, weights):
@@ -126,7 +159,12 @@ def _facts_of_export(path, weights):
             facts = {name: value for name, value in (file.metadata() or {}).items() if name != "format"}
     else:
         facts = getattr(weights, "_metadata", {}).get("", {}).get("facts", {})
-    return {name: json.loads(value) for name, value in facts.items()} if "blurs" in facts else {}
+    if not {"architecture", "blurs"} <= facts.keys():
+        return {}
+    try:
+        return {name: json.loads(value) for name, value in facts.items()}
+    except ValueError:  # names like ours
+        return {}
 
 
 def without_prefix(weights):

@@ -29,6 +29,10 @@ CHECKSUM_BYTES = 2 + _COMMENT_BYTES  # at the end of a checkpoint: the length of
 _ADVICE = "--resume auto takes the newest whole one beside it"
 
 
+class NotSealedError(CheckpointError):
+    """A file does not end as a checkpoint of this program does: it is damaged, or something else."""
+
+
 def epoch_name(epochs):
     """Return the name of the checkpoint kept after this many epochs."""
     return f"epoch_{epochs:03d}.pt"
@@ -126,11 +130,11 @@ def verify(path):
     comment = _COMMENT.fullmatch(ending[2:])
     if comment is None or int.from_bytes(ending[:2], "little") != _COMMENT_BYTES:
         if _holds_plain_weights(path):
-            raise CheckpointError(
+            raise NotSealedError(
                 f"{path} holds weights alone, without the optimizer, schedule and position that a run needs to go on; "
                 "resume from a last.pt or epoch_NNN.pt instead"
             )
-        raise CheckpointError(f"{path} is damaged or cut short ({size:,} bytes): its checksum is missing; {_ADVICE}")
+        raise NotSealedError(f"{path} is damaged or cut short ({size:,} bytes): its checksum is missing; {_ADVICE}")
     if comment[1].decode() != digest.hexdigest():
         raise CheckpointError(f"{path} is damaged: its checksum does not match ({size:,} bytes); {_ADVICE}")
 

@@ -197,9 +197,17 @@ def require_finite(checkpoint, folder):
     """Raise TrainingStopped if a tensor inside holds a number that is not finite: it must not be saved or averaged."""
     if not all_finite(checkpoint):
         raise TrainingStopped(
-            "weights, statistics or optimizer state are no longer finite: not saved. The last good checkpoint is "
-            f"{Path(folder) / LAST}; resume it, or start anew with a lower --learning-rate"
+            "weights, statistics or optimizer state are no longer finite: not saved. "
+            f"{way_out(folder)} with a lower --learning-rate"
         )
+
+
+def way_out(folder):
+    """Return what a run that diverged can go on from, as the beginning of a sentence."""
+    last = Path(folder) / LAST
+    if last.exists():
+        return f"The last good checkpoint is {last}: resume it, or start anew"
+    return "No checkpoint has been saved yet: start anew, with --overwrite,"
 
 
 def all_finite(checkpoint):

@@ -4,15 +4,13 @@ import functools
 import itertools
 import math
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from engine.data.batches import resolution_of_epoch, training_requests
 from engine.inference.scoring import evaluate
-from engine.run.checkpoint_files import LAST
-from engine.run.checkpoint_folder import require_finite
+from engine.run.checkpoint_folder import require_finite, way_out
 from engine.run.weights import WEIGHTS
 from engine.system import distributed
 from engine.system.device import autocast
@@ -141,6 +139,6 @@ def stop_if_diverged(metrics, state, config):
         return
     raise TrainingStopped(
         f"{metrics.longest_skipped_row} steps in a row without a finite loss and gradient, in epoch {state.epoch + 1} before "
-        f"step {state.batch}, at rate {state.learning_rate:.3g}: stopped. The last good checkpoint is "
-        f"{Path(config['checkpoint_dir']) / LAST}; try a lower --learning-rate, or --precision fp32"
+        f"step {state.batch}, at rate {state.learning_rate:.3g}: stopped. "
+        f"{way_out(config['checkpoint_dir'])} with a lower --learning-rate, or --precision fp32"
     )

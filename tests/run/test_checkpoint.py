@@ -193,6 +193,8 @@ def test_keep_checkpoints_keeps_the_newest_beyond_999_epochs(tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_nothing_that_is_not_finite_is_saved_over_a_good_checkpoint(tmp_path, value):
     folder = folder_for(tmp_path)
+    with pytest.raises(TrainingStopped, match=r"not saved. No checkpoint has been saved yet: start anew, with --overwrite"):
+        folder.save(State(1, value=value))
     folder.save(State(1))
     with pytest.raises(TrainingStopped, match=r"no longer finite: not saved.*last\.pt"):
         folder.save(State(2, value=value))

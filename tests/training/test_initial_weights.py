@@ -1,6 +1,7 @@
 """Every form of weights that a run may begin with gives the same network; what does not fit is refused."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,6 +120,38 @@ def test_weights_of_another_network_are_refused_with_the_first_names_and_shapes(
         loaded(saved([1, 2], tmp_path / "list.pt"), ["cat"])
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         loaded(str(tmp_path / "nowhere.pt"), ["cat"])
+
+
+def test_damaged_weights_and_those_of_a_run_that_diverged_are_refused(resnet, tmp_path):
+    plain = resnet.state_dict()
+    nowhere = {"fc.bias": torch.full((7,), float("nan")), "layer4.1.conv2.weight": plain["layer4.1.conv2.weight"] / 0}
+    with pytest.raises(CheckpointError, match=r"nan.pt holds numbers that are not finite: .*fc.bias"):
+        loaded(saved(plain | nowhere, tmp_path / "nan.pt"), ["cat"])
+    flipped = Path(saved(plain, tmp_path / "flipped.pt"))
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1  # within a tensor: torch.load does not look at the archive's checksums
+    flipped.write_bytes(content)
+    with pytest.raises(CheckpointError, match="flipped.pt is damaged: the checksum of .*/data/"):
+        loaded(str(flipped), ["cat"])
+    torch.serialization.set_crc32_options(False)
+    try:
+        saved(plain, tmp_path / "without.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    loaded(str(tmp_path / "without.pt"), ["cat"])  # nothing can be known of these
+
+
+def test_files_that_hold_something_else_are_called_what_they_are(resnet, tmp_path):
+    torch.save(resnet, tmp_path / "network.pt")
+    with pytest.raises(CheckpointError, match=r"network.pt holds pickled objects, .* state_dict"):
+        loaded(str(tmp_path / "network.pt"), ["cat"])
+    one = torch.ones(1)
+    for odd in ({1: one}, {"fc.weight": torch.ones(())}, {"fc.weight": one[None], "fc.bias": "two"}, one):
+        with pytest.raises(CheckpointError, match="odd.pt holds"):
+            loaded(saved(odd, tmp_path / "odd.pt"), ["cat"])
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(resnet.state_dict(), tmp_path / "w.safetensors", {"blurs": "none of ours"})
+    loaded(str(tmp_path / "w.safetensors"), ["cat"])
 
 
 def command_of(*arguments):
