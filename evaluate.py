@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 from config import CONFIG
+from engine.cli.keys import positive_number
 from engine.data.fetching import images_folder
 from engine.inference.averaging import average_networks, refuse_to_average
 from engine.inference.classify import print_classes
@@ -131,7 +132,7 @@ def parse_arguments(arguments=None):
         metavar="FILE",
         help="write FILE.pt, .safetensors or .onnx, or FOLDER/ for timm and the Hub; and a model card",
     )
-    flag("--price-per-hour", type=float, help="of --export: for the model card")
+    flag("--price-per-hour", type=positive_number, help="of --export: for the model card")
     flag("--architecture", default="resnet50", help="of weights without a checkpoint; default resnet50")
     flag("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parsed = parser.parse_args(arguments)

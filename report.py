@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from config import CONFIG
+from engine.cli.keys import positive_number
 from engine.report.figures import read_run
 from engine.report.one_run import report_of_run
 from engine.report.serving import serve
@@ -51,7 +52,7 @@ def parse_arguments(arguments=None):
     where = "the log of the runs; default training.log in the folder, above it or here"
     parser.add_argument("--log-file", type=path_argument, metavar="FILE", help=where)
     parser.add_argument("--log", dest="log_file", type=path_argument, help=argparse.SUPPRESS)  # its former name
-    parser.add_argument("--price-per-hour", type=float, help="what an hour of the machine costs")
+    parser.add_argument("--price-per-hour", type=positive_number, help="what an hour of the machine costs")
     parser.add_argument("--output", type=path_argument, help="of the files OUTPUT.html and OUTPUT.md; default FOLDER/report")
     how = "show the report in a browser while the run goes on, on this machine's PORT (8000)"
     parser.add_argument("--serve", type=int, nargs="?", const=8000, metavar="PORT", help=how)

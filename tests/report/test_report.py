@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import finish, run_here, run_program, start_program, tiny_run
 
+import evaluate
 import report
 from config import CONFIG
 from engine.report.charts import SERIES, VARIABLES, chart
@@ -217,6 +218,15 @@ def test_the_page_needs_nothing_from_outside_and_escapes_what_it_shows(run_folde
     hostile = as_html("<b>", [heading("<i>"), paragraph("a & <script>"), table(("<th>",), [("x", "<td>")])])
     assert "<script>" not in hostile
     assert html.escape("<td>") in hostile
+
+
+@pytest.mark.parametrize("price", ["nan", "-1", "0", "inf", "x"])
+def test_a_price_is_a_number_above_0_as_for_training(price, capsys):
+    for parse in (report.parse_arguments, lambda flags: evaluate.parse_arguments([*flags, "--export=a.pt"])):
+        with pytest.raises(SystemExit) as ended:
+            parse([f"--price-per-hour={price}"])
+        assert ended.value.code == 2
+        assert f"argument --price-per-hour: {price}: must be a number above 0" in capsys.readouterr().err
 
 
 def test_both_writers_show_every_block():
