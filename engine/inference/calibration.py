@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from engine.inference.outputs import DETAILS_SOURCE
 from engine.run.curves import AVERAGED, RAW, new_figure, save_figure
 
 BINS = 15  # of equal width, as in arXiv:1706.04599
@@ -93,5 +94,5 @@ def _draw(path, before, after, temperature, title):
     histogram.bar([100 * (number + 0.5) / BINS for number in range(BINS)], before.counts.tolist(), width=90 / BINS, color=RAW)
     histogram.set_title("Images by confidence in %", loc="left")
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    save_figure(figure, path)
+    save_figure(figure, path, DETAILS_SOURCE)
     return True

@@ -8,10 +8,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from engine.data.images import decode_rgb, validation_view
 from engine.data.loader import build_normalise
 from engine.inference.networks import class_labels
+from engine.inference.outputs import SHEET_SOURCE
 from engine.inference.scoring import log_mean_probabilities
 from engine.preparation.finding import FolderTree, LeftOut, files_below, join_path, text_of
 from engine.system.device import AUTOCAST_DTYPES, autocast
@@ -145,6 +147,14 @@ def shortened(words, draw, font, width):
     return words
 
 
+def png_of(picture, source):
+    """Return a Pillow image as PNG, bytes; source says which program and flag it is of."""
+    buffer, entries = io.BytesIO(), PngInfo()
+    entries.add_text("Source", source)
+    picture.save(buffer, "PNG", pnginfo=entries)
+    return buffer.getvalue()
+
+
 def write_contact_sheet(path, predictions, class_names, columns=6):
     """Write a PNG of every image in small, with its first class and that one's probability."""
     width, height = THUMBNAIL + 12, THUMBNAIL + 40
@@ -159,7 +169,5 @@ def write_contact_sheet(path, predictions, class_names, columns=6):
         name, probability = prediction.best[0]
         words = shortened(class_names.get(name, name).split(",")[0], draw, font, THUMBNAIL - 38)
         draw.text((left, top + THUMBNAIL + 6), f"{words} {100 * probability:.0f} %", fill="black", font=font)
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
     with replacing(path) as file:
-        file.write(buffer.getvalue())
+        file.write(png_of(sheet, SHEET_SOURCE))

@@ -5,6 +5,7 @@ import csv
 import numpy as np
 import torch
 
+from engine.inference.outputs import DETAILS_SOURCE
 from engine.run.curves import AVERAGED, RAW, new_figure, save_figure
 from engine.system.files import replacing
 
@@ -69,7 +70,7 @@ def pair_rows(confusions, classes, class_names):
 
 
 def write_details(prefix, confusions, classes, class_names, title):
-    """Write PREFIX_classes.csv, PREFIX_confusions.csv and PREFIX.png; return the names of the files written.
+    """Write PREFIX_classes.csv, PREFIX_confusions.csv and the picture; return the names of the files written.
 
     Args:
         confusions: int64 [C, C] on any device, of count_confusions.
@@ -85,9 +86,14 @@ def write_details(prefix, confusions, classes, class_names, title):
                 writer.writeheader()
                 writer.writerows(rows)
         written.append(path)
-    if _draw(f"{prefix}.png", of_classes, of_pairs[:PAIRS_DRAWN], title):
-        written.append(f"{prefix}.png")
+    if _draw(picture_path(prefix), of_classes, of_pairs[:PAIRS_DRAWN], title):
+        written.append(picture_path(prefix))
     return written
+
+
+def picture_path(prefix):
+    """Return the path of the picture, PREFIX.png; a folder/ gets one with a name, since folder/.png would be hidden."""
+    return f"{prefix}_confusions.png" if prefix.endswith("/") else f"{prefix}.png"
 
 
 def _draw(path, of_classes, of_pairs, title):
@@ -109,7 +115,7 @@ def _draw(path, of_classes, of_pairs, title):
     pairs.grid(axis="y", visible=False)
     pairs.set_title("Most confused pairs: % of the first class taken for the second", loc="left")
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    save_figure(figure, path)
+    save_figure(figure, path, DETAILS_SOURCE)
     return True
 
 

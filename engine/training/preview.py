@@ -1,7 +1,6 @@
 """A batch of a run as a picture: what the network will see, with the names of its labels."""
 
 import contextlib
-import io
 import itertools
 
 import torch
@@ -10,7 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 from engine.cli.keys import ConfigError
 from engine.data.batches import training_requests
 from engine.data.loader import IMAGENET_MEAN, IMAGENET_STD, BatchLoader
-from engine.inference.classify import shortened
+from engine.inference.classify import png_of, shortened
+from engine.inference.outputs import PREVIEW_SOURCE, claim, picture_mark, user_error_on_failure
 from engine.system.distributed import refuse_several
 from engine.system.files import replacing
 from engine.system.interruption import StopRequest
@@ -28,16 +28,18 @@ def write_preview(command):
 
     Raises:
         ConfigError: the run has no such epoch.
+        UserError: the picture cannot be written, or another's is there.
     """
     refuse_several("train.py --preview")
     config, epoch = command.config, epoch_to_show(command)
+    claim("preview", {PREVIEW: picture_mark(PREVIEW_SOURCE)})
     splits = open_images(config, None, print)
     images, targets = first_batch(config, epoch, splits)
     split = splits["train"]
     names = [getattr(split, "class_names", {}).get(name, name) for name in split.classes]
     pixels = pixels_of(images[:MOST_IMAGES])
     title = title_of(config, epoch, len(images), pixels)
-    with replacing(PREVIEW) as file:
+    with user_error_on_failure("preview", PREVIEW), replacing(PREVIEW) as file:
         file.write(sheet(pixels, [label_in_words(target, names) for target in targets[:MOST_IMAGES]], title))
     print(f"wrote {PREVIEW}: {title}")
     if epoch > 1 and any(config[key] for key in CHANCES):
@@ -113,6 +115,4 @@ def sheet(pixels, labels, title):
         for line, words in enumerate(label.split("\n")):
             place = left, top + height + 2 + line * LINE
             draw.text(place, shortened(words, draw, font, cell - 8), fill="black", font=font)
-    buffer = io.BytesIO()
-    page.save(buffer, "PNG")
-    return buffer.getvalue()
+    return png_of(page, PREVIEW_SOURCE)
