@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from engine.data.images import decode_rgb, validation_view
 from engine.data.loader import build_normalise
+from engine.inference.class_names import class_in_short, class_in_words
 from engine.inference.networks import class_labels
 from engine.inference.outputs import SHEET_SOURCE
 from engine.inference.scoring import log_mean_probabilities
@@ -62,7 +63,7 @@ def print_classes(networks, paths, device, resolution=None, contact_sheet=None):
     files = image_files(paths, skip, lambda line: print(line, file=sys.stderr))
     config = first.config | ({"val_resolution": resolution} if resolution else {})
     for prediction in classify(files, probabilities, classes, config, device, AUTOCAST_DTYPES[precision], skip):
-        names = [f"{100 * share:.1f} % {first.class_names.get(name, name)}" for name, share in prediction.best]
+        names = [f"{100 * share:.1f} % {class_in_words(name, first.class_names)}" for name, share in prediction.best]
         print(f"{prediction.name}: {'; '.join(names)}")
         seen.append(prediction)
     if contact_sheet and seen:
@@ -167,7 +168,7 @@ def write_contact_sheet(path, predictions, class_names, columns=6):
         picture = ImageOps.contain(picture, (THUMBNAIL, THUMBNAIL))
         sheet.paste(picture, (left + (THUMBNAIL - picture.width) // 2, top + (THUMBNAIL - picture.height) // 2))
         name, probability = prediction.best[0]
-        words = shortened(class_names.get(name, name).split(",")[0], draw, font, THUMBNAIL - 38)
+        words = shortened(class_in_short(name, class_names), draw, font, THUMBNAIL - 38)
         draw.text((left, top + THUMBNAIL + 6), f"{words} {100 * probability:.0f} %", fill="black", font=font)
     with replacing(path) as file:
         file.write(png_of(sheet, SHEET_SOURCE))

@@ -5,8 +5,9 @@ import csv
 import numpy as np
 import torch
 
+from engine.inference.class_names import class_in_short
 from engine.inference.outputs import DETAILS_SOURCE
-from engine.run.curves import AVERAGED, RAW, new_figure, save_figure
+from engine.run.curves import AVERAGED, RAW, as_written, new_figure, save_figure
 from engine.system.files import replacing
 
 PAIRS_DRAWN = 20
@@ -86,7 +87,7 @@ def write_details(prefix, confusions, classes, class_names, title):
                 writer.writeheader()
                 writer.writerows(rows)
         written.append(path)
-    if _draw(picture_path(prefix), of_classes, of_pairs[:PAIRS_DRAWN], title):
+    if _draw(picture_path(prefix), of_classes, of_pairs[:PAIRS_DRAWN], class_names, title):
         written.append(picture_path(prefix))
     return written
 
@@ -96,7 +97,11 @@ def picture_path(prefix):
     return f"{prefix}_confusions.png" if prefix.endswith("/") else f"{prefix}.png"
 
 
-def _draw(path, of_classes, of_pairs, title):
+def _draw(path, of_classes, of_pairs, class_names, title):
+    def short(name):
+        words = class_in_short(name, class_names)
+        return as_written(words if len(words) <= 24 else words[:23] + "…")
+
     drawing = new_figure(1, 2, (13, 6))
     if drawing is None:
         return False
@@ -107,18 +112,13 @@ def _draw(path, of_classes, of_pairs, title):
     accuracies.set_title("Top-1 of each class in %, the worst first", loc="left")
     accuracies.set_xlabel("classes")
     accuracies.xaxis.get_major_locator().set_params(integer=True)
-    worst = [f"{_short(row['name'])} {row['top1']:.0f} %" for row in of_classes[:8] if row["top1"] is not None]
+    worst = [f"{short(row['class'])} {row['top1']:.0f} %" for row in of_classes[:8] if row["top1"] is not None]
     accuracies.text(0.98, 0.03, "worst:\n" + "\n".join(worst), transform=accuracies.transAxes, ha="right", fontsize=8)
-    names = [f"{_short(row['name'])} → {_short(row['taken_for_name'])}" for row in of_pairs][::-1]
+    names = [f"{short(row['class'])} → {short(row['taken_for'])}" for row in of_pairs][::-1]
     pairs.barh(range(len(names)), [row["percent_of_class"] for row in of_pairs][::-1], color=AVERAGED)
     pairs.set_yticks(range(len(names)), names, fontsize=8)
     pairs.grid(axis="y", visible=False)
     pairs.set_title("Most confused pairs: % of the first class taken for the second", loc="left")
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    figure.suptitle(as_written(title), fontsize=10, x=0.01, ha="left")
     save_figure(figure, path, DETAILS_SOURCE)
     return True
-
-
-def _short(name):
-    name = name.split(",")[0]
-    return name if len(name) <= 24 else name[:23] + "…"

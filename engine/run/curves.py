@@ -23,6 +23,11 @@ def new_figure(rows, columns, size, layout="constrained"):
     return figure, axes
 
 
+def as_written(text):
+    """Return a text for matplotlib to draw as it is, a name or a path: two dollar signs would begin and end a formula."""
+    return text.replace("$", r"\$")
+
+
 def save_figure(figure, path, source=None):
     """Write the figure as a PNG, whole or not at all.
 

@@ -71,10 +71,11 @@ def test_a_picture_that_cannot_or_must_not_be_written_is_refused_before_the_imag
 
 
 def test_labels_have_names_and_mixed_ones_their_shares():
-    names = ["cat, tabby", "dog", "fox"]
-    assert label_in_words(torch.tensor(1), names) == "dog"
-    assert label_in_words(torch.tensor([0.7, 0.0, 0.3]), names) == "70 % cat\n30 % fox"
-    assert label_in_words(torch.tensor([0.0, 1.0, 0.0]), names) == "dog"
+    classes = ["n1", "dog", "fox, red"], {"n1": "cat, tabby"}
+    assert label_in_words(torch.tensor(1), *classes) == "dog"
+    assert label_in_words(torch.tensor(0), *classes) == "cat, tabby"
+    assert label_in_words(torch.tensor([0.7, 0.0, 0.3]), *classes) == "70 % cat\n30 % fox, red"
+    assert label_in_words(torch.tensor([0.0, 1.0, 0.0]), *classes) == "dog"
 
 
 @pytest.mark.parametrize(
