@@ -15,17 +15,17 @@ Besides a run's checkpoints, weights with torchvision's keys in a .pt or .safete
 
 import argparse
 import sys
-from pathlib import Path
 
 from config import CONFIG
+from engine.cli.keys import positive_number
 from engine.data.fetching import images_folder
 from engine.inference.averaging import average_networks, refuse_to_average
 from engine.inference.classify import print_classes
-from engine.inference.comparison import compare_networks, note_shared_images
-from engine.inference.export import check_export, export_network, is_folder
+from engine.inference.comparison import compare_networks, details_files, note_shared_images, prefixes_of
+from engine.inference.export import check_export, export_files, export_network
 from engine.inference.images import open_matching_splits
 from engine.inference.networks import load_networks, shared_precision, with_class_file
-from engine.inference.outputs import make_room_for
+from engine.inference.outputs import SHEET_SOURCE, claim, picture_mark
 from engine.inference.views import require_one_view
 from engine.run.weights import WEIGHTS
 from engine.system.console import protect_output
@@ -73,14 +73,17 @@ def main(arguments):
 
 
 def check_outputs(arguments):
-    """Make the folders of the files that are asked for; raise UserError if one could not be written."""
+    """Make the folders of the files that are asked for; raise UserError if one could not or must not be written."""
+    others = [path for path in (arguments.classes, arguments.real_labels) if path]
+    inputs = [*arguments.checkpoints, *(arguments.classify or []), *others]
     if arguments.export:
         check_export(arguments.export)
-    details = arguments.details and f"{arguments.details}_classes.csv"
-    export = arguments.export and (Path(arguments.export, "model") if is_folder(arguments.export) else arguments.export)
-    for flag, path in (("export", export), ("contact-sheet", arguments.contact_sheet), ("details", details)):
-        if path:
-            make_room_for(flag, path)
+        claim("export", export_files(arguments.export), inputs)
+    if arguments.contact_sheet:
+        claim("contact-sheet", {arguments.contact_sheet: picture_mark(SHEET_SOURCE)}, inputs)
+    if arguments.details:
+        for prefix in prefixes_of(arguments.details, arguments.resolution or [None]).values():
+            claim("details", details_files(prefix, arguments.split == "train"), inputs)
 
 
 def open_networks(arguments, device):
@@ -131,7 +134,7 @@ def parse_arguments(arguments=None):
         metavar="FILE",
         help="write FILE.pt, .safetensors or .onnx, or FOLDER/ for timm and the Hub; and a model card",
     )
-    flag("--price-per-hour", type=float, help="of --export: for the model card")
+    flag("--price-per-hour", type=positive_number, help="of --export: for the model card")
     flag("--architecture", default="resnet50", help="of weights without a checkpoint; default resnet50")
     flag("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parsed = parser.parse_args(arguments)

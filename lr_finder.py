@@ -18,9 +18,15 @@ OWN_FLAGS = {
 if __name__ == "__main__":  # before torch is imported: --help and typing errors answer at once
     COMMAND = command_from_terminal("lr_finder.py", __doc__, OWN_FLAGS)
 
-from pathlib import Path
-
 from engine.data.loader import BatchLoader
+from engine.inference.outputs import (
+    RANGE_TEST_MARK,
+    RANGE_TEST_SOURCE,
+    claim,
+    named_prefix,
+    picture_mark,
+    user_error_on_failure,
+)
 from engine.run.curves import draw_range_test
 from engine.system.device import (
     AUTOCAST_DTYPES,
@@ -68,6 +74,8 @@ def range_from(options, config):
 
 def main(command):
     refuse_several("lr_finder.py")
+    prefix = named_prefix("output", command.options.get("output", "lr_finder"))
+    claim("output", {f"{prefix}.json": RANGE_TEST_MARK, f"{prefix}.png": picture_mark(RANGE_TEST_SOURCE)})
     command, initial, found = with_initial_weights(command)
     config = command.config
     lowest, highest, steps = range_from(command.options, config)
@@ -89,16 +97,13 @@ def main(command):
             return cause.exit_code
         finally:
             batches.close()
-        prefix = command.options.get("output", "lr_finder")
-        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(f"{prefix}.json", "w") as file:
-            file.write(to_json(result | {"config": config}) + "\n")
-        written = f"{prefix}.json"
-        if draw_range_test(result, f"{prefix}.png"):
-            written += f" and {prefix}.png"
-        else:
-            written += "; matplotlib is not installed, so no picture"
-        monitor.log(f"{describe_rates(result)}\nwrote {written}")
+        monitor.log(describe_rates(result))
+        with user_error_on_failure("output", prefix):
+            with replacing(f"{prefix}.json", "w") as file:
+                file.write(to_json(result | {"config": config}) + "\n")
+            drawn = draw_range_test(result, f"{prefix}.png", RANGE_TEST_SOURCE)
+        picture = f" and {prefix}.png" if drawn else "; matplotlib is not installed, so no picture"
+        monitor.log(f"wrote {prefix}.json{picture}")
     return 0
 
 

@@ -13,22 +13,30 @@ import sys
 from pathlib import Path
 
 from config import CONFIG
+from engine.cli.keys import positive_number
+from engine.inference.outputs import REPORT_MARK, claim, named_prefix, user_error_on_failure
 from engine.report.figures import read_run
 from engine.report.one_run import report_of_run
 from engine.report.serving import serve
 from engine.report.side_by_side import report_of_runs
 from engine.report.writing import REPORT, write_report
 from engine.system.console import protect_output
-from engine.system.errors import run_program
-from engine.system.files import path_argument
+from engine.system.errors import UserError, run_program
+from engine.system.files import path_argument, path_text
 
 
 def main(arguments):
+    if arguments.log_file and arguments.log_file.is_dir():
+        raise UserError(f"--log-file {arguments.log_file} is a folder: name a file")
     if arguments.serve is not None:
         serve(arguments.folders, lambda: report_of(arguments), arguments.serve)
         return 0
-    output = arguments.output or str(arguments.folders[0] / REPORT)
-    write_report(output, *report_of(arguments))
+    output = named_prefix("output", arguments.output or arguments.folders[0] / REPORT)
+    if arguments.output or arguments.folders[0].is_dir():  # else there is no run, which is said below
+        claim("output", dict.fromkeys((f"{output}.html", f"{output}.md"), REPORT_MARK), [arguments.log_file or ""])
+    title, blocks = report_of(arguments)
+    with user_error_on_failure("output", output):
+        write_report(output, title, blocks)
     print(f"wrote {output}.html and {output}.md")
     return 0
 
@@ -51,8 +59,8 @@ def parse_arguments(arguments=None):
     where = "the log of the runs; default training.log in the folder, above it or here"
     parser.add_argument("--log-file", type=path_argument, metavar="FILE", help=where)
     parser.add_argument("--log", dest="log_file", type=path_argument, help=argparse.SUPPRESS)  # its former name
-    parser.add_argument("--price-per-hour", type=float, help="what an hour of the machine costs")
-    parser.add_argument("--output", type=path_argument, help="of the files OUTPUT.html and OUTPUT.md; default FOLDER/report")
+    parser.add_argument("--price-per-hour", type=positive_number, help="what an hour of the machine costs")
+    parser.add_argument("--output", type=path_text, help="of the files OUTPUT.html and OUTPUT.md; default FOLDER/report")
     how = "show the report in a browser while the run goes on, on this machine's PORT (8000)"
     parser.add_argument("--serve", type=int, nargs="?", const=8000, metavar="PORT", help=how)
     return parser.parse_args(arguments)

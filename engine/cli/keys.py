@@ -1,5 +1,6 @@
 """What each key of a configuration admits, and which values go together. Needs no torch."""
 
+import argparse
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,21 @@ OTHER_NETWORK = "the saved weights belong to another network"
 OTHER_SIZE = "the first part of the run saw another size"
 UNEXPLAINED = "a jump of the rate in mid-run costs accuracy that nobody can explain later"
 OTHER_RUN = "the run would no longer be the one that was started"
+
+
+def positive_number(text):
+    """Return the number above 0 that a program's argument gives; for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: it gives none.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number above 0")
+    return value
 
 
 class Number(NamedTuple):

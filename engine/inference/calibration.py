@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from engine.run.curves import AVERAGED, RAW, new_figure, save_figure
+from engine.inference.outputs import DETAILS_SOURCE
+from engine.run.curves import AVERAGED, RAW, as_written, new_figure, save_figure
 
 BINS = 15  # of equal width, as in arXiv:1706.04599
 LOWEST, HIGHEST = 0.01, 100.0  # temperatures that are considered
@@ -92,6 +93,6 @@ def _draw(path, before, after, temperature, title):
     reliability.set_title("Top-1 in % by confidence in %", loc="left")
     histogram.bar([100 * (number + 0.5) / BINS for number in range(BINS)], before.counts.tolist(), width=90 / BINS, color=RAW)
     histogram.set_title("Images by confidence in %", loc="left")
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    save_figure(figure, path)
+    figure.suptitle(as_written(title), fontsize=10, x=0.01, ha="left")
+    save_figure(figure, path, DETAILS_SOURCE)
     return True

@@ -16,7 +16,7 @@ def read_class_file(path, outputs):
         DataError: there is no such file, or it does not name as many different classes as there are outputs.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             classes = [line.strip() for line in file if line.strip()]
     except (OSError, ValueError) as error:
         raise DataError(f"--classes {path} cannot be read: {error}") from error

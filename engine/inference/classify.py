@@ -8,10 +8,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from engine.data.images import decode_rgb, validation_view
 from engine.data.loader import build_normalise
+from engine.inference.class_names import class_in_short, class_in_words
 from engine.inference.networks import class_labels
+from engine.inference.outputs import SHEET_SOURCE
 from engine.inference.scoring import log_mean_probabilities
 from engine.preparation.finding import FolderTree, LeftOut, files_below, join_path, text_of
 from engine.system.device import AUTOCAST_DTYPES, autocast
@@ -60,7 +63,7 @@ def print_classes(networks, paths, device, resolution=None, contact_sheet=None):
     files = image_files(paths, skip, lambda line: print(line, file=sys.stderr))
     config = first.config | ({"val_resolution": resolution} if resolution else {})
     for prediction in classify(files, probabilities, classes, config, device, AUTOCAST_DTYPES[precision], skip):
-        names = [f"{100 * share:.1f} % {first.class_names.get(name, name)}" for name, share in prediction.best]
+        names = [f"{100 * share:.1f} % {class_in_words(name, first.class_names)}" for name, share in prediction.best]
         print(f"{prediction.name}: {'; '.join(names)}")
         seen.append(prediction)
     if contact_sheet and seen:
@@ -145,6 +148,14 @@ def shortened(words, draw, font, width):
     return words
 
 
+def png_of(picture, source):
+    """Return a Pillow image as PNG, bytes; source says which program and flag it is of."""
+    buffer, entries = io.BytesIO(), PngInfo()
+    entries.add_text("Source", source)
+    picture.save(buffer, "PNG", pnginfo=entries)
+    return buffer.getvalue()
+
+
 def write_contact_sheet(path, predictions, class_names, columns=6):
     """Write a PNG of every image in small, with its first class and that one's probability."""
     width, height = THUMBNAIL + 12, THUMBNAIL + 40
@@ -157,9 +168,7 @@ def write_contact_sheet(path, predictions, class_names, columns=6):
         picture = ImageOps.contain(picture, (THUMBNAIL, THUMBNAIL))
         sheet.paste(picture, (left + (THUMBNAIL - picture.width) // 2, top + (THUMBNAIL - picture.height) // 2))
         name, probability = prediction.best[0]
-        words = shortened(class_names.get(name, name).split(",")[0], draw, font, THUMBNAIL - 38)
+        words = shortened(class_in_short(name, class_names), draw, font, THUMBNAIL - 38)
         draw.text((left, top + THUMBNAIL + 6), f"{words} {100 * probability:.0f} %", fill="black", font=font)
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
     with replacing(path) as file:
-        file.write(buffer.getvalue())
+        file.write(png_of(sheet, SHEET_SOURCE))

@@ -5,10 +5,18 @@ import contextlib
 import torch
 
 from engine.inference.calibration import write_calibration
-from engine.inference.confusion import write_details
-from engine.inference.gallery import write_gallery
+from engine.inference.confusion import picture_path, write_details
+from engine.inference.gallery import GALLERY, write_gallery
 from engine.inference.images import open_loader
-from engine.inference.outputs import user_error_on_failure
+from engine.inference.outputs import (
+    CLASSES_MARK,
+    CONFUSIONS_MARK,
+    DETAILS_SOURCE,
+    GALLERY_MARK,
+    IMAGES_MARK,
+    picture_mark,
+    user_error_on_failure,
+)
 from engine.inference.scoring import ENSEMBLE, evaluate
 from engine.inference.test_sets import (
     SUBSET_RULE,
@@ -21,6 +29,8 @@ from engine.inference.test_sets import (
 from engine.inference.views import differing_views, view_of
 from engine.system.device import autocast
 from engine.system.errors import UserError
+
+CALIBRATION = "_calibration.png"
 
 
 def compare_networks(networks, splits, device, resolutions=None, details=None, real_labels=None, training=False):
@@ -52,7 +62,7 @@ def compare_networks(networks, splits, device, resolutions=None, details=None, r
         settings = members[0].config | {"more_val_resolutions": list(view.resolutions)}
         with contextlib.closing(open_loader(splits, settings, device)) as loader:
             for resolution in view.resolutions:
-                prefix = details and details + (f"_{resolution}" if len(view.resolutions) > 1 else "")
+                prefix = details and prefixes_of(details, view.resolutions)[resolution]
                 _score_members(members, loader, view, resolution, subject, prefix, real, training)
 
 
@@ -101,10 +111,28 @@ def _score_members(members, loader, view, resolution, subject, details, real, tr
             if not training:  # which a network is sure of
                 logits = results[subject]["logits"]
                 logits = subset_logits(logits, present) if is_subset else logits
-                drawn, calibrated = write_calibration(f"{details}_calibration.png", logits, labels, title)
-                written += [f"{details}_calibration.png"] * drawn
+                drawn, calibrated = write_calibration(f"{details}{CALIBRATION}", logits, labels, title)
+                written += [f"{details}{CALIBRATION}"] * drawn
                 print(calibrated)
             print(f"wrote {', '.join(written)}")
+
+
+def prefixes_of(details, resolutions):
+    """Return {resolution in px: prefix of the details' files}."""
+    return {px: f"{details}_{px}" if len(resolutions) > 1 else details for px in resolutions}
+
+
+def details_files(prefix, training):
+    """Return {file: its mark for claim()} of the details of one resolution; of training images there is no calibration."""
+    picture = picture_mark(DETAILS_SOURCE)
+    marks = {
+        f"{prefix}_classes.csv": CLASSES_MARK,
+        f"{prefix}_confusions.csv": CONFUSIONS_MARK,
+        f"{prefix}_images.csv": IMAGES_MARK,
+        f"{prefix}{GALLERY}": GALLERY_MARK,
+        picture_path(prefix): picture,
+    }
+    return marks if training else marks | {f"{prefix}{CALIBRATION}": picture}
 
 
 def scores_in_words(scores, classes, view=""):

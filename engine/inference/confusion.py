@@ -5,7 +5,9 @@ import csv
 import numpy as np
 import torch
 
-from engine.run.curves import AVERAGED, RAW, new_figure, save_figure
+from engine.inference.class_names import class_in_short
+from engine.inference.outputs import DETAILS_SOURCE
+from engine.run.curves import AVERAGED, RAW, as_written, new_figure, save_figure
 from engine.system.files import replacing
 
 PAIRS_DRAWN = 20
@@ -69,7 +71,7 @@ def pair_rows(confusions, classes, class_names):
 
 
 def write_details(prefix, confusions, classes, class_names, title):
-    """Write PREFIX_classes.csv, PREFIX_confusions.csv and PREFIX.png; return the names of the files written.
+    """Write PREFIX_classes.csv, PREFIX_confusions.csv and the picture; return the names of the files written.
 
     Args:
         confusions: int64 [C, C] on any device, of count_confusions.
@@ -85,12 +87,21 @@ def write_details(prefix, confusions, classes, class_names, title):
                 writer.writeheader()
                 writer.writerows(rows)
         written.append(path)
-    if _draw(f"{prefix}.png", of_classes, of_pairs[:PAIRS_DRAWN], title):
-        written.append(f"{prefix}.png")
+    if _draw(picture_path(prefix), of_classes, of_pairs[:PAIRS_DRAWN], class_names, title):
+        written.append(picture_path(prefix))
     return written
 
 
-def _draw(path, of_classes, of_pairs, title):
+def picture_path(prefix):
+    """Return the path of the picture, PREFIX.png; a folder/ gets one with a name, since folder/.png would be hidden."""
+    return f"{prefix}_confusions.png" if prefix.endswith("/") else f"{prefix}.png"
+
+
+def _draw(path, of_classes, of_pairs, class_names, title):
+    def short(name):
+        words = class_in_short(name, class_names)
+        return as_written(words if len(words) <= 24 else words[:23] + "…")
+
     drawing = new_figure(1, 2, (13, 6))
     if drawing is None:
         return False
@@ -101,18 +112,13 @@ def _draw(path, of_classes, of_pairs, title):
     accuracies.set_title("Top-1 of each class in %, the worst first", loc="left")
     accuracies.set_xlabel("classes")
     accuracies.xaxis.get_major_locator().set_params(integer=True)
-    worst = [f"{_short(row['name'])} {row['top1']:.0f} %" for row in of_classes[:8] if row["top1"] is not None]
+    worst = [f"{short(row['class'])} {row['top1']:.0f} %" for row in of_classes[:8] if row["top1"] is not None]
     accuracies.text(0.98, 0.03, "worst:\n" + "\n".join(worst), transform=accuracies.transAxes, ha="right", fontsize=8)
-    names = [f"{_short(row['name'])} → {_short(row['taken_for_name'])}" for row in of_pairs][::-1]
+    names = [f"{short(row['class'])} → {short(row['taken_for'])}" for row in of_pairs][::-1]
     pairs.barh(range(len(names)), [row["percent_of_class"] for row in of_pairs][::-1], color=AVERAGED)
     pairs.set_yticks(range(len(names)), names, fontsize=8)
     pairs.grid(axis="y", visible=False)
     pairs.set_title("Most confused pairs: % of the first class taken for the second", loc="left")
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    save_figure(figure, path)
+    figure.suptitle(as_written(title), fontsize=10, x=0.01, ha="left")
+    save_figure(figure, path, DETAILS_SOURCE)
     return True
-
-
-def _short(name):
-    name = name.split(",")[0]
-    return name if len(name) <= 24 else name[:23] + "…"

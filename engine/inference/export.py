@@ -9,7 +9,7 @@ import torch
 
 from engine.inference.model_card import facts_of_runs, hub_card, hub_config, model_card, model_facts
 from engine.inference.networks import class_labels
-from engine.inference.outputs import user_error_on_failure
+from engine.inference.outputs import CARD_MARK, TIMM_CONFIG_MARK, is_export, user_error_on_failure
 from engine.run.weights import WEIGHTS
 from engine.system.environment import commit
 from engine.system.errors import UserError
@@ -42,8 +42,7 @@ def export_network(network, members, path, price_per_hour=None):
         "made_with": f"PyTorch {torch.__version__}, commit {commit()}",
     } | facts_of_runs([member for member in members if member.checkpoint])
     facts = model_facts(config, class_labels(network), network.class_names, accuracy, run)
-    folder = is_folder(path)
-    card = Path(path, HUB_CARD) if folder else Path(path).with_suffix(".md")
+    folder, (*_, card) = is_folder(path), export_files(path)
     with user_error_on_failure("export", path):
         print(export(network.model.cpu().float(), path, facts))
         with replacing(card, "w") as file:
@@ -89,6 +88,13 @@ def export(model, path, facts):
 def is_folder(path):
     """Return whether an export's path means a folder: it ends with a slash, or is one that is not named as a file."""
     return str(path).endswith("/") or (Path(path).is_dir() and Path(path).suffix not in SUFFIXES)
+
+
+def export_files(path):
+    """Return {file: its mark for claim()} of an export, the model card last."""
+    if is_folder(path):
+        return {Path(path, HUB_WEIGHTS): is_export, Path(path, HUB_CONFIG): TIMM_CONFIG_MARK, Path(path, HUB_CARD): CARD_MARK}
+    return {Path(path): is_export, Path(path).with_suffix(".md"): CARD_MARK}
 
 
 def _export_folder(model, folder, facts):

@@ -10,6 +10,7 @@ from PIL import Image
 
 from engine.data.images import validation_view
 from engine.inference.calibration import calibration_of
+from engine.inference.class_names import class_in_short
 from engine.inference.confusion import pair_rows
 from engine.preparation.finding import ImageFolder
 from engine.system.files import replacing
@@ -33,7 +34,7 @@ def write_gallery(prefix, seen, confusions, split, view, title, training=False):
     """
     shares, classes, of_label = (np.asarray(of) for of in seen)
     labels, names = np.asarray(split.labels), names_of(split)
-    people = [getattr(split, "class_names", {}).get(name, name).split(",")[0] for name in split.classes]
+    people = [class_in_short(name, getattr(split, "class_names", {})) for name in split.classes]
     suspicion = suspicion_of(shares, classes, of_label, labels)
     order = np.argsort(-suspicion, kind="stable")
     with replacing(f"{prefix}_images.csv", "w") as file:

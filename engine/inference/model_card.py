@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from engine.data.loader import IMAGENET_MEAN, IMAGENET_STD
+from engine.inference.class_names import class_in_short
 from engine.inference.weight_files import BLURS
 from engine.run import checkpoint_files
 from engine.run.records import read_records
@@ -87,7 +88,7 @@ def model_card(path, facts, price_per_hour=None):
             "but the network must blur where it strides: build it with this project's `model.py`, or use the ONNX export. In a "
             f"plain `torchvision.models.{facts['architecture']}()` the weights load without an error and score worse.",
         ]
-    lines += ["", "Classes: " + ", ".join(facts["class_names"].get(name, name).split(",")[0] for name in facts["classes"][:12])]
+    lines += ["", "Classes: " + ", ".join(class_in_short(name, facts["class_names"]) for name in facts["classes"][:12])]
     lines[-1] += f" and {len(facts['classes']) - 12} more." if len(facts["classes"]) > 12 else "."
     return "\n".join(lines) + "\n"
 

@@ -1,10 +1,48 @@
-"""The files that flags of evaluate.py ask for: writable before the work begins, and errors in words."""
+"""The files that flags ask for: nobody else's and writable, which is seen before the work begins; errors in words.
+
+A file is written where there is none, an empty one, or this program's own of the same kind, which its mark shows. So no input,
+checkpoint, record or other file of the user's is lost.
+"""
 
 import contextlib
+import os
+import re
 import tempfile
 from pathlib import Path
 
+from engine.inference.weight_files import read_weights
 from engine.system.errors import UserError
+
+HEAD_BYTES = 1 << 16  # at a file's beginning, in which its mark lies
+
+
+def is_export(path):
+    """Return whether a file with weights says of itself what --export writes into each."""
+    try:
+        if Path(path).suffix == ".onnx":
+            import onnx
+
+            return any(entry.key == "blurs" for entry in onnx.load(path, load_external_data=False).metadata_props)
+        return bool(read_weights(path).facts)
+    except Exception:  # whatever it is, it is none
+        return False
+
+
+def picture_mark(source):
+    """Return the mark of a PNG in which stands which program and flag it is of."""
+    return re.compile(re.escape(f"tEXtSource\0{source}".encode("latin-1")))
+
+
+SHEET_SOURCE, DETAILS_SOURCE = "evaluate.py --contact-sheet", "evaluate.py --details"
+PREVIEW_SOURCE, RANGE_TEST_SOURCE = "train.py --preview", "lr_finder.py"
+CARD_MARK = re.compile(rb"^# .+, \d+ classes\n\nWeights in `.+`, trained with the recipe `", re.MULTILINE)
+TIMM_CONFIG_MARK = re.compile(rb'"classifier": "fc"\s*\},\s*"label_names": \[')
+CLASSES_MARK = re.compile(rb"\Aclass,name,images,correct,top1,most_taken_for,times\n")
+CONFUSIONS_MARK = re.compile(rb"\Aclass,name,taken_for,taken_for_name,times,percent_of_class\n")
+IMAGES_MARK = re.compile(rb"\Aimage,class,predicted,probability_of_class,probability_of_predicted,suspicion\n")
+GALLERY_MARK = re.compile(rb'\A\{"title": ".*", "training": (true|false), "calibration_error": ')
+RANGE_TEST_MARK = re.compile(rb'\A\{"rates": \[')
+REPORT_MARK = re.compile(rb"(\A# |<title>)(Training report: |\d+ runs compared)")
 
 
 @contextlib.contextmanager
@@ -16,11 +54,47 @@ def user_error_on_failure(flag, path):
         raise UserError(f"--{flag} {path} could not be written: {error}") from error
 
 
-def make_room_for(flag, path):
-    """Make the folder of an output before the work begins; raise UserError if nothing can be written there."""
-    path = Path(path)
-    with user_error_on_failure(flag, path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
+def claim(flag, marks, inputs=()):
+    """Make the folders of a flag's files before the work begins; raise UserError if one cannot or must not be written.
+
+    Args:
+        marks: {path of a file: what shows that an earlier call has written it}, a pattern of bytes in its head or a function
+            of its path.
+        inputs: paths of what is read.
+    """
+    for path, mark in marks.items():
+        path = Path(path)
+        with user_error_on_failure(flag, path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path.parent).close()
+            if problem := _problem(path, mark, inputs):
+                raise UserError(f"--{flag} {path} {problem}")
+
+
+def _problem(path, mark, inputs):
+    """Return why what is at a path must not be replaced, or None."""
+    if not path.exists():
+        return None
     if path.is_dir():
-        raise UserError(f"--{flag} {path} is a folder: name a file")
+        return "is a folder: name a file"
+    if not path.is_file():
+        return "is no regular file: name another"
+    if any(os.path.exists(other) and os.path.samefile(path, other) for other in inputs):
+        return "is one of the inputs: name another file"
+    if path.stat().st_size and not _has_mark(path, mark):
+        return "is there and was not written by this flag: name another file, or move that one away"
+    return None
+
+
+def _has_mark(path, mark):
+    if callable(mark):
+        return mark(path)
+    with open(path, "rb") as file:
+        return mark.search(file.read(HEAD_BYTES)) is not None
+
+
+def named_prefix(flag, prefix):
+    """Return what the names of a flag's files begin with; UserError where it names a folder alone: they would be hidden."""
+    if str(prefix).endswith("/"):
+        raise UserError(f"--{flag} {prefix} is a folder: name the files in it, such as {prefix}{flag}")
+    return str(prefix)

@@ -1,7 +1,7 @@
 """Scores by the rules of other test sets: by the classes that are present alone, and by the reassessed labels (ReaL)."""
 
-import json
 import re
+from pathlib import Path
 
 import torch
 
@@ -9,6 +9,7 @@ from engine.inference.class_matching import all_of_imagenet
 from engine.inference.scoring import scores_of_logits
 from engine.preparation.finding import class_order
 from engine.system.errors import DataError
+from engine.system.plain_json import from_json
 
 SUBSET_RULE = (
     "note: scored by the logits of the classes present alone, as the authors of ImageNet-A and ImageNet-R do (eval.py of "
@@ -49,8 +50,7 @@ def read_real_labels(path, split):
         DataError: the file is another, or the images are not ImageNet's validation images.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            of_images = json.load(file)
+        of_images = from_json(Path(path).read_text("utf-8-sig"))
     except (OSError, ValueError) as error:
         raise DataError(f"--real-labels {path} cannot be read: {error}") from error
     if not isinstance(of_images, list) or not all(isinstance(labels, list) for labels in of_images):

@@ -23,10 +23,19 @@ def new_figure(rows, columns, size, layout="constrained"):
     return figure, axes
 
 
-def save_figure(figure, path):
-    """Write the figure as a PNG, whole or not at all."""
+def as_written(text):
+    """Return a text for matplotlib to draw as it is, a name or a path: two dollar signs would begin and end a formula."""
+    return text.replace("$", r"\$")
+
+
+def save_figure(figure, path, source=None):
+    """Write the figure as a PNG, whole or not at all.
+
+    Args:
+        source: which program and flag it is of, to stand in the file; or None.
+    """
     with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+        figure.savefig(file, format="png", dpi=110, metadata={"Source": source} if source else None)
 
 
 def draw_curves(records, path):
@@ -64,8 +73,8 @@ def draw_curves(records, path):
     return True
 
 
-def draw_range_test(result, path):
-    """Draw the loss against the rate of a range test, with its marks, to a PNG.
+def draw_range_test(result, path, source):
+    """Draw the loss against the rate of a range test, with its marks, to a PNG; source as for save_figure.
 
     Returns:
         False if matplotlib is not installed.
@@ -88,5 +97,5 @@ def draw_range_test(result, path):
     axis.set_xlabel("learning rate")
     axis.set_ylabel("training loss")
     axis.legend(frameon=False, loc="lower left")
-    save_figure(figure, path)
+    save_figure(figure, path, source)
     return True

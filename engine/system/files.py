@@ -43,9 +43,11 @@ def replacing(path, mode="wb"):
     Args:
         mode: 'wb', or 'w' for text in UTF-8.
     Raises:
-        OSError: the disk is full or will not be written to; `path` is as it was and nothing is left beside it.
+        OSError: the disk is full or will not be written to, or `path` is a folder, pipe or device; it is as it was and nothing
+            is left beside it.
     """
     path = Path(path)
+    _require_replaceable(path)
     temporary = _temporary(path)
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
@@ -77,6 +79,7 @@ def keep_as(path, target):
 
     Where the file system has no hard links the file is moved, and `path` is gone until it is written anew.
     """
+    _require_replaceable(target)
     temporary = _temporary(Path(target))
     try:
         os.link(path, temporary)
@@ -85,6 +88,13 @@ def keep_as(path, target):
     else:
         os.replace(temporary, target)  # does nothing where both are names of one file
         temporary.unlink(missing_ok=True)
+
+
+def _require_replaceable(path):
+    """Raise OSError if what is there is a folder, pipe or device: a rename would take its place."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        number = errno.EISDIR if os.path.isdir(path) else errno.EEXIST
+        raise OSError(number, "no regular file, so it is not replaced", str(path))
 
 
 def _temporary(path):

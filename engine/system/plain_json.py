@@ -17,9 +17,12 @@ def from_json(text):
     """Return what to_json() made the text of; files of old with Infinity in them can be read, too.
 
     Raises:
-        ValueError: the text is no JSON.
+        ValueError: the text is no JSON, or its nesting is too deep.
     """
-    return _with_numbers(json.loads(text))
+    try:
+        return _with_numbers(json.loads(text))
+    except RecursionError as error:
+        raise ValueError("its lists or objects are nested too deep") from error
 
 
 def _with_words(value):

@@ -1,11 +1,13 @@
 """What a run will take: epochs, resolutions, hours, cost."""
 
+import argparse
 import bisect
 import itertools
 import math
 import time
 from typing import NamedTuple
 
+from engine.cli.keys import positive_number
 from engine.data.batches import resolution_of_epoch
 from engine.inference.freezing import work_of_a_step
 from engine.run.epoch_records import DRAWING_SECONDS
@@ -135,12 +137,9 @@ def positive(name, options):
     if name not in options:
         return None
     try:
-        value = float(options[name])
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise PlanError(f"--{name.replace('_', '-')} {options[name]}: must be a number above 0")
-    return value
+        return positive_number(options[name])
+    except argparse.ArgumentTypeError as error:
+        raise PlanError(f"--{name.replace('_', '-')} {error}") from error
 
 
 def budget_hours(options):

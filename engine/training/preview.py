@@ -1,7 +1,6 @@
 """A batch of a run as a picture: what the network will see, with the names of its labels."""
 
 import contextlib
-import io
 import itertools
 
 import torch
@@ -10,7 +9,9 @@ from PIL import Image, ImageDraw, ImageFont
 from engine.cli.keys import ConfigError
 from engine.data.batches import training_requests
 from engine.data.loader import IMAGENET_MEAN, IMAGENET_STD, BatchLoader
-from engine.inference.classify import shortened
+from engine.inference.class_names import class_in_short, class_in_words
+from engine.inference.classify import png_of, shortened
+from engine.inference.outputs import PREVIEW_SOURCE, claim, picture_mark, user_error_on_failure
 from engine.system.distributed import refuse_several
 from engine.system.files import replacing
 from engine.system.interruption import StopRequest
@@ -28,17 +29,19 @@ def write_preview(command):
 
     Raises:
         ConfigError: the run has no such epoch.
+        UserError: the picture cannot be written, or another's is there.
     """
     refuse_several("train.py --preview")
     config, epoch = command.config, epoch_to_show(command)
+    claim("preview", {PREVIEW: picture_mark(PREVIEW_SOURCE)})
     splits = open_images(config, None, print)
     images, targets = first_batch(config, epoch, splits)
     split = splits["train"]
-    names = [getattr(split, "class_names", {}).get(name, name) for name in split.classes]
+    names = split.classes, getattr(split, "class_names", {})
     pixels = pixels_of(images[:MOST_IMAGES])
     title = title_of(config, epoch, len(images), pixels)
-    with replacing(PREVIEW) as file:
-        file.write(sheet(pixels, [label_in_words(target, names) for target in targets[:MOST_IMAGES]], title))
+    with user_error_on_failure("preview", PREVIEW), replacing(PREVIEW) as file:
+        file.write(sheet(pixels, [label_in_words(target, *names) for target in targets[:MOST_IMAGES]], title))
     print(f"wrote {PREVIEW}: {title}")
     if epoch > 1 and any(config[key] for key in CHANCES):
         print("note: the crops are that epoch's own; what is mixed with what is an example, drawn anew")
@@ -74,15 +77,15 @@ def pixels_of(images):
     return (images.float() * std + mean).mul(255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def label_in_words(target, names):
+def label_in_words(target, names, class_names):
     """Return the class of a target, an int64 scalar; of a mixed one, float [C], the two largest shares on a line each."""
     if target.ndim == 0:
-        return names[int(target)]
+        return class_in_words(names[int(target)], class_names)
     shares, classes = target.topk(min(2, len(target)))
     parts = [(share, names[label]) for share, label in zip(shares.tolist(), classes.tolist(), strict=True) if share > 0]
     if len(parts) == 1:
-        return parts[0][1]
-    return "\n".join(f"{100 * share:.0f} % {name.split(',')[0]}" for share, name in parts)
+        return class_in_words(parts[0][1], class_names)
+    return "\n".join(f"{100 * share:.0f} % {class_in_short(name, class_names)}" for share, name in parts)
 
 
 def title_of(config, epoch, in_batch, pixels):
@@ -113,6 +116,4 @@ def sheet(pixels, labels, title):
         for line, words in enumerate(label.split("\n")):
             place = left, top + height + 2 + line * LINE
             draw.text(place, shortened(words, draw, font, cell - 8), fill="black", font=font)
-    buffer = io.BytesIO()
-    page.save(buffer, "PNG")
-    return buffer.getvalue()
+    return png_of(page, PREVIEW_SOURCE)

@@ -77,6 +77,8 @@ def test_a_file_of_classes_must_name_every_output_once(tmp_path):
     path = tmp_path / "classes.txt"
     path.write_text("Käfer\n\ncat\n", "utf-8")
     assert read_class_file(path, 2) == ["Käfer", "cat"]
+    path.write_text("Käfer\ncat\n", "utf-8-sig")  # as Windows' editors save it
+    assert read_class_file(path, 2) == ["Käfer", "cat"]
     for text, reason in (("a\n", "names 1 classes; the network has 2"), ("a\na\n", "names 2 classes, 1 of them different")):
         path.write_text(text)
         with pytest.raises(DataError, match=reason):

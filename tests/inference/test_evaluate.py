@@ -3,7 +3,9 @@
 import csv
 import json
 import math
+import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from engine.inference.confusion import class_rows, count_confusions, pair_rows
 from engine.inference.networks import load_networks
 from engine.inference.scoring import log_mean_probabilities
 from engine.run import checkpoint_files
+from engine.system import errors
 from engine.system.errors import DataError, UserError
 
 CPU = torch.device("cpu")
@@ -258,6 +261,67 @@ def test_the_place_of_an_output_is_made_or_refused_before_anything_is_scored(run
     assert sheet.exists()
 
 
+def accepted(*arguments):
+    """Do what evaluate.py does before it opens a network."""
+    evaluate.check_outputs(evaluate.parse_arguments([str(argument) for argument in arguments]))
+
+
+def test_no_output_replaces_an_input_a_runs_file_or_one_of_the_users_and_its_own_it_does(runs, image_tree, tmp_path, capfd):
+    run, theirs = tmp_path / "run", tmp_path / "theirs"
+    shutil.copytree(runs / "a", run)
+    theirs.mkdir()
+    (run / "report.md").write_text("# Training report: run\n")
+    for name in ("README.md", "config.json", "net.md", "d.png", "d_classes.csv", "new.safetensors"):
+        (theirs / name).write_text("{}")
+    torch.save({"fc.weight": torch.zeros(3)}, theirs / "weights.pt")
+    picture, names = theirs / "a.jpg", theirs / "names.txt"
+    picture.write_bytes(encoded(photo(70, 90)))
+    (theirs / "link.png").symlink_to(picture)
+    os.mkfifo(theirs / "fifo.pt")
+    names.write_text("a\nb\n")
+    before = {path: path.read_bytes() for path in [*run.iterdir(), *theirs.iterdir()] if path.is_file()}
+    best = run / "best.pt"
+    for flags, said in (
+        ([best, "--export", run / "last.pt"], "last.pt is there and was not written by this flag"),
+        ([best, "--export", best], "best.pt is one of the inputs"),
+        ([best, run / "last.pt", "--average", "--export", run / "last.pt"], "last.pt is one of the inputs"),
+        ([best, "--export", f"{theirs}/"], "theirs/config.json is there"),
+        ([best, "--export", theirs / "net.pt"], "net.md is there"),
+        ([best, "--export", theirs / "weights.pt"], "weights.pt is there"),
+        ([best, "--export", theirs / "new.safetensors"], "new.safetensors is there"),
+        ([best, "--export", theirs / "fifo.pt"], "fifo.pt is no regular file"),
+        ([best, "--export", run / "report.safetensors"], "report.md is there"),
+        ([best, "--classify", picture, "--contact-sheet", picture], "a.jpg is one of the inputs"),
+        ([best, "--classify", picture, "--contact-sheet", theirs / "link.png"], "link.png is one of the inputs"),
+        ([best, "--classify", theirs, "--contact-sheet", picture], "a.jpg is there"),
+        ([best, "--classify", picture, "--contact-sheet", run / "curves.png"], "curves.png is there"),
+        ([best, "--classify", picture, "--classes", names, "--contact-sheet", names], "names.txt is one of the inputs"),
+        ([best, "--details", theirs / "d"], "d_classes.csv is there"),
+        ([best, "--details", run / "curves"], "curves.png is there"),
+    ):
+        assert errors.run_program("evaluate.py", evaluated, *flags) == 1
+        (line,) = capfd.readouterr().err.splitlines()
+        assert said in line
+    assert before == {path: path.read_bytes() for path in before}
+    (tmp_path / "empty.png").touch()
+    for flags in (
+        [best, "--export", tmp_path / "net.pt"],
+        [best, "--export", tmp_path / "net.safetensors"],
+        [best, "--export", f"{tmp_path}/hub/"],
+        [best, "--classify", picture, "--contact-sheet", tmp_path / "empty.png"],
+        [best, "--details", tmp_path / "d"],
+        [best, "--details", f"{tmp_path}/d/", "--split=train"],
+    ):
+        assert evaluated(*flags) == 0
+        accepted(*flags)
+    assert sorted(path.name for path in (tmp_path / "d").iterdir()) == [
+        *("_classes.csv", "_confusions.csv", "_confusions.png", "_gallery.json", "_images.csv")
+    ]
+    accepted(tmp_path / "net.pt", "--export", tmp_path / "other.pt")
+    with pytest.raises(UserError, match="net.pt is one of the inputs"):
+        accepted(tmp_path / "net.pt", "--export", tmp_path / "net.pt")
+
+
 def test_a_validation_batch_lost_on_the_way_is_noticed(runs, image_tree, tmp_path, monkeypatch, capsys):
     requests = validation_requests
     monkeypatch.setattr("engine.data.loader.validation_requests", lambda *arguments: list(requests(*arguments))[:-1])
@@ -355,6 +419,10 @@ def test_onnxruntime_gives_the_networks_logits_for_any_batch(runs, image_tree, t
         (logits,) = session.run(["logits"], {"images": images[:count].numpy()})
         np.testing.assert_allclose(logits, expected[:count], atol=1e-4, rtol=1e-4)
     assert json.loads(session.get_modelmeta().custom_metadata_map["resolution"]) == 32
+    accepted(runs / "b/last.pt", "--export", tmp_path / "b.onnx")
+    (tmp_path / "b.onnx").write_bytes(b"another's")
+    with pytest.raises(UserError, match="b.onnx is there and was not written by this flag"):
+        accepted(runs / "b/last.pt", "--export", tmp_path / "b.onnx")
 
 
 def test_the_model_card_says_how_the_weights_came_about_and_what_to_mind(runs, tmp_path, capsys):

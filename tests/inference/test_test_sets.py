@@ -82,8 +82,12 @@ def test_the_reassessed_labels_are_scored_as_their_authors_do(test_set, tmp_path
     classes = len({*sum(real_labels[:7], [])})
     accuracy = f"ReaL top-1 {100 * np.mean(is_correct):.2f} % on 5 images of {classes} classes, 2 without a label left out"
     assert accuracy in said
-    for contents, reason in (("{", "cannot be read"), ("{}", "no list with a list"), ("[[1]]", "is none of the 1 of")):
-        path.write_text(contents)
+    deep = "[" * 100_000 + "]" * 100_000
+    for contents, reason in (
+        *(("{", "cannot be read"), (deep, "cannot be read: .* too deep"), ("{}", "no list with a list")),
+        *(("[[1]]", "is none of the 1 of"), ("\ufeff[[1]]", "is none of the 1 of")),
+    ):
+        path.write_text(contents, "utf-8")
         with pytest.raises(DataError, match=reason):
             evaluated(*flags_of(test_set), f"--real-labels={path}")
     path.write_text(json.dumps([[1000]] * 8))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import finish, run_here, run_program, start_program, tiny_run
 
+import evaluate
 import report
 from config import CONFIG
 from engine.report.charts import SERIES, VARIABLES, chart
@@ -23,6 +24,7 @@ from engine.report.page import as_html, as_markdown, heading, paragraph, table
 from engine.run.monitor import Monitor
 from engine.run.telemetry import GpuFigures, GpuSampler, summary_of
 from engine.run.throughput import Throughput
+from engine.system.errors import run_program as run_main
 from engine.training.metrics import TrainingMetrics
 
 
@@ -241,6 +243,38 @@ def test_the_page_needs_nothing_from_outside_and_escapes_what_it_shows(run_folde
     hostile = as_html("<b>", [heading("<i>"), paragraph("a & <script>"), table(("<th>",), [("x", "<td>")])])
     assert "<script>" not in hostile
     assert html.escape("<td>") in hostile
+
+
+def test_no_report_takes_the_place_of_another_file_and_what_cannot_be_written_is_said_before(tmp_path, monkeypatch, capfd):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text('{"epoch": 1, "val_top1": 5.0, "seconds": 1.0, "learning_rate": 0.1}\n')
+    (tmp_path / "file").write_text("notes")
+    (tmp_path / "mine.md").write_text("# My notes\n")
+    for _ in range(2):
+        reported(tmp_path / "run", folder=tmp_path)
+        reported(tmp_path / "run", tmp_path / "run", folder=tmp_path)
+    monkeypatch.setattr(report, "report_of", lambda arguments: pytest.fail("it began"))
+    for flags, said in (
+        ([f"--output={tmp_path}/file/a"], "file/a.html could not be written: "),
+        ([f"--output={tmp_path}/mine"], "mine.md is there and was not written by this flag"),
+        ([f"--output={tmp_path}/"], "is a folder: name the files in it, such as "),
+        ([f"--log-file={tmp_path}"], "is a folder: name a file"),
+    ):
+        assert run_main("report.py", report.main, report.parse_arguments([f"{tmp_path}/run", *flags])) == 1
+        (line,) = capfd.readouterr().err.splitlines()
+        assert said in line
+    monkeypatch.undo()
+    assert run_main("report.py", report.main, report.parse_arguments([f"{tmp_path}/typo"])) == 1
+    assert not (tmp_path / "typo").exists() and (tmp_path / "mine.md").read_text() == "# My notes\n"
+
+
+@pytest.mark.parametrize("price", ["nan", "-1", "0", "inf", "x"])
+def test_a_price_is_a_number_above_0_as_for_training(price, capsys):
+    for parse in (report.parse_arguments, lambda flags: evaluate.parse_arguments([*flags, "--export=a.pt"])):
+        with pytest.raises(SystemExit) as ended:
+            parse([f"--price-per-hour={price}"])
+        assert ended.value.code == 2
+        assert f"argument --price-per-hour: {price}: must be a number above 0" in capsys.readouterr().err
 
 
 def test_both_writers_show_every_block():

@@ -65,3 +65,11 @@ def test_logs_of_old_can_be_read(tmp_path):
     (session,) = read_sessions(tmp_path / "log")
     assert session.config["grad_clip_value"] == math.inf
     assert (session.asked_config["learning_rate"], session.config["learning_rate"]) == ("auto", 0.0031)
+
+
+def test_nesting_too_deep_to_be_read_is_no_json(tmp_path):
+    text = "[" * 100_000 + "]" * 100_000
+    with pytest.raises(ValueError, match="too deep"):
+        from_json(text)
+    (tmp_path / "metrics.jsonl").write_text(f'{text}\n{{"epoch": 1}}\n')
+    assert read_records(tmp_path / "metrics.jsonl") == [{"epoch": 1}]

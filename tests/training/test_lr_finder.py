@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import re
 
 import numpy as np
@@ -10,6 +11,8 @@ import lr_finder
 from engine.cli.command_line import parse_command_line
 from engine.cli.keys import ConfigError
 from engine.data.demo import make_demo_data
+from engine.inference import outputs
+from engine.system import errors
 from engine.system.errors import TrainingStopped
 from engine.training.range_test import range_test, suggest
 
@@ -96,6 +99,8 @@ def test_it_writes_picture_and_json_and_touches_no_run(image_tree, tmp_path):
     for name in ("steepest descent", "valley", "divergence"):
         assert name in output
     assert (tmp_path / "lr_finder.png").read_bytes().startswith(b"\x89PNG")
+    kinds = outputs.RANGE_TEST_MARK, outputs.picture_mark(outputs.RANGE_TEST_SOURCE)
+    outputs.claim("output", dict(zip((tmp_path / "lr_finder.json", tmp_path / "lr_finder.png"), kinds, strict=True)))
     assert len(found["rates"]) == len(found["losses"]) >= 10
 
 
@@ -125,6 +130,38 @@ def test_the_range_is_the_one_asked_for(image_tree, tmp_path):
     assert status == 0, output
     rates = json.loads((tmp_path / "found.json").read_text())["rates"]
     np.testing.assert_allclose(rates, np.geomspace(1e-4, 1e-3, 20)[: len(rates)])
+
+
+def test_files_that_cannot_or_must_not_be_written_are_refused_before_the_test(image_tree, tmp_path, monkeypatch, capfd):
+    (tmp_path / "file").write_text("{}")
+    (tmp_path / "lr.json").write_text("{}")
+    monkeypatch.setattr(lr_finder, "with_initial_weights", lambda command: pytest.fail("it began"))
+    for output, said in (
+        ("/proc/x/lr", "lr_finder.py: --output /proc/x/lr.json could not be written: "),
+        (f"{tmp_path}/file/lr", "could not be written: "),
+        (f"{tmp_path}/lr", "lr.json is there and was not written by this flag"),
+        (f"{tmp_path}/", "is a folder: name the files in it, such as "),
+    ):
+        command = parse_command_line([*tiny_run(image_tree, tmp_path / "run"), f"--output={output}"], lr_finder.OWN_FLAGS)
+        assert errors.run_program("lr_finder.py", lr_finder.main, command) == 1
+        (line,) = capfd.readouterr().err.splitlines()
+        assert said in line
+
+
+def test_the_suggestion_is_said_where_the_files_cannot_be_written_any_more(image_tree, tmp_path, monkeypatch, capfd):
+    find = lr_finder.find_learning_rate
+
+    def then_a_pipe_comes(*arguments):
+        os.mkfifo(tmp_path / "lr.json")
+        return find(*arguments)
+
+    monkeypatch.setattr(lr_finder, "find_learning_rate", then_a_pipe_comes)
+    flags = [*tiny_run(image_tree, tmp_path / "run"), "--steps=20", f"--output={tmp_path}/lr"]
+    command = parse_command_line(flags, lr_finder.OWN_FLAGS)
+    assert errors.run_program("lr_finder.py", lr_finder.main, command) == 1
+    printed = capfd.readouterr()
+    assert "suggested learning_rate: " in printed.out and "no regular file" in printed.err
+    assert (tmp_path / "lr.json").is_fifo()
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import train
 from engine.cli.command_line import parse_command_line
 from engine.cli.keys import ConfigError
 from engine.data.splits import open_splits
-from engine.system.errors import TrainingStopped
+from engine.system.errors import TrainingStopped, UserError
 from engine.training.preview import first_batch, label_in_words, pixels_of
 
 MIXED = {"mixup_alpha": 0.2, "cutmix_alpha": 1.0, "augmentation": "randaugment"}
@@ -56,11 +56,26 @@ def test_the_picture_holds_the_batchs_pixels(image_tree, tmp_path, monkeypatch, 
         assert any(cut.shape == image.shape and (cut == image).all() for cut in found)
 
 
+def test_a_picture_that_cannot_or_must_not_be_written_is_refused_before_the_images_are_read(image_tree, tmp_path, monkeypatch):
+    arguments = [*tiny_run(image_tree, tmp_path / "run"), "--preview"]
+    monkeypatch.chdir(tmp_path)
+    assert run_here(arguments) == run_here(arguments) == 0
+    monkeypatch.setattr("engine.training.preview.open_images", lambda *arguments: pytest.fail("it began"))
+    (tmp_path / "preview.png").write_text("my own")
+    with pytest.raises(UserError, match="preview.png is there and was not written by this flag"):
+        run_here(arguments)
+    assert (tmp_path / "preview.png").read_text() == "my own"
+    monkeypatch.chdir("/proc/self")
+    with pytest.raises(UserError, match="--preview preview.png could not be written"):
+        run_here(arguments)
+
+
 def test_labels_have_names_and_mixed_ones_their_shares():
-    names = ["cat, tabby", "dog", "fox"]
-    assert label_in_words(torch.tensor(1), names) == "dog"
-    assert label_in_words(torch.tensor([0.7, 0.0, 0.3]), names) == "70 % cat\n30 % fox"
-    assert label_in_words(torch.tensor([0.0, 1.0, 0.0]), names) == "dog"
+    classes = ["n1", "dog", "fox, red"], {"n1": "cat, tabby"}
+    assert label_in_words(torch.tensor(1), *classes) == "dog"
+    assert label_in_words(torch.tensor(0), *classes) == "cat, tabby"
+    assert label_in_words(torch.tensor([0.7, 0.0, 0.3]), *classes) == "70 % cat\n30 % fox, red"
+    assert label_in_words(torch.tensor([0.0, 1.0, 0.0]), *classes) == "dog"
 
 
 @pytest.mark.parametrize(
