@@ -32,6 +32,11 @@ def open_images(config, checkpoint, log):
         raise DataError(f"{config['data_dir']} holds other images on one machine than on another")
     if checkpoint is not None:
         _require_same_images(splits, checkpoint, config)
+    elif images.labels.min() == images.labels.max():
+        raise DataError(
+            f"{config['data_dir']} holds images of one class alone, {images.classes[images.labels[0]]!r}: there is nothing to "
+            "tell apart. The folders right inside of train/ and val/ are the classes"
+        )
     if len(images) < config["batch_size"]:
         raise DataError(
             f"{len(images)} training images make no batch of batch_size = {config['batch_size']}: lower --batch-size"
