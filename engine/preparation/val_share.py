@@ -105,6 +105,18 @@ def _some(paths):
     return some([text_of(path) for path in paths], 3)
 
 
+def name_digests(splits):
+    """Return {split: the SHA-256 of its images' names, in hex}, whatever their order."""
+    names = {split: sorted(map(images.name, range(len(images)))) for split, images in splits.items()}
+    return {split: hashlib.sha256("\0".join(of_split).encode()).hexdigest() for split, of_split in names.items()}
+
+
+def share_digests(splits):
+    """Return name_digests of splits that open_shares has opened; None of any others."""
+    folders = {getattr(images, "folder", split) for split, images in splits.items()}
+    return name_digests(splits) if len(folders) == 1 else None
+
+
 def split_by_hash(found, share):
     """Return (Labelled for training, Labelled for validation): of each class those whose names' SHA-256 comes first validate.
 

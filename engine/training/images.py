@@ -4,6 +4,7 @@ from engine.cli.keys import ConfigError
 from engine.data.demo import make_demo_data
 from engine.data.fetching import fetch_images, images_folder
 from engine.data.splits import log_packing_gain, open_splits
+from engine.preparation.val_share import name_digests, share_digests
 from engine.system import distributed
 from engine.system.errors import DataError
 
@@ -27,7 +28,7 @@ def open_images(config, checkpoint, log):
     images = splits["train"]
     if checkpoint is not None:
         _keep_order_of_classes(splits, checkpoint, log)
-    seen = distributed.all_gather_object((images.classes, len(images), len(splits["val"])))
+    seen = distributed.all_gather_object((images.classes, len(images), len(splits["val"]), share_digests(splits)))
     if seen.count(seen[0]) < len(seen):
         raise DataError(f"{config['data_dir']} holds other images on one machine than on another")
     if checkpoint is not None:
@@ -62,6 +63,13 @@ def _require_same_images(splits, checkpoint, config):
         raise DataError(
             f"{config['data_dir']} holds {len(images):,} training images of {len(images.classes)} classes; the run to resume "
             f"saw {checkpoint['train_images']:,} of {len(checkpoint['classes'])}. Name its images with --data-dir"
+        )
+    then = checkpoint.get("share_digests")  # None: not of a share, or of an older run
+    here = then and name_digests(splits)
+    if then and here["train"] != then["train"]:
+        raise DataError(
+            f"{config['data_dir']} holds its images under other names than when the run to resume began, and the split of "
+            "val_share goes by them: it would be scored on images that it was trained on. Give them their names back"
         )
     if val_images != checkpoint.get("val_images", val_images):  # new in format 1
         raise DataError(
