@@ -1,6 +1,7 @@
 """The images of a run: those of its checkpoint, the same on each machine, and enough for a batch."""
 
 from engine.cli.keys import ConfigError
+from engine.data.batches import REPLACE_IT
 from engine.data.demo import make_demo_data
 from engine.data.fetching import fetch_images, images_folder
 from engine.data.splits import log_packing_gain, open_splits
@@ -32,7 +33,7 @@ def open_images(config, checkpoint, log):
     if seen.count(seen[0]) < len(seen):
         raise DataError(f"{config['data_dir']} holds other images on one machine than on another")
     if checkpoint is not None:
-        _require_same_images(splits, checkpoint, config)
+        _require_same_images(splits, checkpoint, config, log)
     elif images.labels.min() == images.labels.max():
         raise DataError(
             f"{config['data_dir']} holds images of one class alone, {images.classes[images.labels[0]]!r}: there is nothing to "
@@ -57,22 +58,30 @@ def _keep_order_of_classes(splits, checkpoint, log):
             split.relabel(checkpoint["classes"])
 
 
-def _require_same_images(splits, checkpoint, config):
+def _require_same_images(splits, checkpoint, config, log):
     images, val_images = splits["train"], len(splits["val"])
-    if (images.classes, len(images)) != (checkpoint["classes"], checkpoint["train_images"]):
-        raise DataError(
-            f"{config['data_dir']} holds {len(images):,} training images of {len(images.classes)} classes; the run to resume "
-            f"saw {checkpoint['train_images']:,} of {len(checkpoint['classes'])}. Name its images with --data-dir"
-        )
     then = checkpoint.get("share_digests")  # None: not of a share, or of an older run
     here = then and name_digests(splits)
+    if (images.classes, len(images)) != (checkpoint["classes"], checkpoint["train_images"]):
+        share = (
+            "; with val_share a removed image moves others between the splits: put one there, under its name" if then else ""
+        )
+        raise DataError(
+            f"{config['data_dir']} holds {len(images):,} training images of {len(images.classes)} classes; the run to resume "
+            f"saw {checkpoint['train_images']:,} of {len(checkpoint['classes'])}. Name its images with --data-dir{share}"
+        )
     if then and here["train"] != then["train"]:
         raise DataError(
             f"{config['data_dir']} holds its images under other names than when the run to resume began, and the split of "
             "val_share goes by them: it would be scored on images that it was trained on. Give them their names back"
         )
-    if val_images != checkpoint.get("val_images", val_images):  # new in format 1
-        raise DataError(
-            f"{config['data_dir']} holds {val_images:,} validation images; the run to resume was scored on "
-            f"{checkpoint['val_images']:,}, and its best so far would mean nothing. Name its images with --data-dir"
-        )
+    were = checkpoint.get("val_images", val_images)  # new in format 1
+    if val_images == were and here == then:
+        return
+    if checkpoint["best"]["epoch"] == 0:
+        log(f"note: {val_images:,} validation images now, {were:,} when the run began: it has not been scored on any yet")
+        return
+    raise DataError(
+        f"{config['data_dir']} holds {'other' if val_images == were else f'{val_images:,}'} validation images; the run to "
+        f"resume was scored on {were:,}, and its best so far would mean nothing. Name its images with --data-dir; {REPLACE_IT}"
+    )
