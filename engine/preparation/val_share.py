@@ -56,6 +56,15 @@ def class_folders_alone(tree, where):
     return "" if not splits and has_images(tree, "", in_folders_only=True) else None
 
 
+def folders_of_classes(tree, where):
+    """Return the paths of the folders right inside of which each folder is taken as a class."""
+    alone = class_folders_alone(tree, where)
+    if alone is not None:
+        return [alone]
+    root = trees.root_of_split(tree, where, "train")
+    return [] if root is None else [path for split in trees.SPLITS for path in trees.split_folders(tree, root, split)]
+
+
 def refuse_other_levels(tree, folder, where):
     """Raise DataError where the class folders in `folder`, of class_folders_alone, are likely none; says what to do.
 

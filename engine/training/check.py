@@ -34,7 +34,7 @@ from engine.system.interruption import spot_notice
 from engine.system.micro_batches import network_px
 from engine.system.object_store import ObjectStore, StorageError
 from engine.system.workers import available_cores
-from engine.training.images import open_images
+from engine.training.images import open_images, refuse_folders_among_classes
 from engine.training.initial_weights import with_initial_weights
 from engine.training.mirroring import IS_THE_SAME, is_same_folder, refuse_another_run
 from engine.training.plan import positive
@@ -95,6 +95,7 @@ def whole_check(command, build_model):
         (config, lines), failed = _tried("size_rule", lambda: adapted(command, config, splits["train"]), (config, []))
         yield from failed + [Finding(NOTE, "size_rule", line) for line in lines]
         yield from _loaded(initial, config, splits["train"].classes, build_model)
+    yield from _tried("folders", lambda: refuse_folders_among_classes(config))[1]
     if "overwrite" not in command.options:
         yield from _tried("checkpoint_dir", lambda: refuse_to_overwrite(config["checkpoint_dir"]))[1]
     classes = len(splits["train"].classes) if splits else 1000

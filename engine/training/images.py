@@ -1,13 +1,19 @@
 """The images of a run: those of its checkpoint, the same on each machine, and enough for a batch."""
 
+import os
+from pathlib import Path
+
+from engine.cli.command_line import flag_of
 from engine.cli.keys import ConfigError
 from engine.data.batches import REPLACE_IT
 from engine.data.demo import make_demo_data
 from engine.data.fetching import fetch_images, images_folder
 from engine.data.splits import log_packing_gain, open_splits
-from engine.preparation.val_share import name_digests, share_digests
+from engine.preparation.finding import FolderTree
+from engine.preparation.val_share import folders_of_classes, name_digests, share_digests
 from engine.system import distributed
 from engine.system.errors import DataError
+from engine.system.files import ADDRESS
 
 
 def open_images(config, checkpoint, log):
@@ -48,6 +54,24 @@ def open_images(config, checkpoint, log):
     if checkpoint is None and distributed.rank() == 0:
         log_packing_gain(images, config, log)
     return splits
+
+
+def refuse_folders_among_classes(config):
+    """Raise DataError where a folder that the run will make would lie among the class folders, and count as one of them."""
+    folder = images_folder(config)
+    if not Path(folder).is_dir() or Path(folder, "train.arrow").is_file():
+        return
+    tree = FolderTree(folder)
+    roots = [os.path.realpath(tree.path(root)) + b"/" for root in folders_of_classes(tree, folder)]
+    places = {"checkpoint_dir": config["checkpoint_dir"], "log_file": os.path.dirname(config["log_file"] or "")}
+    if not ADDRESS.match(config["mirror"]) and config["mirror"] != "none":
+        places["mirror"] = config["mirror"]
+    for key, place in places.items():
+        if os.fsencode(os.path.realpath(place)).startswith(tuple(roots)):
+            raise DataError(
+                f"{key} = {config[key]!r} lies among the class folders of data_dir = {folder!r}, and would count as one: name "
+                f"another place with {flag_of(key)}"
+            )
 
 
 def _keep_order_of_classes(splits, checkpoint, log):

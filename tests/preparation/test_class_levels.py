@@ -71,3 +71,22 @@ def test_a_run_on_one_class_is_refused_and_the_check_says_so(image_tree, tmp_pat
     assert run_here([*arguments, "--check"]) == 1
     assert "of one class alone" in capsys.readouterr().out
     assert len(open_splits(tmp_path / "W", ("val",))["val"]) == 20  # a test set may be of one class
+
+
+def test_a_runs_own_folders_are_refused_among_the_class_folders_before_they_are_made(image_tree, tmp_path, capsys, monkeypatch):
+    images, away = shutil.copytree(image_tree / "train", tmp_path / "U"), tmp_path / "run"
+    for key, value in (("checkpoint_dir", images / "run"), ("log_file", images / "logs/1.log"), ("mirror", images / "mirror")):
+        arguments = tiny_run(images, away, val_share=0.2) + [f"--{key}={value}"]
+        with pytest.raises(DataError, match=f"{key} = '{value}' lies among the class folders .*--{key.replace('_', '-')}$"):
+            run_here(arguments)
+        assert run_here([*arguments, "--check"]) == 1
+        assert "this run would fail: folders" in capsys.readouterr().out
+    monkeypatch.chdir(images)
+    with pytest.raises(DataError, match="checkpoint_dir = 'checkpoints' lies among"):
+        run_here(["--recipe=finetune", "--data-dir=."])
+    assert sorted(path.name for path in images.iterdir()) == sorted(path.name for path in (image_tree / "train").iterdir())
+    tree = shutil.copytree(image_tree, tmp_path / "tree")
+    with pytest.raises(DataError, match="among the class folders"):
+        run_here(tiny_run(tree, tree / "train/run", epochs=1, swa_start_epoch=0, log_file=tree / "1.log"))
+    for _ in range(2):  # beside train/ and val/ there is room
+        assert run_here([*tiny_run(tree, tree / "run", epochs=1, swa_start_epoch=0), "--overwrite"]) == 0
