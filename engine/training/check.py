@@ -38,6 +38,7 @@ from engine.training.images import open_images, refuse_folders_among_classes
 from engine.training.initial_weights import with_initial_weights
 from engine.training.mirroring import IS_THE_SAME, is_same_folder, refuse_another_run
 from engine.training.plan import positive
+from engine.training.settling import require_consistent_flags
 from engine.training.size_rule import adapted
 
 OK, NOTE, FAILS = "ok", "note", "FAILS"
@@ -64,6 +65,7 @@ class Finding(NamedTuple):
 def check_run(command, build_model):
     """Print a table of what a new run finds on this machine, with a verdict each; return 1 where the run would fail, else 0."""
     refuse_several("train.py --check")
+    require_consistent_flags(command)
     findings = list(whole_check(command, build_model))
     width = max(len(finding.what) for finding in findings)
     for finding in findings:

@@ -13,6 +13,7 @@ from conftest import narrow_build_model, run_here, tiny_run
 import train
 from config import CONFIG, RECIPES
 from engine.cli.command_line import parse_command_line
+from engine.cli.keys import ConfigError
 from engine.system.disks import mount_of, why_it_goes_away, why_not_writable
 from engine.training.check import AROUND_MIB, copies_of_weights, count_weights, needed_mib, quick_check
 
@@ -116,6 +117,11 @@ def test_frozen_random_weights_are_noted_and_warned_of_at_the_start(image_tree, 
     assert status == 0 and table["initial weights"][0] == "note" and "stay random" in table["initial weights"][1]
     assert run_here(arguments) == 0
     assert "WARNING: freeze = 'layer4' without initial_weights" in capsys.readouterr().out
+
+
+def test_flags_that_the_start_refuses_together_are_refused_by_the_check(image_tree, tmp_path):
+    with pytest.raises(ConfigError, match="--dollars without --price-per-hour"):
+        run_here([*tiny_run(image_tree, tmp_path / "run"), "--check", "--dollars=3"])
 
 
 def test_what_the_size_rule_makes_of_the_flags_is_checked_too(image_tree, tmp_path, capsys):
