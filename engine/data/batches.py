@@ -16,6 +16,7 @@ from engine.data.images import training_view, validation_view
 from engine.system.errors import DataError
 
 TRIES_TO_REPLACE = 100  # images drawn for an unreadable one before the data set itself is called unreadable
+REPLACE_IT = "mend a damaged image, or put another image of its class there, under its name"
 
 
 class BatchRequest(NamedTuple):
@@ -144,5 +145,5 @@ def refuse_bad_images(batches, split):
     """Yield the validation batches; raise DataError at an unreadable image: accuracy is never that of fewer images."""
     for batch in batches:
         for index, reason in batch.bad_images:
-            raise DataError(f"validation image {split.name(index)} cannot be read ({reason}); mend or remove it")
+            raise DataError(f"validation image {split.name(index)} cannot be read ({reason}); {REPLACE_IT}")
         yield batch

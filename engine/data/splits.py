@@ -11,7 +11,7 @@ from engine.preparation.finding import FolderTree, some
 from engine.preparation.forms import form_at, no_form
 from engine.preparation.packed import PackedSplit, unfinished_files
 from engine.preparation.trees import SPLITS, all_names, open_folders
-from engine.preparation.val_share import class_folders_alone, open_shares
+from engine.preparation.val_share import class_folders_alone, open_shares, refuse_other_levels
 from engine.system.errors import DataError
 
 
@@ -30,7 +30,9 @@ def open_splits(data_dir, needed=SPLITS, log=print, val_share=0.0):
     splits = {split: PackedSplit(path) for split, path in packed.items() if path.is_file()}
     if rest := tuple(split for split in needed if split not in splits):
         classes = splits["train"].classes if "train" in splits else None
-        opened = open_shares(data_dir, val_share) if val_share and rest == SPLITS and data_dir.is_dir() else None
+        opened = None
+        if val_share and rest == SPLITS and data_dir.is_dir() and _has_class_folders_alone(data_dir):
+            opened = open_shares(data_dir, val_share)
         if opened is None and data_dir.is_dir():
             opened = open_folders(data_dir, rest, classes)
             if opened is not None and val_share:
@@ -50,6 +52,15 @@ def open_splits(data_dir, needed=SPLITS, log=print, val_share=0.0):
         if empty := [images.classes[label] for label in np.flatnonzero(counts == 0)]:
             log(f"WARNING: {split} has no images of {len(empty):,} of the {len(counts):,} classes: {some(empty)}")
     return splits
+
+
+def _has_class_folders_alone(data_dir):
+    """Return whether class folders are all that a folder has; DataError where they are likely no classes."""
+    tree, where = FolderTree(data_dir), str(data_dir)
+    folder = class_folders_alone(tree, where)
+    if folder is not None:
+        refuse_other_levels(tree, folder, where)
+    return folder is not None
 
 
 def _let_classes_agree(splits, data_dir):
@@ -83,7 +94,7 @@ def _nothing_there(data_dir, splits):
             "then name the folder PACKED with --data-dir"
         )
     missing = [split for split in splits if not any((data_dir / name).is_dir() for name in all_names(split))]
-    if missing == list(SPLITS) and class_folders_alone(FolderTree(data_dir), str(data_dir)) is not None:
+    if missing == list(SPLITS) and _has_class_folders_alone(data_dir):
         return (
             f"data_dir = {str(data_dir)!r} holds class folders alone: --val-share 0.2 lets a fifth of each class validate, or "
             "move images to train/<class>/ and val/<class>/"

@@ -5,7 +5,7 @@ from pathlib import Path
 from engine.data.loader import BatchLoader
 from engine.data.splits import open_splits
 from engine.inference.class_matching import match_classes
-from engine.preparation.val_share import open_shares
+from engine.preparation.val_share import open_shares, share_digests
 from engine.system.device import AUTOCAST_DTYPES
 from engine.system.errors import DataError
 from engine.system.interruption import StopRequest
@@ -15,10 +15,20 @@ def open_matching_splits(networks, data_dir, needed):
     """Return the splits of data_dir, with labels in the order of the networks' outputs.
 
     Raises:
-        DataError: the order is not certain, or not the same for all networks.
+        DataError: the order is not certain, or not the same for all networks; or some were trained on what others are to be
+            scored on.
     """
-    orders, remarks = {}, {}
-    splits = _shares_of_run(networks[0], data_dir) or open_splits(data_dir, needed)
+    orders, remarks, shares = {}, {}, {}
+    for network in networks:
+        if (splits := _shares_of_run(network, data_dir, remarks.setdefault)) is not None:
+            shares.setdefault(share_digests(splits)["val"], (splits, network.path))
+    if len(shares) > 1:
+        first, second, *_ = (path for _, path in shares.values())
+        raise DataError(
+            f"{first} and {second} have other images for validation: the one was trained on images that the other would be "
+            "scored on; score one at a time"
+        )
+    splits = next(iter(shares.values()))[0] if shares else open_splits(data_dir, needed)
     for network in networks:
         outputs = network.model.fc.out_features
         match_classes(splits["val"], network.classes, outputs, network.path, data_dir, remarks.setdefault)
@@ -34,10 +44,13 @@ def open_matching_splits(networks, data_dir, needed):
     return splits
 
 
-def _shares_of_run(network, data_dir):
+def _shares_of_run(network, data_dir, remark):
     """Return the splits of a run whose validation images are a share of its folder, if that is what data_dir holds.
 
-    They are told by their numbers and classes: another folder of class folders is a test set, and scored whole.
+    They are told by their numbers, classes and names: another folder of class folders is a test set, and scored whole.
+
+    Args:
+        remark: called with each line for the user.
     """
     run, share = network.checkpoint, network.config["val_share"]
     opened = open_shares(data_dir, share) if run and share and Path(data_dir).is_dir() else None
@@ -51,9 +64,15 @@ def _shares_of_run(network, data_dir):
                 f"{data_dir} holds other images than when {network.path} was trained: which of them it has not seen cannot be "
                 "told; name other ones with --data-dir"
             )
-        print(f"note: all images in {data_dir} are scored; the run's own validation images were a share of another folder")
+        remark(f"note: all images in {data_dir} are scored; the run's own validation images were a share of another folder")
         return None
-    print("\n".join(remarks))
+    if run.get("share_digests") not in (None, share_digests(splits)):  # None: an older run
+        raise DataError(
+            f"{data_dir} holds as many images as when {network.path} was trained, under other names: which of them it has not "
+            "seen cannot be told; give them their names back, or name other ones with --data-dir"
+        )
+    for line in remarks:
+        remark(line)
     return splits
 
 

@@ -9,10 +9,16 @@ from engine.preparation.finding import (
     Labelled,
     LeftOut,
     has_images,
+    is_image_name,
+    join_path,
     labelled_by_folder,
     path_bytes,
+    some,
     text_of,
 )
+from engine.system.errors import DataError
+
+SPLIT_WORDS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval", "evaluation"}  # in any case
 
 
 def open_shares(path, share):
@@ -48,6 +54,76 @@ def class_folders_alone(tree, where):
     names = (*trees.all_names("train"), *trees.all_names("val"))
     splits = [name for name in tree.entries("")[0] if name in names and has_images(tree, name, in_folders_only=True)]
     return "" if not splits and has_images(tree, "", in_folders_only=True) else None
+
+
+def folders_of_classes(tree, where):
+    """Return the paths of the folders right inside of which each folder is taken as a class."""
+    alone = class_folders_alone(tree, where)
+    if alone is not None:
+        return [alone]
+    root = trees.root_of_split(tree, where, "train")
+    return [] if root is None else [path for split in trees.SPLITS for path in trees.split_folders(tree, root, split)]
+
+
+def refuse_other_levels(tree, folder, where):
+    """Raise DataError where the class folders in `folder`, of class_folders_alone, are likely none; says what to do.
+
+    A folder without an image right inside of it, but in folders below, may be a split under another name, the one folder
+    around all classes, or one of several around them. A folder train/ says itself where the classes lie.
+    """
+    around = folder.rpartition("/")[0]
+    if splits := [each for each in _folders_of_folders(tree, around) if _name(each).lower() in SPLIT_WORDS and each != folder]:
+        looks = "looks like a split, not a class" if len(splits) == 1 else "look like splits, not classes"
+        raise DataError(
+            f"{where}: {_some(splits)} {looks}: rename the folders with the training and validation images to train and val, "
+            "and move others away"
+        )
+    if folder:
+        return
+    inside = _with_images(tree, "")
+    while len(inside) == 1 and inside == _folders_of_folders(tree, folder):
+        (folder,) = inside
+        inside = _with_images(tree, folder)
+    if folder and len(inside) > 1:
+        raise DataError(f"{where}: its class folders lie in one folder around them: --data-dir {where}/{text_of(folder)}")
+    if len(inside) > 1 and inside == _folders_of_folders(tree, ""):
+        deeper = [path for each in inside for path in _with_images(tree, each)]
+        if len(deeper) > len(inside):  # not <class>/images/, as tiny-imagenet-200 has it
+            raise DataError(
+                f"{where}: all {len(inside)} folders ({_some(inside)}) hold folders alone ({_some(deeper)}): if those are the "
+                "classes, bring them together in one folder; if the outer ones are, put these into a folder train"
+            )
+
+
+def _with_images(tree, path):
+    """Return the paths of the folders right inside of `path` that have images in them or below."""
+    inside = [join_path(path, name) for name in tree.entries(path)[0]]
+    return [each for each in inside if has_images(tree, each)]
+
+
+def _folders_of_folders(tree, path):
+    """Return those of _with_images that have no image right inside."""
+    return [each for each in _with_images(tree, path) if not any(map(is_image_name, tree.entries(each)[1]))]
+
+
+def _name(path):
+    return path.rpartition("/")[2]
+
+
+def _some(paths):
+    return some([text_of(path) for path in paths], 3)
+
+
+def name_digests(splits):
+    """Return {split: the SHA-256 of its images' names, in hex}, whatever their order."""
+    names = {split: sorted(map(images.name, range(len(images)))) for split, images in splits.items()}
+    return {split: hashlib.sha256("\0".join(of_split).encode()).hexdigest() for split, of_split in names.items()}
+
+
+def share_digests(splits):
+    """Return name_digests of splits that open_shares has opened; None of any others."""
+    folders = {getattr(images, "folder", split) for split, images in splits.items()}
+    return name_digests(splits) if len(folders) == 1 else None
 
 
 def split_by_hash(found, share):

@@ -1,5 +1,7 @@
 """Whether a run would go well on this machine: python train.py --check, and its quick half at each start."""
 
+import contextlib
+import functools
 import multiprocessing
 import os
 import platform
@@ -18,20 +20,26 @@ from engine.data.batches import resolution_of_epoch
 from engine.data.fetching import images_folder
 from engine.data.images import decode_rgb, training_view
 from engine.data.loader import worker_count
+from engine.inference.weight_files import load_weights
 from engine.preparation.trees import IMAGENET_COUNTS
+from engine.run.checkpoint_files import refuse_to_overwrite
+from engine.run.mirror import read_manifest
 from engine.run.published import SEED_RUN
 from engine.system.device import choose_device, choose_precision, describe_device
 from engine.system.disks import existing, free_bytes, why_it_goes_away, why_not_writable
 from engine.system.distributed import local_size, refuse_several, size
-from engine.system.errors import UserError
+from engine.system.errors import CheckpointError, UserError
 from engine.system.files import ADDRESS
 from engine.system.interruption import spot_notice
 from engine.system.micro_batches import network_px
 from engine.system.object_store import ObjectStore, StorageError
 from engine.system.workers import available_cores
-from engine.training.images import open_images
-from engine.training.mirroring import IS_THE_SAME, is_same_folder
+from engine.training.images import open_images, refuse_folders_among_classes
+from engine.training.initial_weights import with_initial_weights
+from engine.training.mirroring import IS_THE_SAME, is_same_folder, refuse_another_run
 from engine.training.plan import positive
+from engine.training.settling import require_consistent_flags
+from engine.training.size_rule import adapted
 
 OK, NOTE, FAILS = "ok", "note", "FAILS"
 LEAST_PYTHON, LEAST_TORCH = (3, 11), (2, 8)
@@ -57,7 +65,8 @@ class Finding(NamedTuple):
 def check_run(command, build_model):
     """Print a table of what a new run finds on this machine, with a verdict each; return 1 where the run would fail, else 0."""
     refuse_several("train.py --check")
-    findings = list(whole_check(command.config, command.options, build_model))
+    require_consistent_flags(command)
+    findings = list(whole_check(command, build_model))
     width = max(len(finding.what) for finding in findings)
     for finding in findings:
         print(f"{finding.verdict:5}  {finding.what:{width}}  {finding.text}")
@@ -66,36 +75,60 @@ def check_run(command, build_model):
     return 1 if failing else 0
 
 
-def whole_check(config, options, build_model):
-    """Yield the Findings of a configuration."""
+def whole_check(command, build_model):
+    """Yield the Findings of a Command."""
     yield _versions()
-    try:
-        device = choose_device(config)
-        yield Finding(OK, "device", f"{describe_device(device)}, {choose_precision(config, device)}")
-    except UserError as error:
-        yield Finding(FAILS, "device", " ".join(str(error).split()))
-        device = torch.device("cpu")
-    lines, splits = [], None
-    try:
-        if config["make_demo_data"] and not Path(config["data_dir"]).exists():
-            yield Finding(OK, "images", f"the demo's pictures will be made in {config['data_dir']}")
-        else:
-            splits = open_images(config, None, lines.append)
-    except UserError as error:
-        yield Finding(FAILS, "images", str(error))
+    (device, precision), failed = _tried("device", lambda: _device(command.config), (torch.device("cpu"), None))
+    yield from failed or [Finding(OK, "device", f"{describe_device(device)}, {precision}")]
+    no_weights = command, None, []
+    (command, initial, lines), failed = _tried("initial weights", lambda: with_initial_weights(command), no_weights)
+    yield from failed + [Finding(NOTE, "initial weights", line) for line in lines]
+    config, lines, splits = command.config, [], None
+    if config["make_demo_data"] and not Path(config["data_dir"]).exists():
+        yield Finding(OK, "images", f"the demo's pictures will be made in {config['data_dir']}")
+    else:
+        splits, failed = _tried("images", lambda: open_images(config, None, lines.append))
+        yield from failed
     if splits is not None:
         yield _counts(splits)
         for line in lines:
             yield Finding(NOTE, "images", line)
         yield from _decoded(splits, config)
+        (config, lines), failed = _tried("size_rule", lambda: adapted(command, config, splits["train"]), (config, []))
+        yield from failed + [Finding(NOTE, "size_rule", line) for line in lines]
+        yield from _loaded(initial, config, splits["train"].classes, build_model)
+    yield from _tried("folders", lambda: refuse_folders_among_classes(config))[1]
+    if "overwrite" not in command.options:
+        yield from _tried("checkpoint_dir", lambda: refuse_to_overwrite(config["checkpoint_dir"]))[1]
     classes = len(splits["train"].classes) if splits else 1000
     yield from quick_check(config, device, classes, build_model)
     if splits is not None:
-        yield _reading(splits["train"], config, device, positive("images_per_s", options))
+        yield _reading(splits["train"], config, device, positive("images_per_s", command.options))
     if config["spot_notice"]:
         yield _metadata_service(config)
     if config["mirror"] != "none":
-        yield _mirror(config["mirror"])
+        yield _mirror(config["mirror"], command)
+
+
+def _tried(what, ask, otherwise=None):
+    """Return (ask(), []), or where that raises a UserError (otherwise, [the Finding])."""
+    try:
+        return ask(), []
+    except UserError as error:
+        return otherwise, [Finding(FAILS, what, " ".join(str(error).split()))]
+
+
+def _device(config):
+    device = choose_device(config)
+    return device, choose_precision(config, device)
+
+
+def _loaded(initial, config, classes, build_model):
+    """Yield whether FoundWeights fit the network; nothing where a run begins with random ones."""
+    if initial is not None:
+        load = functools.partial(load_weights, build_model(config, len(classes), "cpu"), initial, classes)
+        lines, failed = _tried("initial weights", load)
+        yield from failed or [Finding(OK, "initial weights", "; ".join(lines))]
 
 
 def quick_check(config, device, classes, build_model):
@@ -322,11 +355,19 @@ def _metadata_service(config):
     return Finding(OK, "spot notice", f"the metadata service at {url} answers")
 
 
-def _mirror(url):
+def _mirror(url, command):
+    place = Path(url).absolute()
+    new = [] if ADDRESS.match(url) else [folder for folder in (place, *place.parents) if not folder.exists()]
     try:
         store, name = ObjectStore(url, "mirror"), f"check_{os.getpid()}"
         store.put(name, b"")
         store.delete(name)
+        refuse_another_run(url, read_manifest(store)[0], command)
     except (UserError, StorageError) as error:
-        return Finding(FAILS, "mirror", f"{url} cannot be written to: {error}")
+        reason = "" if isinstance(error, CheckpointError) else f"{url} cannot be written to: "
+        return Finding(FAILS, "mirror", f"{reason}{error}")
+    finally:
+        with contextlib.suppress(OSError):
+            for folder in new:
+                folder.rmdir()
     return Finding(OK, "mirror", f"{url} can be written to")

@@ -17,7 +17,9 @@ def with_initial_weights(command):
     """
     source = command.config["initial_weights"]
     if source == "none":
-        return command, None, []
+        freeze = command.config["freeze"]
+        warning = f"WARNING: freeze = {freeze!r} without initial_weights: what is frozen are random weights, and stay random"
+        return command, None, [warning] if freeze != "none" else []
     found, lines, followed = find_weights(source, command.config["architecture"]), [], {}
     for key, value in found.network.items():
         present = command.config[key]

@@ -44,12 +44,18 @@ def open_mirror(opened, stack, command, source, folder, ledger):
     remarks = [mirror.lock.note] if mirror.lock.note else []
     if source == "auto":
         remarks += _retried(store, lambda: fetch_newer(mirror, Path(folder), command))
-    elif source is None and mirror.manifest and "overwrite" not in command.options:
+    elif source is None:
+        refuse_another_run(url, mirror.manifest, command)
+    return remarks
+
+
+def refuse_another_run(url, manifest, command):
+    """Raise CheckpointError if a mirror's manifest, or None, is of a run that a new one would have to delete unasked."""
+    if manifest and "overwrite" not in command.options:
         raise CheckpointError(
             f"mirror = {url!r} holds another run. Go on with it: --resume auto. Keep it and start another: --mirror OTHER. "
             "Delete it and start anew: --overwrite"
         )
-    return remarks
 
 
 def is_same_folder(url, folder):

@@ -32,7 +32,7 @@ from engine.system.workers import WorkerDied, available_cores
 from engine.training import frontier
 from engine.training.budget import open_ledger
 from engine.training.check import FAILS, OK, quick_check
-from engine.training.images import open_images
+from engine.training.images import open_images, refuse_folders_among_classes
 from engine.training.initial_weights import with_initial_weights
 from engine.training.mirroring import open_mirror
 from engine.training.plan import positive
@@ -73,6 +73,8 @@ def _open(stack, command, train_step, build_model, begun):
     """Return the Run and its Trials; the stack closes what they hold."""
     stack.enter_context(distributed.process_group(open_device(command.config)))
     source, folder = distributed.run_on_rank0(source_of_run, command)
+    if source in (None, "auto"):  # before they are made
+        distributed.run_on_rank0(refuse_folders_among_classes, command.config)
     advice = "train elsewhere: --checkpoint-dir OTHER"
     lock = stack.enter_context(folder_lock(folder, "checkpoint_dir", print, advice))
     ledger = Ledger(begun, positive("price_per_hour", command.options))

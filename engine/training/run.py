@@ -9,6 +9,7 @@ from config import CONFIG
 from engine.data.batches import training_requests
 from engine.data.loader import BatchLoader
 from engine.inference.weight_files import FoundWeights, load_weights
+from engine.preparation.val_share import share_digests
 from engine.report.figures import read_run
 from engine.report.one_run import report_of_run
 from engine.report.writing import REPORT, write_report
@@ -92,6 +93,7 @@ class Run:
             "classes": train.classes,
             "train_images": len(train),
             "val_images": len(val),
+            "share_digests": share_digests(self.batches.splits),  # of a run with val_share
             "compile_choice": self.compile_choice,
             "hardware": several + describe_device(self.device),
             "class_names": getattr(train, "class_names", {}),  # what people call them, where a packed file knows

@@ -1,6 +1,7 @@
 """train.py --check tells what a run would fail for, before it begins, and a start says what is not as it should be."""
 
 import math
+import re
 import resource
 import shutil
 import tempfile
@@ -11,6 +12,8 @@ from conftest import narrow_build_model, run_here, tiny_run
 
 import train
 from config import CONFIG, RECIPES
+from engine.cli.command_line import parse_command_line
+from engine.cli.keys import ConfigError
 from engine.system.disks import mount_of, why_it_goes_away, why_not_writable
 from engine.training.check import AROUND_MIB, copies_of_weights, count_weights, needed_mib, quick_check
 
@@ -71,11 +74,61 @@ def test_a_mirror_that_takes_nothing_is_found_and_one_that_takes_something_stays
     pytest.importorskip("obstore")
     arguments = tiny_run(image_tree, tmp_path / "run")
     _, table = checked(capsys, [*arguments, f"--mirror={tmp_path / 'mirror'}"])
-    assert table["mirror"][0] == "ok" and not any((tmp_path / "mirror").iterdir())
+    assert table["mirror"][0] == "ok" and not (tmp_path / "mirror").exists()
     assert table["mirror's disk"][0] == "note"  # of no use when the machine goes away
+    _, table = checked(capsys, [*arguments, f"--mirror={tmp_path / 'new/deeper/mirror'}"])
+    assert table["mirror"][0] == "ok" and not (tmp_path / "new").exists()
     (tmp_path / "file").write_text("no folder")
     status, table = checked(capsys, [*arguments, f"--mirror={tmp_path / 'file' / 'below'}"])
     assert status == 1 and table["mirror"][0] == "FAILS"
+
+
+def test_another_run_in_the_folder_or_its_mirror_is_found_as_the_start_finds_it(image_tree, tmp_path, capsys):
+    pytest.importorskip("obstore")
+    arguments = tiny_run(image_tree, tmp_path / "run", epochs=1, swa_start_epoch=0, mirror=tmp_path / "mirror")
+    assert run_here(arguments) == 0
+    status, table = checked(capsys, arguments)
+    assert status == 1 and table["checkpoint_dir"][0] == "FAILS" and "holds another run (last.pt" in table["checkpoint_dir"][1]
+    assert table["mirror"][0] == "FAILS" and "holds another run. Go on with it" in table["mirror"][1]
+    assert (tmp_path / "mirror").is_dir()
+    status, table = checked(capsys, [*arguments, "--overwrite"])
+    assert status == 0 and table["checkpoint_dir"][0] != "FAILS" and table["mirror"][0] == "ok"
+
+
+def test_initial_weights_that_no_run_could_begin_with_are_found(image_tree, tmp_path, capsys):
+    arguments = tiny_run(image_tree, tmp_path / "run")
+    status, table = checked(capsys, [*arguments, "--initial-weights=nope.pt"])
+    assert status == 1 and table["initial weights"][0] == "FAILS" and "nope.pt" in table["initial weights"][1]
+    weights = train.build_model(parse_command_line(arguments, train.OWN_FLAGS).config, 7, "cpu").state_dict()
+    train.torch.save(weights, tmp_path / "w.pt")
+    weights["conv1.weight"] = weights["conv1.weight"][:, :, :3]
+    train.torch.save(weights, tmp_path / "other.pt")
+    for name, status, text in (
+        ("other", 1, "FAILS  initial weights  .* of another shape: conv1.weight"),
+        ("w", 0, r"ok     initial weights  .* begins anew \(7 classes there, 10 here\)"),
+    ):
+        assert run_here([*arguments, f"--initial-weights={tmp_path / name}.pt", "--check"]) == status
+        assert re.search(text, capsys.readouterr().out)
+
+
+def test_frozen_random_weights_are_noted_and_warned_of_at_the_start(image_tree, tmp_path, capsys):
+    arguments = tiny_run(image_tree, tmp_path / "run", freeze="layer4", epochs=1, swa_start_epoch=0)
+    status, table = checked(capsys, arguments)
+    assert status == 0 and table["initial weights"][0] == "note" and "stay random" in table["initial weights"][1]
+    assert run_here(arguments) == 0
+    assert "WARNING: freeze = 'layer4' without initial_weights" in capsys.readouterr().out
+
+
+def test_flags_that_the_start_refuses_together_are_refused_by_the_check(image_tree, tmp_path):
+    with pytest.raises(ConfigError, match="--dollars without --price-per-hour"):
+        run_here([*tiny_run(image_tree, tmp_path / "run"), "--check", "--dollars=3"])
+
+
+def test_what_the_size_rule_makes_of_the_flags_is_checked_too(image_tree, tmp_path, capsys):
+    arguments = [*tiny_run(image_tree, tmp_path / "run", epochs=5), "--size-rule=bit"]
+    arguments = [argument for argument in arguments if not argument.startswith("--warmup_epochs")]
+    status, table = checked(capsys, arguments)
+    assert status == 0 and table["size_rule"][0] == "note" and "warmup_epochs = 1" in table["size_rule"][1]
 
 
 def findings(**changes):
