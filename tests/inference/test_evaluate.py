@@ -267,6 +267,7 @@ def accepted(*arguments):
 
 
 def test_no_output_replaces_an_input_a_runs_file_or_one_of_the_users_and_its_own_it_does(runs, image_tree, tmp_path, capfd):
+    pytest.importorskip("safetensors", reason="safetensors is not installed: pip install safetensors")
     run, theirs = tmp_path / "run", tmp_path / "theirs"
     shutil.copytree(runs / "a", run)
     theirs.mkdir()
