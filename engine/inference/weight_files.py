@@ -93,7 +93,7 @@ def read_weights(path, no_checkpoint=None):
             raise
         if isinstance(no_checkpoint, checkpoint_files.NotSealedError):
             raise CheckpointError(
-                f"{error}; a checkpoint of this program it is not, or cut short: its checksum is missing"
+                f"{error}; if it was a checkpoint of this program, it is damaged or cut short: its checksum is missing"
             ) from error
         raise no_checkpoint from error
     facts = _facts_of_export(path, weights)
