@@ -23,7 +23,8 @@ from benchmarks.flags import FLAGS, fill_in_step_flags
 from benchmarks.gpu_sitting import gpu_tables, sit
 from benchmarks.input_speed import input_benchmark, input_tables
 from benchmarks.measuring import record
-from benchmarks.optimizer_evidence import optimizer_benchmark, optimizer_tables
+from benchmarks.optimizer_evidence import optimizer_benchmark
+from benchmarks.optimizer_results import draw_optimizers, optimizer_tables
 from benchmarks.picture import draw_benchmarks
 from benchmarks.recipe_evidence import recipe_benchmark, recipe_tables
 from benchmarks.scaling import scaling_tables
@@ -49,7 +50,10 @@ STUDIES = {  # each goes on with the runs that are missing
 def main(arguments):
     if arguments.what in STUDIES:
         study, tables = STUDIES[arguments.what]
-        print("\n".join(tables(study(arguments))))
+        runs = study(arguments)
+        print("\n".join(tables(runs)))
+        if runs and arguments.what == "optimizers" and draw_optimizers(runs, Path("optimizers.png")):
+            print("wrote optimizers.png")
         return 0
     if arguments.what == "gpu":
         print("\n".join(["", *gpu_tables(sit(arguments))]))

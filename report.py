@@ -14,12 +14,13 @@ from pathlib import Path
 
 from config import CONFIG
 from engine.cli.keys import positive_number
-from engine.inference.outputs import REPORT_MARK, claim, named_prefix, user_error_on_failure
+from engine.inference.outputs import claim, named_prefix, user_error_on_failure
 from engine.report.figures import read_run
 from engine.report.one_run import report_of_run
 from engine.report.serving import serve
 from engine.report.side_by_side import report_of_runs
 from engine.report.writing import REPORT, write_report
+from engine.run.checkpoint_files import REPORT_MARK
 from engine.system.console import protect_output
 from engine.system.errors import UserError, run_program
 from engine.system.files import path_argument, path_text

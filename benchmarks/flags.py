@@ -83,6 +83,7 @@ def optimizer_flags(flag):
     flag("--architecture", default="resnet18", help="default resnet18")
     flag("--train-images", **count(3_200, "training images"))
     flag("--val-images", **count(1_000, "validation images"))
+    flag("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto")
     flag("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help="of pictures; default: all")
     flag("--epochs", **count(8, "epochs of the runs that find the rates"))
     flag("--lengths", type=at_least_one, nargs="*", default=[4, 16, 32], metavar="EPOCHS", help="of further runs")

@@ -5,26 +5,18 @@ one seed at one length; a best one at the edge of its scan widens the scan. The 
 lengths. The same command goes on with the runs that are missing.
 """
 
-import math
-import statistics
 import sys
 import tempfile
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 from benchmarks.measuring import REPOSITORY, record, recorded, run_quietly
 from benchmarks.other_pictures import DRAW
-from benchmarks.recipe_evidence import mean_and_spread, some_classes
-from config import CONFIG
+from benchmarks.recipe_evidence import some_classes
 from engine.data.demo import make_demo_data
 from engine.run.records import read_records
 from engine.system.environment import environment
-from engine.training.muon import NEWTON_SCHULZ_STEPS, split_groups
-from model import build_model
 
 NAME = "optimizers"
 CLASSES = 20
@@ -51,7 +43,7 @@ OPTIMIZERS = {  # name: what it sets, and the rates of its scan, each about thre
         {"optimizer": "sgdw", "momentum": 0.875, "weight_decay": 1.5625e-5, "decay_norms_and_biases": True},
         (0.03, 0.1, 0.3, 1.0),
     ),
-    "Muon": (MUON, (0.01, 0.03, 0.1, 0.3)),
+    "Muon": (MUON, (0.03, 0.1, 0.3, 0.9)),
 }
 VARIANTS = {  # of Muon, at its best rate
     "Muon, no decay": {"weight_decay": 0.0},
@@ -164,6 +156,7 @@ def one_run(key, study, arguments):
             "checkpoint_dir": folder,
             "log_file": Path(folder) / "log",
             "device": arguments.device,
+            "precision": arguments.precision,
             "num_workers": 0,
         }
         started = time.perf_counter()
@@ -174,87 +167,6 @@ def one_run(key, study, arguments):
     return dict(zip(("kind", "optimizer", "rate", "epochs", "seed"), key, strict=True)) | {
         "top1": [line[column] for line in records],
         "train_loss": records[-1]["train_loss"],
+        "precision": arguments.precision,
         "seconds": round(seconds, 1),
     }
-
-
-def optimizer_tables(runs):
-    """Return the runs of one study as lines of Markdown: the scans, and the best rates at every length."""
-    if not runs:
-        return ["nothing was measured"]
-    study, first = runs[0]["study"], runs[0]
-    kinds = [kind for kind in KINDS if any(run["kind"] == kind for run in runs)]
-    lengths = sorted({run["epochs"] for run in runs})
-    where = " and ".join(dict.fromkeys(f"{run['gpu'] or run['cpu']} with PyTorch {run['versions']['torch']}" for run in runs))
-    counts = {epochs: sum(run["epochs"] == epochs for run in runs) for epochs in lengths}
-    scanned = max(counts, key=counts.get)
-    lines = [
-        f"{study['architecture']}, {study['train_images']:,} made training images of {CLASSES} classes, "
-        f"{study['val_images']:,} for validation, {SHARED['train_resolution']} px, batches of {SHARED['batch_size']}, "
-        f"{where}, {first['date']}; top-1 in % after the last epoch.",
-        "",
-        f"Rates, {scanned} epochs, one seed:",
-        "",
-        "| pictures | optimizer | rate: top-1 |",
-        "|---|---|---|",
-    ]
-    for kind in kinds:
-        for name in OPTIMIZERS:
-            scores = sorted(scores_of(runs, kind, name, scanned).items())
-            cells = ", ".join(f"{rate:g}: {top1:.1f}" for rate, top1 in scores)
-            lines.append(f"| {kind} | {name} | {cells} |")
-    lines += ["", "At the best rate of the scan, mean and standard deviation over the seeds:", ""]
-    lines += [f"| pictures | optimizer | {' | '.join(f'{n} epochs' for n in lengths)} |", "|---" * (2 + len(lengths)) + "|"]
-    for kind in kinds:
-        for name in (*OPTIMIZERS, *VARIANTS):
-            cells = []
-            for epochs in lengths:
-                scores = [run["top1"][-1] for run in at_best_rate(runs, kind, name, scanned) if run["epochs"] == epochs]
-                cells.append(f"{mean_and_spread(scores)} (n = {len(scores)})" if scores else "")
-            if any(cells):
-                lines.append(f"| {kind} | {name} | {' | '.join(cells)} |")
-    here = SHARED["train_resolution"], SHARED["batch_size"]
-    shares = ", ".join(f"{newton_schulz_share('resnet50', px, 256):.3f}" for px in (224, 176, 128))
-    lines += [
-        "",
-        "Muon's Newton-Schulz steps over the network's own work in a step, in FLOP (calculated): "
-        f"{newton_schulz_share(study['architecture'], *here):.2f} for {study['architecture']} at {here[0]} px and batches of "
-        f"{here[1]}, as above; {shares} for resnet50 at 224, 176 and 128 px and batches of 256.",
-    ]
-    return lines
-
-
-def newton_schulz_share(architecture, px, batch_size):
-    """Return the FLOP of an optimizer step's Newton-Schulz steps over those of the network, forward and backward."""
-    with torch.device("meta"):
-        model = build_model(CONFIG | {"architecture": architecture}, CLASSES, torch.device("meta"))
-        with FlopCounterMode(display=False) as counted:
-            model(torch.empty(1, 3, px, px)).sum().backward()
-    filters, _ = split_groups([{"params": list(model.parameters())}])
-    products = 0
-    for weight in filters:
-        short, long = sorted((weight.shape[0], weight[0].numel()))
-        products += NEWTON_SCHULZ_STEPS * (4 * short**2 * long + 2 * short**3)
-    return products / (batch_size * counted.get_total_flops())
-
-
-def at_best_rate(runs, kind, name, scanned):
-    """Return the runs of an optimizer, or a variant, at the best rate of its scan."""
-    rate = best_rate(runs, kind, name if name in OPTIMIZERS else "Muon", scanned)
-    return [run for run in runs if (run["kind"], run["optimizer"], run["rate"]) == (kind, name, rate)]
-
-
-def epochs_to_reach(runs, kind, name, scanned, top1):
-    """Return the length, in epochs, at which an optimizer reaches a top-1 in %: linear in the logarithm between its lengths.
-
-    Returns:
-        A float; None where no two measured lengths enclose it.
-    """
-    means = {}
-    for run in at_best_rate(runs, kind, name, scanned):
-        means.setdefault(run["epochs"], []).append(run["top1"][-1])
-    points = [(epochs, statistics.mean(scores)) for epochs, scores in sorted(means.items())]
-    for (shorter, low), (longer, high) in zip(points, points[1:], strict=False):
-        if low <= top1 <= high and high > low:
-            return shorter * math.exp(math.log(longer / shorter) * (top1 - low) / (high - low))
-    return None

@@ -1,6 +1,7 @@
 """What the documentation says of speed and recipes is what was measured and kept."""
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -19,7 +20,8 @@ import benchmark
 from benchmarks.gpu_sitting import ON_A_GPU, gpu_tables, in_a_process, newest_sitting, parts_of
 from benchmarks.input_speed import input_tables, read_originals
 from benchmarks.measuring import recorded
-from benchmarks.optimizer_evidence import best_rate, epochs_to_reach, missing_runs, newton_schulz_share, optimizer_tables
+from benchmarks.optimizer_evidence import OPTIMIZERS, best_rate, missing_runs
+from benchmarks.optimizer_results import draw_optimizers, epochs_for_muons_top1, newton_schulz_share, optimizer_tables
 from benchmarks.other_pictures import DRAW, TRAIN_FONTS, VAL_FONTS
 from benchmarks.recipe_evidence import compute, contenders, recipe_tables
 from benchmarks.scaling import PARAMETERS, scaling, scaling_tables
@@ -337,9 +339,25 @@ def test_a_scan_of_rates_widens_until_its_best_one_lies_inside_and_only_then_com
         assert seed == 0 == epochs - 8 or rate == best_rate(runs, kind, name, 8)
         runs.append(run)
     assert best_rate(runs, "waves", "Muon", 8) == 0.9
-    assert {run["rate"] for run in runs if run["optimizer"] == "Muon"} == {0.01, 0.03, 0.1, 0.3, 0.9, 2.7}
+    assert {run["rate"] for run in runs if run["optimizer"] == "Muon"} == {0.03, 0.1, 0.3, 0.9, 2.7}
     assert len([run for run in runs if (run["optimizer"], run["epochs"]) == ("Muon", 16)]) == 2
-    assert epochs_to_reach(runs, "waves", "Muon", 8, 0.0) is None
+
+
+def test_the_gain_is_the_epochs_that_another_optimizer_needs_for_muons_top1(tmp_path):
+    top1_of = {"AdamW": {4: 10.0, 8: 30.0, 16: 50.0}, "Muon": {4: 20.0, 8: 60.0}}
+    study = {"architecture": "resnet18", "train_images": 3_200, "val_images": 1_000}
+    facts = {"study": study, "kind": "waves", "seed": 0, "gpu": None, "cpu": "a CPU", "date": "2026-01-01"}
+    runs = []
+    for name, of_lengths in top1_of.items():
+        for rate in OPTIMIZERS[name][1]:
+            run = facts | {"versions": {"torch": "2"}, "optimizer": name, "rate": rate}
+            best = rate == OPTIMIZERS[name][1][1]
+            runs += [run | {"epochs": n, "top1": [top1]} for n, top1 in of_lengths.items() if best]
+            runs += [] if best else [run | {"epochs": 8, "top1": [1.0]}]
+    needed = epochs_for_muons_top1(runs, "waves", "AdamW")
+    assert needed == {4: pytest.approx(math.sqrt(4 * 8))}  # halfway in the logarithm; 60 % is beyond its lengths
+    assert "| waves | AdamW | 5.7 (1.41x) |  |" in optimizer_tables(runs)
+    assert draw_optimizers(runs, tmp_path / "optimizers.png") == (importlib.util.find_spec("matplotlib") is not None)
 
 
 def test_newton_schulz_takes_the_share_of_a_step_that_its_products_amount_to():

@@ -42,7 +42,6 @@ CONFUSIONS_MARK = re.compile(rb"\Aclass,name,taken_for,taken_for_name,times,perc
 IMAGES_MARK = re.compile(rb"\Aimage,class,predicted,probability_of_class,probability_of_predicted,suspicion\n")
 GALLERY_MARK = re.compile(rb'\A\{"title": ".*", "training": (true|false), "calibration_error": ')
 RANGE_TEST_MARK = re.compile(rb'\A\{"rates": \[')
-REPORT_MARK = re.compile(rb"(\A# |<title>)(Training report: |\d+ runs compared)")
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """Weights from files of this program and of others, and from torchvision: by torchvision's keys, and what is known of them."""
 
 import argparse
-import json
 import re
 import zipfile
 from pathlib import Path
@@ -14,6 +13,7 @@ from engine.run import checkpoint_files
 from engine.run.checkpoint_folder import all_finite
 from engine.run.weights import PREFERENCE, WEIGHTS
 from engine.system.errors import CheckpointError, UserError, first_line
+from engine.system.plain_json import parse_json
 
 TORCHVISION = "torchvision:"
 NESTED = ("state_dict", "model")  # where timm's and torchvision's training scripts keep the weights in their checkpoints
@@ -162,7 +162,7 @@ def _facts_of_export(path, weights):
     if not {"architecture", "blurs"} <= facts.keys():
         return {}
     try:
-        return {name: json.loads(value) for name, value in facts.items()}
+        return {name: parse_json(value) for name, value in facts.items()}
     except ValueError:  # names like ours
         return {}
 

@@ -37,6 +37,7 @@ from engine.preparation.trees import DEVKIT, SPLITS
 from engine.system.errors import DataError
 
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+MOST_CLASSES = 1_000_000  # by numbers as labels
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 OLD_TRAIN, OLD_VAL = tuple(f"train_images_{part}.tar.gz" for part in range(5)), "val_images.tar.gz"
 
@@ -301,6 +302,8 @@ def _of_rows(kind, found, keep_order):
     if names is None:
         seen = {label for _, label, _ in rows["train"] if label is not None}
         if all(isinstance(label, int) for label in seen):
+            if max(seen, default=0) >= MOST_CLASSES:
+                raise DataError(f"the labels go up to {max(seen)}: they number something else; classes are numbered from 0")
             names = [str(number) for number in range(max(seen, default=-1) + 1)]
         else:
             names = class_order({str(label) for label in seen})

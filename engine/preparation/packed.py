@@ -15,12 +15,14 @@ import numpy as np
 from engine.preparation.finding import relabelled
 from engine.system.errors import DataError
 from engine.system.files import replacing, sync_folder
+from engine.system.plain_json import json_object, parse_json
 
 try:
     import pyarrow as pa
 except ImportError:  # folders of images do without
     pa = None
 
+DAMAGED = (ValueError, KeyError, TypeError, AttributeError, OSError)  # what reading another program's file can end in
 LARGEST_RECORD_BATCH = 2**30  # bytes of images; Arrow counts them in 32 bits
 END_OF_STREAM = (
     b"\xff\xff\xff\xff\x00\x00\x00\x00"  # Arrow's mark: without it a file cut between two record batches looks whole
@@ -46,7 +48,7 @@ class PackedSplit:
             self._open()
         except DataError:
             raise
-        except (ValueError, KeyError, OSError) as error:
+        except DAMAGED as error:
             raise DataError(f"{path} is damaged ({error}); copy it again, or prepare it again with prepare_data.py") from error
 
     def _open(self):
@@ -57,7 +59,7 @@ class PackedSplit:
         reader = pa.ipc.open_stream(whole)
         image_column, label_column, self.classes = _columns(reader.schema, self.path)
         names = (reader.schema.metadata or {}).get(b"class_names", b"{}")
-        self.class_names = json.loads(names)
+        self.class_names = json_object(names)
         starts, lengths, labels = [], [], []
         for batch in reader:
             content = batch.column(image_column).field("bytes")
@@ -133,7 +135,7 @@ class PackedSplit:
 def _columns(schema, path):
     """Return (name of the image column, name of the label column, classes) by the metadata that `datasets` writes."""
     description = (schema.metadata or {}).get(b"huggingface")
-    features = json.loads(description)["info"]["features"] if description else {}
+    features = json_object(description)["info"]["features"] if description else {}
     kinds = {feature.get("_type"): name for name, feature in reversed(features.items()) if isinstance(feature, dict)}
     if "Image" not in kinds or "ClassLabel" not in kinds:
         raise DataError(
@@ -296,7 +298,7 @@ def _whole_lines(path):
     content = path.read_bytes()
     for line in content.splitlines(keepends=True):
         try:
-            lines.append(json.loads(line))
+            lines.append(parse_json(line))
         except ValueError:
             break
         if not line.endswith(b"\n"):

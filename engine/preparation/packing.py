@@ -26,6 +26,7 @@ from engine.preparation.packed import PackedSplit, PackedWriter, packed_schema, 
 from engine.preparation.trees import IMAGENET_COUNTS
 from engine.system.errors import DataError
 from engine.system.files import replacing
+from engine.system.plain_json import json_object
 from engine.system.workers import worker_pool
 
 IMAGENET_IMAGES = dict(zip(("train", "val"), IMAGENET_COUNTS, strict=True))
@@ -99,8 +100,8 @@ def is_prepared(destination, job):
     manifest = destination / MANIFEST
     if manifest.exists():
         try:
-            same = json.loads(manifest.read_text())["job"] == job
-        except (ValueError, KeyError, TypeError):
+            same = json_object(manifest.read_text())["job"] == job
+        except (ValueError, KeyError):
             same = False
         if same and all(path.exists() for path in packed_files(destination).values()):
             return True

@@ -3,7 +3,6 @@
 Each function returns Rows: names, labels and places, with what the labels mean as far as the files say so.
 """
 
-import json
 import re
 from pathlib import PurePosixPath
 from typing import NamedTuple
@@ -11,9 +10,10 @@ from typing import NamedTuple
 from engine.preparation import finding
 from engine.preparation.archives import FileSlice, ParquetRow, tar_listing
 from engine.preparation.finding import some
-from engine.preparation.packed import PackedSplit
+from engine.preparation.packed import DAMAGED, PackedSplit
 from engine.preparation.trees import SPLIT_NAMES, SPLITS
 from engine.system.errors import DataError
+from engine.system.plain_json import json_object
 
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels", "fine_label")  # where no metadata say which
 
@@ -112,7 +112,7 @@ def read_parquet(files, image_column=None, label_column=None):
                 before = len(rows[split])
                 for group in range(file.num_row_groups):
                     rows[split] += _rows_of_group(file, path, group, image, label)
-            except (pyarrow.ArrowException, KeyError, OSError, ValueError) as error:
+            except (pyarrow.ArrowException, *DAMAGED) as error:
                 if isinstance(error, DataError):
                     raise
                 raise DataError(f"{path} is damaged, or no parquet file of images with labels: {error}") from error
@@ -147,7 +147,7 @@ def _columns(schema, path, image_column, label_column):
     import pyarrow as pa
 
     description = (schema.metadata or {}).get(b"huggingface")
-    features = json.loads(description)["info"]["features"] if description else {}
+    features = json_object(description)["info"]["features"] if description else {}
     typed = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}
 
     def holds_bytes(kind):
@@ -211,13 +211,33 @@ def arrow_files(folder):
             if split in found:
                 break
             if state.exists():  # saved by datasets.DatasetDict.save_to_disk
-                listed = json.loads(state.read_text("utf-8"))["_data_files"]
-                found[split] = [folder / name / PurePosixPath(entry["filename"]).name for entry in listed]
+                found[split] = _listed_files(state)
             elif (folder / f"{name}.arrow").is_file():
                 found[split] = [folder / f"{name}.arrow"]
             elif files := sorted(folder.glob(f"*-{name}-*-of-*.arrow")) + sorted(folder.glob(f"*-{name}.arrow")):
                 found[split] = files  # the cache of datasets.load_dataset
     return found if set(found) == set(SPLITS) else None
+
+
+def _listed_files(state):
+    """Return the paths of the Arrow files that `datasets` lists in the state.json beside them."""
+    try:
+        listed = json_object(state.read_text("utf-8"))["_data_files"]
+        return [state.parent / PurePosixPath(entry["filename"]).name for entry in listed]
+    except DAMAGED as error:
+        raise DataError(f"{state} is damaged, it names no Arrow files ({error!r}); copy it again") from error
+
+
+def _require_rows_of_info(folder, count):
+    """Raise DataError where a split's dataset_info.json promises another number of rows, or is damaged."""
+    info = folder / "dataset_info.json"
+    try:
+        splits = json_object(info.read_text("utf-8")).get("splits") if info.is_file() else None
+        promised = ((splits or {}).get(folder.name) or {}).get("num_examples")
+    except DAMAGED as error:
+        raise DataError(f"{info} is damaged ({error!r}); copy it again") from error
+    if promised is not None and promised != count:
+        raise DataError(f"{folder} holds {count:,} rows; {info.name} promises {promised}")
 
 
 def read_arrow(files):
@@ -237,11 +257,7 @@ def read_arrow(files):
             for part in parts
             for index, name in enumerate(part.names())
         ]
-        facts = paths[0].parent / "dataset_info.json"
-        promised = json.loads(facts.read_text("utf-8")).get("splits") or {} if facts.is_file() else {}
-        counts = {fact.get("num_examples") for name, fact in promised.items() if name == paths[0].parent.name}
-        if counts and len(rows[split]) not in counts:
-            raise DataError(f"{paths[0].parent} holds {len(rows[split]):,} rows; {facts.name} promises {max(counts):,}")
+        _require_rows_of_info(paths[0].parent, len(rows[split]))
     return Rows(rows, _same(names), class_names, [])
 
 
@@ -290,8 +306,10 @@ def _label_of_sample(parts, path):
         if ".cls" in parts:
             label = parts[".cls"][1].read().decode().strip()
         elif ".json" in parts:
-            facts = json.loads(parts[".json"][1].read())
+            facts = json_object(parts[".json"][1].read())
             label = next((facts[key] for key in ("label", "cls") if key in facts), None)
+            if not isinstance(label, (int, str, type(None))):
+                raise ValueError(f"a number or a name is expected, not {type(label).__name__}")
         else:
             return None
     except ValueError as error:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from engine.system.distributed import run_on_rank0
 from engine.system.errors import CheckpointError, TrainingStopped
+from engine.system.plain_json import json_object
 
 LOCK = "run.lock"
 SIGN_OF_LIFE_SECONDS = 15.0
@@ -170,7 +171,7 @@ class FolderLock:
         """Return the Holder that the file names, None if there is no file."""
         for _ in range(20):
             try:
-                return Holder(**json.loads(self.path.read_text(encoding="utf-8")))
+                return Holder(**json_object(self.path.read_text(encoding="utf-8")))
             except FileNotFoundError:
                 return None
             except (ValueError, TypeError):

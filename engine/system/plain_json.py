@@ -19,8 +19,25 @@ def from_json(text):
     Raises:
         ValueError: the text is no JSON, or its nesting is too deep.
     """
+    return _with_numbers(parse_json(text))
+
+
+def json_object(text):
+    """Return the dict that a JSON text of another program is.
+
+    Raises:
+        ValueError: the text is no JSON object, or its nesting is too deep.
+    """
+    value = parse_json(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON object is expected, not {type(value).__name__}")
+    return value
+
+
+def parse_json(text):
+    """Return what a JSON text says, as json.loads does; a nesting that is too deep is a ValueError, too."""
     try:
-        return _with_numbers(json.loads(text))
+        return json.loads(text)
     except RecursionError as error:
         raise ValueError("its lists or objects are nested too deep") from error
 

@@ -14,6 +14,7 @@ from engine.system import lock
 from engine.system.errors import CheckpointError, TrainingStopped
 from engine.system.lock import LOCK, UNKNOWN, FolderLock, Holder, process_lives, this_process
 from engine.system.object_store import Conflict, StorageError
+from engine.system.plain_json import json_object
 
 ASKING_SECONDS = 1.0  # between two looks at a lock that may be given up
 
@@ -135,7 +136,7 @@ class StoreLock:
 
 def _holder_in(content):
     try:
-        facts = json.loads(content)
+        facts = json_object(content)
         return Holder(**{name: facts[name] for name in Holder._fields})
     except (ValueError, TypeError, KeyError):
         return UNKNOWN

@@ -762,3 +762,52 @@ def test_an_impossible_flag_ends_with_status_2(flags, tmp_path):
     status, output = run_program("prepare_data.py", [*source, *flags])
     assert status == 2
     assert "Traceback" not in output
+
+
+NO_FACTS = (
+    b"",
+    b"[",
+    b"3",
+    b"[]",
+    b'{"info": 1, "splits": 1}',
+    b'{"splits": [1], "_data_files": [1]}',
+    b"\xff",
+    b"[" * 100_000,
+)
+
+
+@pytest.mark.parametrize("content", NO_FACTS, ids=lambda content: repr(content[:9]))
+def test_facts_of_other_programs_that_cannot_be_understood_are_refused_by_name(content, originals, tmp_path):
+    import pyarrow.parquet
+
+    def refused(folder, file):
+        with pytest.raises(DataError, match=file):
+            forms.open_source(folder)
+
+    folders = {name: tmp_path / name for name in ("state", "info", "parquet", "shards")}
+    for folder in folders.values():
+        folder.mkdir()
+    for name, file in (("state", "train/state.json"), ("info", "train/dataset_info.json")):
+        saved_by_datasets(folders[name], originals)
+        (folders[name] / file).write_bytes(content)
+        refused(folders[name], file)
+    table = pyarrow.table({"image": [b"1"], "label": [0]}).replace_schema_metadata({"huggingface": content or b"{"})
+    for split in ("train", "validation"):
+        pyarrow.parquet.write_table(table, folders["parquet"] / f"{split}-00000-of-00001.parquet")
+    refused(folders["parquet"], "train-00000-of-00001.parquet is damaged")
+    webdataset(folders["shards"], originals, label=lambda wnid: ("json", content or b"{"))
+    no_label = content.startswith(b"{")  # but facts, as some samples have
+    refused(folders["shards"], "no train images with a label" if no_label else "0000.tar holds a label that cannot be read")
+
+
+def test_labels_that_number_something_else_do_not_become_a_thousand_million_classes(originals, tmp_path):
+    webdataset(tmp_path, originals, label=lambda wnid: ("cls", str(10**9 + WNIDS.index(wnid)).encode()))
+    with pytest.raises(DataError, match="the labels go up to 1000000002: they number something else"):
+        forms.open_source(tmp_path)
+
+
+@pytest.mark.parametrize("label", [[1], {"a": 1}, 1.5])
+def test_a_label_that_is_neither_number_nor_name_is_refused(label, originals, tmp_path):
+    webdataset(tmp_path, originals, label=lambda wnid: ("json", json.dumps({"label": label}).encode()))
+    with pytest.raises(DataError, match="a number or a name is expected, not"):
+        forms.open_source(tmp_path)

@@ -21,6 +21,8 @@ from engine.report.figures import read_run
 from engine.report.history import SILENT_END, interruptions, read_sessions
 from engine.report.one_run import report_of_run
 from engine.report.page import as_html, as_markdown, heading, paragraph, table
+from engine.report.writing import write_report
+from engine.run.checkpoint_files import delete_run
 from engine.run.monitor import Monitor
 from engine.run.telemetry import GpuFigures, GpuSampler, summary_of
 from engine.run.throughput import Throughput
@@ -266,6 +268,18 @@ def test_no_report_takes_the_place_of_another_file_and_what_cannot_be_written_is
     monkeypatch.undo()
     assert run_main("report.py", report.main, report.parse_arguments([f"{tmp_path}/typo"])) == 1
     assert not (tmp_path / "typo").exists() and (tmp_path / "mine.md").read_text() == "# My notes\n"
+
+
+def test_a_users_own_report_md_beside_the_checkpoints_is_neither_replaced_nor_deleted(tmp_path):
+    (tmp_path / "report.md").write_text("# My notes on the run\n")
+    with pytest.raises(OSError, match="report.md is there and is no report of a run; python report.py --output"):
+        write_report(tmp_path / "report", "Training report: mild", [paragraph("text")])
+    assert not (tmp_path / "report.html").exists()
+    write_report(tmp_path / "own/report", "Training report: mild", [paragraph("text")])
+    for folder in (tmp_path, tmp_path / "own"):
+        delete_run(folder)
+    assert (tmp_path / "report.md").read_text() == "# My notes on the run\n"
+    assert not list((tmp_path / "own").iterdir())
 
 
 @pytest.mark.parametrize("price", ["nan", "-1", "0", "inf", "x"])
