@@ -6,8 +6,11 @@ import pytest
 from conftest import run_here, tiny_run
 
 import evaluate
+from engine.inference.weight_files import find_weights
+from engine.preparation.val_share import open_shares
 from engine.run import checkpoint_files
 from engine.system.errors import DataError
+from engine.training.initial_weights import remarks_on_share
 
 QUICK = {"epochs": 1, "warmup_epochs": 0, "swa_start_epoch": 0}
 
@@ -63,3 +66,15 @@ def test_renamed_images_make_another_share_and_are_refused(shares, tmp_path, cap
     checkpoint_files.write(run / "last.pt", older, {}, run / "previous.pt")
     assert "on 10 images" in evaluated(capsys, run / "last.pt", f"--data-dir={moved}")
     assert run_here(go_on) == 0
+
+
+def test_a_run_that_begins_with_weights_of_another_share_says_that_its_validation_images_may_have_been_trained_on(shares):
+    images, runs = shares
+    found = find_weights(str(runs[0.4] / "last.pt"), "resnet18")
+    splits = {share: open_shares(images, share)[0] for share in runs}
+    assert remarks_on_share(found, splits[0.4]) == []
+    (warning,) = remarks_on_share(found, splits[0.2])
+    assert warning.startswith("WARNING: ") and "Take the val_share of then" in warning
+    assert remarks_on_share(found._replace(classes=["of", "another", "set"]), splits[0.2]) == []
+    torchvisions = found._replace(share_digests=None)
+    assert remarks_on_share(torchvisions, splits[0.2]) == remarks_on_share(None, splits[0.2]) == []

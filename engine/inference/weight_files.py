@@ -29,6 +29,7 @@ class FoundWeights(NamedTuple):
     network: dict  # architecture, blur_pool, blur_max_pool, as far as they are told
     classes: list | None
     facts: dict = {}  # an export's
+    share_digests: dict | None = None  # of the images of a run with val_share
 
 
 def find_weights(source, architecture):
@@ -54,7 +55,8 @@ def find_weights(source, architecture):
     (kind,) = chosen_kinds(checkpoint, kind, path)
     network = {key: checkpoint["config"][key] for key in ("architecture", *BLURS) if key in checkpoint["config"]}
     weights = without_prefix(checkpoint[WEIGHTS[kind].checkpoint_key])
-    return FoundWeights(f"{path}, {WEIGHTS[kind].in_words}", weights, network, checkpoint["classes"])
+    in_words, digests = f"{path}, {WEIGHTS[kind].in_words}", checkpoint.get("share_digests")
+    return FoundWeights(in_words, weights, network, checkpoint["classes"], share_digests=digests)
 
 
 def chosen_kinds(checkpoint, kinds, path):

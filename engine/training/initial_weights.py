@@ -1,6 +1,7 @@
 """The weights that a new run begins with instead of random ones."""
 
 from engine.inference.weight_files import BLURS, find_weights
+from engine.preparation.val_share import share_digests
 
 WORDS = {"architecture": "architecture"} | BLURS
 
@@ -34,3 +35,14 @@ def with_initial_weights(command):
             + " and ".join(f"{key} = {command.config[key]}" for key in BLURS)
         )
     return command._replace(config=command.config | followed, given=command.given | followed), found, lines
+
+
+def remarks_on_share(found, splits):
+    """Return lines to log where initial weights may have been trained on images that val_share now validates on."""
+    digests = share_digests(splits)
+    if None in (found, digests) or found.share_digests in (None, digests) or found.classes != splits["train"].classes:
+        return []
+    return [
+        f"WARNING: {found.name} were trained on another share of images of these classes. If that was in this folder, some of "
+        "them validate now, and the accuracy is too high. Take the val_share of then, and no image away"
+    ]

@@ -33,7 +33,7 @@ from engine.training import frontier
 from engine.training.budget import open_ledger
 from engine.training.check import FAILS, OK, quick_check
 from engine.training.images import open_images, refuse_folders_among_classes
-from engine.training.initial_weights import with_initial_weights
+from engine.training.initial_weights import remarks_on_share, with_initial_weights
 from engine.training.mirroring import open_mirror
 from engine.training.plan import positive
 from engine.training.resuming import beginning_of_run, source_of_run
@@ -91,6 +91,7 @@ def _open(stack, command, train_step, build_model, begun):
     set_up_arithmetic(config, device)
     monitor = stack.enter_context(Monitor(config["log_file"], device))
     splits = open_images(config, checkpoint, monitor.log)
+    remarks = remarks + remarks_on_share(initial, splits)
     stack.callback(ledger.close)
     if distributed.rank() == 0:
         ledger.keep(folder)
