@@ -217,7 +217,7 @@ def timed(step, job, device):
 
 def step_benchmark(arguments):
     """Return the results of all contenders that can run here, in rounds."""
-    device = choose_device({"device": arguments.device})
+    device = choose_device({"device": arguments.device}, in_this_process=False)
     on_cpu = device.type == "cpu"
     names = arguments.contenders or (ON_CPU if on_cpu else CONTENDERS)
     names = [name for name in names if "timm" not in name or installed_timm()]

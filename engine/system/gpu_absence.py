@@ -1,4 +1,4 @@
-"""Why PyTorch sees no GPU on a machine that has one, and the command that mends it.
+"""Why PyTorch sees no GPU on a machine that has one, or cannot use the one that it sees, and the command that mends it.
 
 Looks at what the system shows, without torch: nvidia-smi, /proc/driver/nvidia, the PCI devices, /dev.
 """
@@ -17,8 +17,14 @@ LEAST_DRIVERS = {11: 450, 12: 525, 13: 580}  # CUDA's major version: NVIDIA's dr
 VERSION = r"(\d{3,}\.\d+(?:\.\d+)?)"  # of a driver
 INSTALL_TORCH = "pip install --force-reinstall torch torchvision"
 INSTALL_TORCH_FOR_CUDA_12 = f"{INSTALL_TORCH} --index-url https://download.pytorch.org/whl/cu126"
+LEAST_CAPABILITIES = {12: (5, 0), 13: (7, 5)}  # of PyTorch's wheels by CUDA's major version: torch.cuda, 2.14
 INSTALL_DRIVER = "sudo apt-get install --yes nvidia-driver-580 && sudo reboot"
 CURES = {  # of what PyTorch says, by words in it, where nothing else explains it
+    "busy or unavailable": "sudo nvidia-smi -c 0, which lets several processes use it; nvidia-smi lists the one that has it",
+    "out of memory": "nvidia-smi, which lists the processes that hold its memory, and kill PID",
+    "ECC": "sudo nvidia-smi --gpu-reset, or else sudo reboot; if it comes back, the card is failing",
+    "no kernel image": INSTALL_TORCH,
+    "MPS": "nvidia-cuda-mps-control -d, which starts the daemon; or do without: unset CUDA_MPS_PIPE_DIRECTORY",
     "too old": INSTALL_DRIVER,
     "no NVIDIA driver": "sudo ldconfig, so that the driver's libcuda.so.1 is found; in a container: docker run --gpus all "
     "-e NVIDIA_DRIVER_CAPABILITIES=compute,utility ...",
@@ -26,7 +32,7 @@ CURES = {  # of what PyTorch says, by words in it, where nothing else explains i
     "not yet initialized": "sudo systemctl restart nvidia-fabricmanager",
     "forward compatibility": "unset LD_LIBRARY_PATH, which leads to CUDA's compat libraries",
     "unknown error": "sudo modprobe -r nvidia_uvm && sudo modprobe nvidia_uvm",  # as after a suspension
-    "": 'python -c "import torch; torch.cuda.init()", which says more',
+    "": 'python -c "import torch; torch.zeros(1).cuda()", which says more',
 }
 
 
@@ -160,6 +166,32 @@ def absence_of_gpu(torch_build, system=None):
 def cure_of(complaint):
     """Return the command for what PyTorch says."""
     return next(cure for words, cure in CURES.items() if words in complaint)
+
+
+def runs_on(capability, architectures):
+    """Return whether code for the architectures, as torch.cuda.get_arch_list() has them, runs on a compute capability.
+
+    Machine code (sm_86) runs on the later minor versions of its major one, PTX (compute_86) on all that are later. With an a
+    (sm_90a) both run on that capability alone, with an f on its family: NVIDIA's CUDA Programming Guide.
+    """
+    known = [code for name in architectures if (code := re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name))]
+    return not known or any(_runs(capability, *code.groups()) for code in known)
+
+
+def _runs(capability, kind, major, minor, feature):
+    built_for = int(major), int(minor)
+    if feature == "a":
+        return capability == built_for
+    return capability >= built_for and (capability[0] == built_for[0] or (kind == "compute" and not feature))
+
+
+def without_code(gpu, capability, architectures, torch_build):
+    """Return (reason, command that mends it) where a PyTorch has no code for a GPU of that name and compute capability."""
+    has = f"PyTorch {torch_build.version} has code for {', '.join(architectures)} and none for"
+    reason = f"{has} the {gpu} of compute capability {capability[0]}.{capability[1]}"
+    if capability < LEAST_CAPABILITIES[12]:
+        return f"{reason}; nor has any that this program takes", "a GPU of compute capability 5.0 or newer"
+    return reason, INSTALL_TORCH_FOR_CUDA_12 if capability < LEAST_CAPABILITIES[13] else INSTALL_TORCH
 
 
 def _of_the_build(torch_build):

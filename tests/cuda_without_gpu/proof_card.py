@@ -10,7 +10,8 @@ import train
 from config import CONFIG
 from engine.run.telemetry import GpuFigures
 from engine.system.device import build_scaler, choose_device, choose_precision, describe_device, precision_remarks
-from engine.system.errors import TrainingStopped
+from engine.system.errors import TrainingStopped, UserError
+from engine.system.gpu_absence import CURES
 from engine.training.compiling import choose_compile
 
 CAPABILITY = int(os.environ["STANDIN_CAPABILITY"])
@@ -23,6 +24,27 @@ def test_the_gpu_is_taken_and_named():
     assert choose_device(CONFIG) == CUDA
     version = f"{CAPABILITY // 10}.{CAPABILITY % 10}"
     assert describe_device(CUDA) == f"{NAME} (stand-in), {MIB} MiB, compute capability {version}"
+
+
+@pytest.mark.parametrize(
+    ("error", "complaint", "cure"),
+    [
+        (46, "busy or unavailable", "sudo nvidia-smi -c 0"),  # another process has it in exclusive mode
+        (214, "uncorrectable ECC error", "sudo nvidia-smi --gpu-reset"),
+        (2, "out of memory", "nvidia-smi, which lists the processes"),
+        (700, "illegal memory access", CURES[""]),  # one that nobody has foreseen
+    ],
+)
+def test_a_gpu_that_is_seen_and_cannot_be_used_is_said_with_the_cure(monkeypatch, error, complaint, cure):
+    monkeypatch.setenv("STANDIN_FAILS", str(error))
+    torch.cuda.empty_cache()
+    assert choose_device(CONFIG, in_this_process=False) == CUDA  # nothing is done on it
+    for device in ("auto", "cuda"):
+        with pytest.raises(UserError) as refused:
+            choose_device(CONFIG | {"device": device})
+        said = str(refused.value)
+        assert "PyTorch cannot use it" in said and complaint in said and f"Mend it with: {cure}" in said
+    assert choose_device(CONFIG | {"device": "cpu"}).type == "cpu"
 
 
 def test_the_precision_is_what_the_card_computes_natively():

@@ -19,11 +19,14 @@ from engine.system.gpu_absence import (
     CURES,
     INSTALL_DRIVER,
     INSTALL_TORCH,
+    INSTALL_TORCH_FOR_CUDA_12,
     System,
     TorchBuild,
     absence_of_gpu,
     cure_of,
     look_for_gpus,
+    runs_on,
+    without_code,
 )
 
 CUDA_13 = TorchBuild("2.14.1+cu130", "13.0")
@@ -236,6 +239,41 @@ def test_a_driver_that_was_updated_under_a_running_system(machine):
 )
 def test_every_complaint_of_pytorchs_has_a_cure(complaint):
     assert cure_of(complaint) in CURES.values()
+
+
+WHEEL = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # of torch 2.14.1+cu130, as get_arch_list() has them
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "runs"),
+    [
+        *(((int(c), int(f)), WHEEL, True) for c, f in ("75", "80", "86", "90")),
+        *((capability, WHEEL, True) for capability in ((8, 9), (10, 3), (12, 1))),  # later than that of the same major version
+        *((capability, WHEEL, False) for capability in ((6, 0), (7, 0), (7, 2), (11, 0), (13, 0))),
+        ((13, 0), [*WHEEL, "compute_120"], True),
+        ((11, 0), [*WHEEL, "compute_120"], False),
+        ((8, 0), ["sm_86"], False),
+        ((9, 0), ["sm_90a"], True),
+        ((10, 0), ["sm_90a", "compute_90a"], False),
+        ((10, 3), ["sm_100f"], True),
+        ((11, 0), ["sm_100f", "compute_100f"], False),
+        ((9, 0), [], True),  # of which nothing is known
+        ((9, 0), ["gfx90a"], True),  # another maker's
+    ],
+)
+def test_pytorchs_code_runs_on_the_cards_that_nvidia_says(capability, architectures, runs):
+    assert runs_on(capability, architectures) == runs
+
+
+@pytest.mark.parametrize(
+    ("capability", "cure"),
+    [((7, 0), INSTALL_TORCH_FOR_CUDA_12), ((5, 2), INSTALL_TORCH_FOR_CUDA_12), ((13, 0), INSTALL_TORCH)],
+)
+def test_a_card_that_pytorch_has_no_code_for_is_sent_to_the_pytorch_that_has_some(capability, cure):
+    reason, command = without_code("Tesla V100", capability, WHEEL, CUDA_13)
+    assert "PyTorch 2.14.1+cu130 has code for sm_75, " in reason and "Tesla V100 of compute capability" in reason
+    assert command == cure
+    assert "5.0 or newer" in without_code("Tesla K80", (3, 7), WHEEL, CUDA_13)[1]
 
 
 # In the programs -----------------------------------------------------------------------------------------------------
