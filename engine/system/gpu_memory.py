@@ -22,6 +22,8 @@ SIGNS = (
     "unable to find a valid cudnn algorithm to run convolution",
 )
 
+OUTSIDE_STEPS = "outside of a training step: make room in the GPU's memory (nvidia-smi lists who holds it)"
+
 
 def is_out_of_memory(error):
     """Return whether an exception says that a GPU's memory did not suffice.

@@ -129,6 +129,19 @@ def test_a_run_starts_with_the_cards_precision_and_the_switches_that_were_asked_
     assert not repeats or "the network is not compiled: deterministic" in said
 
 
+def test_memory_that_another_process_takes_before_the_network_is_there_ends_a_run_in_words(image_tree, tmp_path, monkeypatch):
+    def build_without_room(config, num_classes, device):
+        if torch.device(device).type == "cuda":
+            torch.cuda.empty_cache()
+            monkeypatch.setenv("STANDIN_FAILS", "2")
+        return real(config, num_classes, device)
+
+    real = train.build_model
+    monkeypatch.setattr(train, "build_model", build_without_room)
+    with pytest.raises(TrainingStopped, match=r"out of GPU memory outside of a training step.*\(CUDA out of memory"):
+        run_here(tiny_run(image_tree, tmp_path / "run", device="cuda", precision="fp16", compile="off"))
+
+
 def test_a_run_whose_bf16_is_emulated_says_so(image_tree, tmp_path, monkeypatch, capsys):
     def first_step(*_):
         raise TrainingStopped("far enough")

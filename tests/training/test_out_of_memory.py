@@ -11,8 +11,10 @@ import pytest
 import torch
 from conftest import fresh_state, run_here, tiny_run
 
+import lr_finder
 import train
 from config import CONFIG
+from engine.cli.command_line import parse_command_line
 from engine.run import checkpoint_files
 from engine.system.errors import TrainingStopped
 from engine.system.gpu_memory import is_out_of_memory, retry_in_parts_on_oom, retry_pass_on_oom
@@ -280,3 +282,39 @@ def test_what_does_not_fit_outside_of_a_step_ends_in_words(image_tree, tmp_path,
     monkeypatch.setattr("engine.training.state.build_optimizer", lambda *of: next(no_room()))
     with pytest.raises(TrainingStopped, match="with the weights and the optimizer's state alone"):
         run_here([*arguments, "--overwrite"])
+
+
+def test_no_room_for_the_network_or_the_checkpoint_ends_every_program_in_words(image_tree, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = tiny_run(image_tree, tmp_path / "run")
+
+    def no_room(config, num_classes, device=None):
+        if device is not None and torch.device(device).type != "meta":
+            raise KINDS[0]
+        return real(config, num_classes, device)
+
+    real = train.build_model
+    for program in (train, lr_finder):
+        monkeypatch.setattr(program, "build_model", no_room)
+    for begin in (
+        lambda: run_here(arguments),
+        lambda: run_here([*arguments, "--plan"]),
+        lambda: lr_finder.main(parse_command_line(arguments, lr_finder.OWN_FLAGS)),
+    ):
+        with pytest.raises(TrainingStopped, match=r"outside of a training step: make room.*nvidia-smi.*\(CUDA out of memory"):
+            begin()
+
+
+def test_out_of_memory_between_two_steps_is_said_and_the_state_saved(image_tree, tmp_path, monkeypatch):
+    def no_room(*arguments):
+        raise KINDS[1]
+
+    arguments = tiny_run(image_tree, tmp_path / "run", epochs=1, swa_start_epoch=0)
+    with monkeypatch.context() as patch, pytest.raises(TrainingStopped, match=r"outside of a training step.*--resume auto"):
+        patch.setattr("engine.training.validation.evaluate", no_room)
+        run_here(arguments)
+    assert checkpoint_files.read(tmp_path / "run/last.pt")["batch"] == 7
+    with monkeypatch.context() as patch, pytest.raises(TrainingStopped, match=r"outside of a training step.*--resume auto"):
+        patch.setattr("engine.training.state.load_scaler", no_room)
+        run_here([*arguments, "--resume=auto"])
+    assert run_here([*arguments, "--resume=auto"]) == 0
