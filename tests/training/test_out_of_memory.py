@@ -31,6 +31,14 @@ KINDS = [
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("cusolver error: CUSOLVER_STATUS_NOT_INITIALIZED, when calling `cusolverDnCreate(handle)`"),
+    RuntimeError("no valid convolution algorithms available in CuDNN"),
+    RuntimeError("Not enough memory for workspace!"),
+    RuntimeError("CUDA driver error: out of memory"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
 ]
 
 
@@ -91,6 +99,8 @@ def test_all_that_cuda_calls_out_of_memory_is_recognised(error):
     [
         RuntimeError("CUDA error: an illegal memory access was encountered"),
         RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`"),
         RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
         torch.AcceleratorError("CUDA error: device-side assert triggered"),
         ValueError("out of memory"),
@@ -125,7 +135,14 @@ def fail_in_clipping(state, monkeypatch, error):
 
 @pytest.mark.parametrize(
     ("fail", "error"),
-    [(fail_in_forward, KINDS[2]), (fail_in_backward, KINDS[0]), (fail_in_unscaling, KINDS[4]), (fail_in_clipping, KINDS[1])],
+    [
+        (fail_in_forward, KINDS[2]),
+        (fail_in_forward, KINDS[7]),
+        (fail_in_backward, KINDS[0]),
+        (fail_in_backward, KINDS[11]),
+        (fail_in_unscaling, KINDS[4]),
+        (fail_in_clipping, KINDS[1]),
+    ],
 )
 def test_a_step_that_failed_before_the_weights_changed_is_taken_again_as_if_it_had_not_failed(fail, error, monkeypatch):
     state, twin = new_state(), new_state()
