@@ -34,10 +34,11 @@ UUID = "GPU-11111111-2222-3333-4444-555555555555"
 VERSION_FILE = "NVRM version: NVIDIA UNIX {kind}x86_64 Kernel Module  {driver}  Thu Mar 7 UTC 2024\nGCC version: 12.3.0\n"
 
 
-def put_nvidia_smi(folder, driver=None, failure=None):
+def put_nvidia_smi(folder, driver=None, failure=None, mig="[N/A]", also=""):
     """Put a nvidia-smi into the folder that answers as NVIDIA's does, for one Tesla T4, or fails."""
-    listing = f"echo 'GPU 0: Tesla T4 (UUID: {UUID})'"
-    body = f"echo '{failure}'; exit 9" if failure else f'case "$*" in -L) {listing};; *) echo {driver};; esac'
+    listing = f"echo 'GPU 0: Tesla T4 (UUID: {UUID})'; echo '{also}'"
+    answers = f"-L) {listing};; *mig.mode*) echo '{mig}';; *) echo {driver};;"
+    body = f"echo '{failure}'; exit 9" if failure else f'case "$*" in {answers} esac'
     put_program(folder, body)
 
 
@@ -221,6 +222,79 @@ def test_device_files_that_this_user_may_not_open(machine, tmp_path):
         finally:
             os.seteuid(user)
     assert causes == [("this user may not open /dev/nvidia0", "sudo chmod a+rw /dev/nvidia0")]
+
+
+def test_mig_without_an_instance(machine):
+    made = machine("580.65.06")
+    put_nvidia_smi(made.root / "usr/bin", "580.65.06", mig="Enabled")
+    reason, cure = only_cause_of(made)
+    assert "MIG is on" in reason and cure.startswith("sudo nvidia-smi mig -cgi 0 -C")
+    put_nvidia_smi(made.root / "usr/bin", "580.65.06", mig="Enabled", also="  MIG 1g.10gb Device 0: (UUID: MIG-1)")
+    assert causes_of(made) == []
+    put_nvidia_smi(made.root / "usr/bin", "580.65.06", mig="Enabled\nDisabled")  # the other card could be seen
+    assert causes_of(made) == []
+
+
+LOST_GPU = "Unable to determine the device handle for GPU0: 0000:00:1E.0: GPU is lost.  Reboot the system to recover this GPU"
+
+
+@pytest.mark.parametrize("failure", [LOST_GPU, "Unable to determine the device handle for GPU 0000:00:1E.0: Unknown Error"])
+def test_a_gpu_that_no_longer_answers(machine, tmp_path, failure):
+    assert causes_of(machine("580.65.06", failure=failure))[0] == (
+        f"nvidia-smi says: {' '.join(failure.split())}",
+        "sudo reboot",
+    )
+    bare = System(tmp_path / "bare", {"PATH": f"{tmp_path}/root/usr/bin:/usr/bin:/bin"})  # a container that shows nothing else
+    assert absence_of_gpu(CUDA_13, bare)[0].startswith("nvidia-smi says: Unable")
+
+
+def test_one_of_several_gpus_that_no_longer_answers(machine):
+    made = machine("580.65.06")
+    put_nvidia_smi(made.root / "usr/bin", "580.65.06", also=LOST_GPU)
+    assert look_for_gpus(made).names == ["Tesla T4"]
+    assert only_cause_of(made)[1] == "sudo reboot"
+
+
+@pytest.mark.parametrize(
+    ("visible", "hides"),
+    [(UUID, False), ("GPU-1111", False), ("GPU-99999999", True), ("MIG-1", False), ("NoDevFiles", True)],
+)
+def test_without_nvidia_smi_a_uuid_is_compared_with_the_drivers(machine, visible, hides):
+    made = machine("580.65.06", CUDA_VISIBLE_DEVICES=visible)
+    put(made.root, **{"proc/driver/nvidia/gpus/0000:00:1e.0/information": f"Model: Tesla T4\nGPU UUID: \t {UUID}\n"})
+    assert bool(causes_of(made)) == hides
+
+
+def test_a_uuid_that_nothing_here_knows_is_not_accused(machine):
+    made = machine("580.65.06", CUDA_VISIBLE_DEVICES=UUID)
+    for unknown in ("", "GPU UUID: \t GPU-????????-????-????-????-????????????\n"):  # as until somebody uses the card
+        put(made.root, **{"proc/driver/nvidia/gpus/0000:00:1e.0/information": f"Model: Tesla T4\n{unknown}"})
+        assert causes_of(made) == []
+
+
+@pytest.mark.parametrize("visible", ["", "NoDevFiles", None])
+def test_a_slurm_job_without_a_gpu_is_told_to_ask_for_one(machine, visible):
+    hidden = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    made = machine("580.65.06", SLURM_JOB_ID="7", **hidden)
+    if visible is None:
+        (made.root / "dev/nvidia0").unlink()
+    reason, cure = only_cause_of(made)
+    assert reason.startswith("Slurm has given this job no GPU") and "--gres=gpu:1" in cure
+    given = made._replace(environment=made.environment | {"SLURM_JOB_GPUS": "0"})
+    assert "--gres" not in only_cause_of(given)[1]
+
+
+def test_a_pod_without_a_gpu_is_told_to_ask_for_one(machine):
+    made = machine("580.65.06", KUBERNETES_SERVICE_HOST="10.0.0.1")
+    (made.root / "dev/nvidia0").unlink()
+    assert "nvidia.com/gpu: 1" in only_cause_of(made)[1]
+
+
+def test_wsls_nvidia_smi_is_found_beside_the_path(tmp_path):
+    put_nvidia_smi(tmp_path / "usr/lib/wsl/lib", "580.65.06")
+    evidence = look_for_gpus(System(tmp_path, {"PATH": "/usr/bin:/bin"}))
+    assert (evidence.names, evidence.driver) == (["Tesla T4"], "580.65.06")
+    assert "/usr/lib/wsl/lib" in cure_of("Found no NVIDIA driver on your system.")
 
 
 def test_a_driver_that_was_updated_under_a_running_system(machine):
