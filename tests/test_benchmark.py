@@ -17,7 +17,7 @@ import torch
 from conftest import REPOSITORY, children_of, finish, run_program, start_program
 
 import benchmark
-from benchmarks.gpu_sitting import ON_A_GPU, gpu_tables, in_a_process, newest_sitting, parts_of
+from benchmarks.gpu_sitting import ON_A_GPU, REHEARSED, gpu_tables, in_a_process, newest_sitting, parts_of, parts_to_do
 from benchmarks.input_speed import input_tables, read_originals
 from benchmarks.measuring import recorded
 from benchmarks.optimizer_evidence import OPTIMIZERS, best_rate, missing_runs
@@ -241,12 +241,34 @@ def test_the_report_of_a_card_shows_figures_ratios_failures_and_what_does_not_fi
         "step: ours, memory low, 224 px": {"precision": "fp16", "figures": {"224": None}},
         "recipe fast": {"failed": "no end within 900 s"},
     }
-    report = "\n".join(gpu_tables([facts | {"part": part, "result": result} for part, result in results.items()]))
+    sitting = [facts | {"part": part, "result": result} for part, result in results.items()]
+    report = "\n".join(gpu_tables(sitting))
     assert "Some GPU, 15,360 MiB, driver 580.1" in report and "commit abc" in report
     assert "GPU tests: 27 passed, 1 failed.\nFAILED tests/test_gpu.py::test_a" in report
     assert "| ours | 300, 1.50x, 10.50 GiB |" in report
     assert "| ours, memory low | does not fit |" in report
     assert "Failed: recipe fast: no end within 900 s" in report
+
+    passed = {"counts": {"passed": 28}, "not_passed": []}
+    again = [facts | {"commit": "def", "part": "gpu tests", "result": passed}]
+    again += [facts | {"commit": "def", "part": "step: ours, 224 px", "result": step(400.0, 10.5)}]
+    report = "\n".join(gpu_tables(sitting + again))  # the newest line of a part is the one that holds
+    assert "GPU tests: 28 passed." in report and "FAILED" not in report
+    assert "| ours | 400, 2.00x, 10.50 GiB |" in report and "300" not in report
+    assert "commit abc, def," in report
+
+
+def test_a_part_of_a_sitting_that_failed_is_measured_again_after_those_that_are_missing():
+    parts = [part for part in parts_of(REHEARSED, "cpu") if "timm" not in part.name]
+    results = {
+        parts[0].name: {"counts": {"passed": 35, "failed": 1}, "not_passed": ["FAILED tests/test_gpu.py::test_a"]},
+        parts[1].name: {"precision": "fp32", "figures": {"64": None}},
+        parts[2].name: {"failed": "no end within 144 s"},
+        parts[3].name: {"counts": {"passed": 36}, "not_passed": []},
+    }
+    arguments = benchmark.parse_arguments(["gpu", "--rehearse"])
+    to_do = [part.name for part in parts_to_do(arguments, results, torch.device("cpu")) if "timm" not in part.name]
+    assert to_do == [part.name for part in [*parts[4:], parts[0], parts[2]]]
 
 
 @pytest.mark.slow

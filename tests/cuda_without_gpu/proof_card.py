@@ -7,6 +7,7 @@ import torch
 from conftest import run_here, tiny_run
 
 import train
+from benchmarks import step_speed
 from config import CONFIG
 from engine.run.telemetry import GpuFigures
 from engine.system.device import build_scaler, choose_device, choose_precision, describe_device, precision_remarks
@@ -127,6 +128,19 @@ def test_a_run_starts_with_the_cards_precision_and_the_switches_that_were_asked_
     said = capsys.readouterr().out
     assert f"{NAME} (stand-in), {MIB} MiB" in said
     assert not repeats or "the network is not compiled: deterministic" in said
+
+
+@pytest.mark.parametrize("name", ["ours", "ours, deterministic"])
+def test_the_step_benchmark_measures_with_the_switches_of_such_a_run(arithmetic, monkeypatch, name):
+    def seen(job, device, precision):
+        deterministic = torch.backends.cudnn.deterministic, torch.are_deterministic_algorithms_enabled()
+        raise TrainingStopped(f"benchmark {torch.backends.cudnn.benchmark}, deterministic {deterministic}")
+
+    monkeypatch.setitem(step_speed.LOOPS, "ours", seen)
+    job = step_speed.CONTENDERS[name] | {"device": "cuda", "precision": "auto", "batch_size": 2, "resolutions": [32]}
+    repeats = name == "ours, deterministic"
+    with pytest.raises(TrainingStopped, match=rf"benchmark {not repeats}, deterministic \({repeats}, {repeats}\)"):
+        step_speed.measure(job)
 
 
 def test_memory_that_another_process_takes_before_the_network_is_there_ends_a_run_in_words(image_tree, tmp_path, monkeypatch):

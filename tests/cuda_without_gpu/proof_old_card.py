@@ -22,6 +22,7 @@ def test_every_program_says_so_with_the_pytorch_that_has_it(image_tree, tmp_path
         lambda: run_here([*run, "--plan"]),
         lambda: evaluate.main(evaluate.parse_arguments(["best.pt"])),
         lambda: benchmark.main(benchmark.parse_arguments(["step", "--no-record"])),
+        lambda: benchmark.main(benchmark.parse_arguments(["gpu", f"--results={tmp_path / 'gpu.jsonl'}"])),
         lambda: choose_device({"device": "cuda"}),
     ):
         with pytest.raises(UserError, match="none for the Tesla P100 .* of compute capability 6.0") as refused:

@@ -380,6 +380,7 @@ def test_every_program_says_so(unused_gpu, image_tree, tmp_path):
         lambda: lr_finder.main(parse_command_line(arguments, lr_finder.OWN_FLAGS)),
         lambda: evaluate.main(evaluate.parse_arguments(["best.pt"])),
         lambda: benchmark.main(benchmark.parse_arguments(["step", "--no-record"])),
+        lambda: benchmark.main(benchmark.parse_arguments(["gpu", f"--results={tmp_path / 'gpu.jsonl'}"])),
         lambda: choose_device({"device": "cuda"}),
     ):
         with pytest.raises(UserError, match="Tesla T4"):
