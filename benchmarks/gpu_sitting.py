@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import recipe_evidence, step_speed, train_speed
 from benchmarks.input_speed import packed_rows_of, read_originals
-from benchmarks.measuring import REPOSITORY, RESULTS, installed_timm, run_quietly
+from benchmarks.measuring import REPOSITORY, RESULTS, installed_timm, last_words, run_quietly
 from engine.data import images
 from engine.data.demo import make_demo_data
 from engine.preparation.packed import write_split
@@ -258,8 +258,8 @@ def in_a_process(job, seconds):
                     child.wait()
         if child.returncode == 0:
             return json.loads(answer.read_text(encoding="utf-8"))
-        last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""])[-1]
-        return {"failed": last[:500] or f"exit status {child.returncode}"}
+        why = last_words(log.read_text(encoding="utf-8", errors="replace"))
+        return {"failed": why or f"exit status {child.returncode}"}
 
 
 # The jobs ------------------------------------------------------------------------------------------------------------

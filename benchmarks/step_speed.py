@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from benchmarks.measuring import REPOSITORY, installed_timm, rate_cell
+from benchmarks.measuring import REPOSITORY, installed_timm, last_words, rate_cell
 from config import CONFIG, RECIPES
 from engine.run.telemetry import GpuFigures
 from engine.system import distributed
@@ -257,7 +257,7 @@ def run_job(job):
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", *command]
     done = subprocess.run([sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True)
     if done.returncode != 0:
-        return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        return last_words(done.stderr) or f"exit status {done.returncode}"
     return from_json(done.stdout.splitlines()[-1])
 
 

@@ -19,7 +19,7 @@ from conftest import REPOSITORY, children_of, finish, run_program, start_program
 import benchmark
 from benchmarks.gpu_sitting import ON_A_GPU, REHEARSED, gpu_tables, in_a_process, newest_sitting, parts_of, parts_to_do
 from benchmarks.input_speed import input_tables, read_originals
-from benchmarks.measuring import recorded
+from benchmarks.measuring import last_words, recorded
 from benchmarks.optimizer_evidence import OPTIMIZERS, best_rate, missing_runs
 from benchmarks.optimizer_results import draw_optimizers, epochs_for_muons_top1, newton_schulz_share, optimizer_tables
 from benchmarks.other_pictures import DRAW, TRAIN_FONTS, VAL_FONTS
@@ -214,6 +214,13 @@ def test_without_a_gpu_a_sitting_is_refused_with_the_way_to_rehearse_it(tmp_path
     assert status == 1
     assert "benchmark.py: PyTorch sees no GPU here; --rehearse" in output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_a_process_that_failed_the_whole_message_is_kept():
+    raised = "  Traceback\n\nTraceback (most recent call last):\n  File 'a', line 1\n    f()\nUserError: no GPU\nMend it\n"
+    assert last_words(f"Traceback (most recent call last):\nOSError: first\n{raised}") == "UserError: no GPU Mend it"
+    assert last_words("one\nTypeError: two\n") == "TypeError: two"
+    assert last_words("") == ""
 
 
 def test_a_sitting_fits_into_its_half_hour_and_the_most_valuable_comes_first():
