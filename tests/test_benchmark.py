@@ -263,6 +263,7 @@ def test_the_report_of_a_card_shows_figures_ratios_failures_and_what_does_not_fi
     assert "GPU tests: 28 passed." in report and "FAILED" not in report
     assert "| ours | 400, 2.00x, 10.50 GiB |" in report and "300" not in report
     assert "commit abc, def," in report
+    assert "commit def," in gpu_tables([sitting[0], again[0]])[0]  # nothing in that table is of the older one
 
 
 def test_a_part_of_a_sitting_that_failed_is_measured_again_after_those_that_are_missing():
