@@ -39,6 +39,7 @@ from engine.system.device import (
 from engine.system.distributed import refuse_several
 from engine.system.errors import run_program
 from engine.system.files import replacing
+from engine.system.gpu_memory import OUTSIDE_STEPS, stop_on_oom
 from engine.system.interruption import Interrupted, StopRequest
 from engine.run.monitor import Monitor
 from engine.system.plain_json import to_json
@@ -72,6 +73,7 @@ def range_from(options, config):
     return values
 
 
+@stop_on_oom(OUTSIDE_STEPS)
 def main(command):
     refuse_several("lr_finder.py")
     prefix = named_prefix("output", command.options.get("output", "lr_finder"))

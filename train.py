@@ -35,7 +35,7 @@ import torch
 from engine.inference.scoring import topk_correct
 from engine.system.device import autocast, skip_unless_finite
 from engine.system.errors import run_program
-from engine.system.gpu_memory import stop_on_oom
+from engine.system.gpu_memory import OUTSIDE_STEPS, stop_on_oom
 from engine.training import sam
 from engine.training.check import check_run
 from engine.training.loss import main_class, training_loss
@@ -46,7 +46,7 @@ from engine.training.out_of_memory import cure, retry_on_oom
 from engine.training.preview import write_preview
 from engine.training.settling import print_plan
 from engine.training.state import StepResult, new_state
-from engine.training.validation import BETWEEN_STEPS, average_and_validate, stop_if_diverged
+from engine.training.validation import average_and_validate, stop_if_diverged
 from model import build_model
 
 
@@ -91,7 +91,6 @@ def train_step(state, images, targets, config, probe=False):
     return StepResult(loss, grad_norm, correct)
 
 
-@stop_on_oom(BETWEEN_STEPS)
 def train_one_epoch(state, run, config):
     """Train on what is left of the epoch in progress; return its TrainingMetrics."""
     state.ddp_model.train()
@@ -118,6 +117,7 @@ def train_one_epoch(state, run, config):
     return metrics
 
 
+@stop_on_oom(f"{OUTSIDE_STEPS}; a run goes on with --resume auto")
 def main(command, begun=None):
     """Train as the command asks; return the exit status."""
     begun = begun or time.perf_counter()

@@ -119,7 +119,7 @@ def count(default, text):
 
 def fill_in_step_flags(arguments):
     """Put in the defaults that depend on the device: a CPU gets a job that it finishes."""
-    on_cpu = choose_device({"device": arguments.device}).type == "cpu"
+    on_cpu = choose_device({"device": arguments.device}, in_this_process=False).type == "cpu"
     defaults = {
         "batch_size": 32 if on_cpu else 256,
         "resolutions": [128] if on_cpu else [128, 160, 192, 224],

@@ -1,7 +1,7 @@
 """Everything worth knowing of a card from one sitting: in parts, the most valuable first, each kept as soon as it is measured.
 
 Each part runs in a process of its own, `python -m benchmarks.gpu_sitting PART`, so that one that crashes or hangs costs only
-itself. A sitting goes on with the parts that are missing when it is called again.
+itself. When it is called again, a sitting goes on with the parts that are missing, and at last with those that failed.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import recipe_evidence, step_speed, train_speed
 from benchmarks.input_speed import packed_rows_of, read_originals
-from benchmarks.measuring import REPOSITORY, RESULTS, installed_timm, run_quietly
+from benchmarks.measuring import REPOSITORY, RESULTS, installed_timm, last_words, run_quietly
 from engine.data import images
 from engine.data.demo import make_demo_data
 from engine.preparation.packed import write_split
@@ -43,6 +43,7 @@ PLAIN = {
     "ours, memory low": {"loop": "ours", "compile": "off", "memory": "low"},
     "ours, memory lowest": {"loop": "ours", "compile": "off", "memory": "lowest"},
     "ours, Muon": {"loop": "ours", "compile": "off", "changes": {"optimizer": "muon"}},
+    "ours, deterministic": {"loop": "ours", "compile": "off", "deterministic": True},
 }
 COMPILED = {
     "ours, compiled": {"loop": "ours", "compile": "on"},
@@ -123,18 +124,20 @@ def parts_of(sizes, device):
 def sit(arguments):
     """Measure what is missing of the card's sitting as far as the time goes; return the sitting's lines."""
     ends = time.monotonic() + 60 * arguments.minutes - RESERVE_SECONDS
-    if not (arguments.rehearse or torch.cuda.is_available()):
+    device = choose_device({"device": "cpu" if arguments.rehearse else "auto"}, in_this_process=False)
+    if device.type == "cpu" and not arguments.rehearse:
         raise UserError("PyTorch sees no GPU here; --rehearse goes through everything at a tiny size on the CPU")
-    device = torch.device("cpu" if arguments.rehearse else "cuda")
     path = arguments.results or (REHEARSAL_FILE if arguments.rehearse else FILE)
     facts = facts_of(device) | {"rehearsal": arguments.rehearse}
     sitting = [] if arguments.anew else newest_sitting(lines_of(path), facts["card"], arguments.rehearse)
     number = sitting[0]["sitting"] if sitting else time.strftime("%Y-%m-%dT%H:%M:%S")
-    done = {line["part"] for line in sitting}
+    results = newest_results(sitting)
     if sitting:
-        print(f"going on with the sitting begun at {number}: {len(done)} parts are done", flush=True)
+        done = sum(map(succeeded, results.values()))
+        again = f", {len(results) - done} failed and are measured again" if done < len(results) else ""
+        print(f"going on with the sitting begun at {number}: {done} parts are done{again}", flush=True)
     left = []
-    for part in parts_to_do(arguments, done, device):
+    for part in parts_to_do(arguments, results, device):
         seconds = ends - time.monotonic()
         if seconds < (1 if arguments.rehearse else 60 * part.minutes):
             left.append(part.name)
@@ -156,10 +159,22 @@ def sit(arguments):
     return sitting
 
 
-def parts_to_do(arguments, done, device):
-    """Yield the Parts that are asked for, not done and possible here; print those that lack a package."""
-    for part in parts_of(REHEARSED if arguments.rehearse else ON_A_GPU, device.type):
-        if part.name in done or (arguments.parts and not any(part.name.startswith(name) for name in arguments.parts)):
+def newest_results(sitting):
+    """Return {part: its result} of a sitting's lines; of a part that was measured again, the last one."""
+    return {line["part"]: line["result"] for line in sitting}
+
+
+def succeeded(result):
+    """Return whether a part's result says that all of it was measured, and each of its tests passed."""
+    return "failed" not in result and not result.get("not_passed")
+
+
+def parts_to_do(arguments, results, device):
+    """Yield the Parts that are asked for, not done and possible here, at last those that failed; print which lack a package."""
+    parts = parts_of(REHEARSED if arguments.rehearse else ON_A_GPU, device.type)
+    for part in sorted(parts, key=lambda part: part.name in results):  # those in it have failed, and may do so again
+        done = part.name in results and succeeded(results[part.name])
+        if done or (arguments.parts and not any(part.name.startswith(name) for name in arguments.parts)):
             continue
         if "timm" in part.name and not installed_timm():
             print(f"{part.name}: timm is not installed (pip install timm); left out", flush=True)
@@ -243,8 +258,8 @@ def in_a_process(job, seconds):
                     child.wait()
         if child.returncode == 0:
             return json.loads(answer.read_text(encoding="utf-8"))
-        last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""])[-1]
-        return {"failed": last[:500] or f"exit status {child.returncode}"}
+        why = last_words(log.read_text(encoding="utf-8", errors="replace"))
+        return {"failed": why or f"exit status {child.returncode}"}
 
 
 # The jobs ------------------------------------------------------------------------------------------------------------
@@ -382,13 +397,14 @@ def gpu_tables(sitting):
     """Return a sitting as lines of Markdown: a block to paste as a report of a card."""
     if not sitting:
         return ["nothing was measured"]
-    last, results = sitting[-1], {line["part"]: line["result"] for line in sitting}
+    last, results = sitting[-1], newest_results(sitting)
+    commits = {str(line["commit"]) for line in {line["part"]: line for line in sitting}.values()}
     failed = {part: result["failed"] for part, result in results.items() if "failed" in result}
     results = {part: result for part, result in results.items() if part not in failed}
     lines = [
         f"{'REHEARSAL at a tiny size, no figures: ' if last['rehearsal'] else ''}{last['card']}, driver {last['driver']}, "
         f"{last['cpu']}, {last['cores']} cores, PyTorch {last['versions']['torch']}, cuDNN {last['cudnn']}, "
-        f"{last['precision']}, commit {', '.join(sorted({str(line['commit']) for line in sitting}))}, {last['date']}; n = 1.",
+        f"{last['precision']}, commit {', '.join(sorted(commits))}, {last['date']}; n = 1.",
         "",
     ]
     if "gpu tests" in results:

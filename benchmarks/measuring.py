@@ -1,5 +1,6 @@
 """What all measurements share: rounds, ratios, and the facts that a figure depends on."""
 
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -56,6 +57,14 @@ def run_quietly(command):
     done = subprocess.run([*map(str, command)], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{command[1]} ended with status {done.returncode}: {done.stdout[-2000:]}")
+
+
+def last_words(output):
+    """Return the message of the exception that a process ended with, in a line, or the last line of its output; '' if none."""
+    lines = output.strip().splitlines()
+    start = max((number for number, line in enumerate(lines) if line.startswith("Traceback (")), default=len(lines))
+    message = list(itertools.dropwhile(lambda line: line[:1] in ("", " "), lines[start + 1 :]))
+    return " ".join(message or lines[-1:])[:500]
 
 
 def record(name, results):

@@ -150,7 +150,7 @@ def recipe_benchmark(arguments):
     sides = (round(1.25 * arguments.resolution), 2 * arguments.resolution)
     if make_demo_data(folder, arguments.train_images, arguments.val_images, 0, some_classes(arguments.classes), sides):
         print(f"made {arguments.train_images:,} training and {arguments.val_images:,} validation images in {folder}")
-    gpu = environment()["gpu"] if choose_device({"device": arguments.device}).type == "cuda" else None
+    gpu = environment()["gpu"] if choose_device({"device": arguments.device}, in_this_process=False).type == "cuda" else None
     runs = [run for run in recorded(NAME) if (run["study"], run["gpu"]) == (study, gpu)]
     changes = contenders(arguments.resolution, arguments.epochs, arguments.train_images)
     for seed in range(arguments.seeds):

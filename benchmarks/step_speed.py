@@ -10,11 +10,11 @@ import time
 
 import torch
 
-from benchmarks.measuring import REPOSITORY, installed_timm, rate_cell
+from benchmarks.measuring import REPOSITORY, installed_timm, last_words, rate_cell
 from config import CONFIG, RECIPES
 from engine.run.telemetry import GpuFigures
 from engine.system import distributed
-from engine.system.device import AUTOCAST_DTYPES, autocast, choose_device, choose_precision
+from engine.system.device import AUTOCAST_DTYPES, autocast, choose_device, choose_precision, set_up_arithmetic
 from engine.system.gpu_memory import is_out_of_memory
 from engine.system.host_memory import keep_freed_memory
 from engine.system.plain_json import from_json, to_json
@@ -37,6 +37,7 @@ CONTENDERS = {
     "ours, as in mild": {"loop": "ours", "compile": "off", "recipe": "mild"},
     "ours, as in medium": {"loop": "ours", "compile": "off", "recipe": "medium", "steps_at_once": 10},  # one of them with SAM
     "ours, Muon": {"loop": "ours", "compile": "off", "changes": {"optimizer": "muon"}},
+    "ours, deterministic": {"loop": "ours", "compile": "off", "deterministic": True},
     "ours, compiled": {"loop": "ours", "compile": "on"},
     "ours, compiled, memory low": {"loop": "ours", "compile": "on", "memory": "low"},
 }
@@ -168,7 +169,7 @@ def measure_on(device, job):
     precision = choose_precision(job, device)
     if device.type == "cpu" and job["loop"] != "ours":
         precision = "fp32"  # as their scripts run there
-    torch.backends.cudnn.benchmark = True
+    set_up_arithmetic({"deterministic": job.get("deterministic", False)}, device)
     gpu = GpuFigures(device)
     figures = {}
     step = LOOPS[job["loop"]](job, device, precision)
@@ -217,7 +218,7 @@ def timed(step, job, device):
 
 def step_benchmark(arguments):
     """Return the results of all contenders that can run here, in rounds."""
-    device = choose_device({"device": arguments.device})
+    device = choose_device({"device": arguments.device}, in_this_process=False)
     on_cpu = device.type == "cpu"
     names = arguments.contenders or (ON_CPU if on_cpu else CONTENDERS)
     names = [name for name in names if "timm" not in name or installed_timm()]
@@ -256,7 +257,7 @@ def run_job(job):
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", *command]
     done = subprocess.run([sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True)
     if done.returncode != 0:
-        return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        return last_words(done.stderr) or f"exit status {done.returncode}"
     return from_json(done.stdout.splitlines()[-1])
 
 

@@ -22,7 +22,7 @@ VAL_IMAGES = 64
 
 def train_benchmark(arguments):
     """Return images/s of train.py's second epoch and of the bare step, and the share of time waited for data, in rounds."""
-    device = choose_device({"device": arguments.device})
+    device = choose_device({"device": arguments.device}, in_this_process=False)
     settings = {
         "optimizer": "sgd",
         "learning_rate": 0.01,

@@ -17,9 +17,9 @@ import torch
 from conftest import REPOSITORY, children_of, finish, run_program, start_program
 
 import benchmark
-from benchmarks.gpu_sitting import ON_A_GPU, gpu_tables, in_a_process, newest_sitting, parts_of
+from benchmarks.gpu_sitting import ON_A_GPU, REHEARSED, gpu_tables, in_a_process, newest_sitting, parts_of, parts_to_do
 from benchmarks.input_speed import input_tables, read_originals
-from benchmarks.measuring import recorded
+from benchmarks.measuring import last_words, recorded
 from benchmarks.optimizer_evidence import OPTIMIZERS, best_rate, missing_runs
 from benchmarks.optimizer_results import draw_optimizers, epochs_for_muons_top1, newton_schulz_share, optimizer_tables
 from benchmarks.other_pictures import DRAW, TRAIN_FONTS, VAL_FONTS
@@ -216,6 +216,13 @@ def test_without_a_gpu_a_sitting_is_refused_with_the_way_to_rehearse_it(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_of_a_process_that_failed_the_whole_message_is_kept():
+    raised = "  Traceback\n\nTraceback (most recent call last):\n  File 'a', line 1\n    f()\nUserError: no GPU\nMend it\n"
+    assert last_words(f"Traceback (most recent call last):\nOSError: first\n{raised}") == "UserError: no GPU Mend it"
+    assert last_words("one\nTypeError: two\n") == "TypeError: two"
+    assert last_words("") == ""
+
+
 def test_a_sitting_fits_into_its_half_hour_and_the_most_valuable_comes_first():
     parts = parts_of(ON_A_GPU, "cuda")
     assert len({part.name for part in parts}) == len(parts)
@@ -241,12 +248,35 @@ def test_the_report_of_a_card_shows_figures_ratios_failures_and_what_does_not_fi
         "step: ours, memory low, 224 px": {"precision": "fp16", "figures": {"224": None}},
         "recipe fast": {"failed": "no end within 900 s"},
     }
-    report = "\n".join(gpu_tables([facts | {"part": part, "result": result} for part, result in results.items()]))
+    sitting = [facts | {"part": part, "result": result} for part, result in results.items()]
+    report = "\n".join(gpu_tables(sitting))
     assert "Some GPU, 15,360 MiB, driver 580.1" in report and "commit abc" in report
     assert "GPU tests: 27 passed, 1 failed.\nFAILED tests/test_gpu.py::test_a" in report
     assert "| ours | 300, 1.50x, 10.50 GiB |" in report
     assert "| ours, memory low | does not fit |" in report
     assert "Failed: recipe fast: no end within 900 s" in report
+
+    passed = {"counts": {"passed": 28}, "not_passed": []}
+    again = [facts | {"commit": "def", "part": "gpu tests", "result": passed}]
+    again += [facts | {"commit": "def", "part": "step: ours, 224 px", "result": step(400.0, 10.5)}]
+    report = "\n".join(gpu_tables(sitting + again))  # the newest line of a part is the one that holds
+    assert "GPU tests: 28 passed." in report and "FAILED" not in report
+    assert "| ours | 400, 2.00x, 10.50 GiB |" in report and "300" not in report
+    assert "commit abc, def," in report
+    assert "commit def," in gpu_tables([sitting[0], again[0]])[0]  # nothing in that table is of the older one
+
+
+def test_a_part_of_a_sitting_that_failed_is_measured_again_after_those_that_are_missing():
+    parts = [part for part in parts_of(REHEARSED, "cpu") if "timm" not in part.name]
+    results = {
+        parts[0].name: {"counts": {"passed": 35, "failed": 1}, "not_passed": ["FAILED tests/test_gpu.py::test_a"]},
+        parts[1].name: {"precision": "fp32", "figures": {"64": None}},
+        parts[2].name: {"failed": "no end within 144 s"},
+        parts[3].name: {"counts": {"passed": 36}, "not_passed": []},
+    }
+    arguments = benchmark.parse_arguments(["gpu", "--rehearse"])
+    to_do = [part.name for part in parts_to_do(arguments, results, torch.device("cpu")) if "timm" not in part.name]
+    assert to_do == [part.name for part in [*parts[4:], parts[0], parts[2]]]
 
 
 @pytest.mark.slow

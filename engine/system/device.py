@@ -5,25 +5,34 @@ import os
 import torch
 
 from engine.system.errors import UserError, first_line
-from engine.system.gpu_absence import TorchBuild, absence_of_gpu, cure_of
+from engine.system.gpu_absence import TorchBuild, absence_of_gpu, cure_of, runs_on, without_code
+from engine.system.torchrun import launched
 
+TORCH = TorchBuild(torch.__version__, torch.version.cuda)
 NEVER = 2**31 - 1  # steps until a loss scale grows
 FIRST_WITH_TF32 = (8, 0)  # compute capability
 REPEATING_WORKSPACES = (":4096:8", ":16:8")  # with which cuBLAS gives the same bits each time, by its documentation
+WITHOUT_GPU = "--device cpu does without a GPU, many times slower"
 AUTOCAST_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def choose_device(config):
+def choose_device(config, in_this_process=True):
     """Return the torch.device that config['device'] asks for; 'auto' is a CPU only on a machine without a GPU.
 
+    Args:
+        in_this_process: False where only others will compute on it: a process that has begun on a GPU holds some of its
+            memory, and in exclusive mode keeps it from all others.
     Raises:
-        UserError: PyTorch sees no GPU, and one is asked for or the machine has one; with the reason and its cure.
+        UserError: PyTorch sees no GPU, and one is asked for or the machine has one, or it cannot use the one that it sees;
+            with the reason and its cure.
     """
     if config["device"] == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
+        if not launched():  # else distributed.process_group, which chooses each process's own
+            require_usable_gpu(in_this_process)
         return torch.device("cuda")
-    seen, causes = absence_of_gpu(TorchBuild(torch.__version__, torch.version.cuda))
+    seen, causes = absence_of_gpu(TORCH)
     if not seen and config["device"] == "auto":
         return torch.device("cpu")
     lines = [f"device = {config['device']!r}: PyTorch sees no GPU, and this machine shows none of NVIDIA's"]
@@ -33,7 +42,34 @@ def choose_device(config):
             complaint = _complaint_of_torch()
             causes = [(f"PyTorch says: {complaint}", cure_of(complaint))]
         lines += [f"{reason}. Mend it with: {command}" for reason, command in causes]
-    raise UserError("\n".join([*lines, "--device cpu does without a GPU, many times slower"]))
+    raise UserError("\n".join([*lines, WITHOUT_GPU]))
+
+
+def require_usable_gpu(begin=True):
+    """Raise UserError, with the reason and its cure, unless PyTorch can compute on its present GPU.
+
+    Args:
+        begin: find out by computing something; otherwise only whether PyTorch has code for it.
+    """
+    if trouble := _trouble_with_gpu(begin):
+        reason, command = trouble
+        lines = ["this machine has a GPU, but PyTorch cannot use it", f"{reason}. Mend it with: {command}", WITHOUT_GPU]
+        raise UserError("\n".join(lines))
+
+
+def _trouble_with_gpu(begin):
+    """Return (reason, command that mends it), or None."""
+    try:
+        capability, architectures = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
+        if not runs_on(capability, architectures):
+            return without_code(torch.cuda.get_device_name(), capability, architectures, TORCH)
+        if begin:
+            torch.zeros(1, device="cuda")
+            torch.cuda.synchronize()  # some errors show only here
+    except RuntimeError as error:
+        complaint = first_line(error)
+        return f"PyTorch says: {complaint}", cure_of(complaint)
+    return None
 
 
 def _complaint_of_torch():
@@ -81,7 +117,8 @@ def precision_remarks(precision, device):
 def set_up_arithmetic(config, device):
     """Let cuDNN choose its algorithms by trial; or, with config['deterministic'], let a GPU give the same bits each time.
 
-    To be called before the first operation on the GPU: cuBLAS reads its variable once. On a CPU all bits repeat as it is.
+    To be called before the first product of matrices on the GPU: cuBLAS reads its variable once. On a CPU all bits repeat
+    as it is.
     """
     repeats = config["deterministic"] and device.type == "cuda"
     torch.backends.cudnn.benchmark = not repeats  # each size is tried out once

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from engine.system.device import require_usable_gpu
 from engine.system.errors import UserError
 from engine.system.interruption import RunEnded
 from engine.system.torchrun import check_launch, launch_number, launched
@@ -113,7 +114,8 @@ def process_group(device):
     Args:
         device: torch.device of the run; of a machine's GPUs each process takes the one of its local rank.
     Raises:
-        UserError: what torchrun would have set in the environment is there in part only, or makes no sense.
+        UserError: what torchrun would have set in the environment is there in part only, or makes no sense; or this process's
+            GPU cannot be used.
     """
     if not launched():
         yield
@@ -124,6 +126,7 @@ def process_group(device):
         if local_rank() >= there:
             raise UserError(f"{local_size()} processes on a machine with {there} GPUs: --nproc_per_node={there} gives each one")
         torch.cuda.set_device(local_rank())
+        require_usable_gpu()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     with detect_lost_ranks():
         store, number, count = next(dist.rendezvous("env://", timeout=ANSWER_WITHIN))

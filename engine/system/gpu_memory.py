@@ -8,19 +8,23 @@ from engine.system.distributed import size
 from engine.system.errors import TrainingStopped, first_line
 from engine.system.random_state import random_state_restored_on_error
 
-# What CUDA's libraries say when the allocator itself was not asked. cuDNN finds no engine when none gets its workspace.
+# What CUDA's libraries say when the allocator itself was not asked. cuDNN finds no engine when none gets its workspace; the
+# libraries' handles take memory, and are 'not initialized' where they get none.
 SIGNS = (
     "out of memory",
     "cudaerrormemoryallocation",
-    "cublas_status_alloc_failed",
-    "cusolver_status_alloc_failed",
-    "cusparse_status_alloc_failed",
+    "gpu memory allocation failed",
+    "not enough memory for workspace",
+    "_status_alloc_failed",
+    "_status_not_initialized",
     "cufft_alloc_failed",
-    "cudnn_status_alloc_failed",
     "cudnn_status_internal_error_device_allocation_failed",
     "was unable to find an engine to execute this computation",
     "unable to find a valid cudnn algorithm to run convolution",
+    "no valid convolution algorithms available in cudnn",
 )
+
+OUTSIDE_STEPS = "outside of a training step: make room in the GPU's memory (nvidia-smi lists who holds it)"
 
 
 def is_out_of_memory(error):

@@ -15,7 +15,7 @@ from engine.run.checkpoint_folder import all_finite
 from engine.run.curves import draw_curves
 from engine.system.device import AUTOCAST_DTYPES, autocast, describe_device
 from engine.system.distributed import all_reduce_sum, any_process, broadcast_from_rank0, run_on_rank0
-from engine.system.gpu_memory import retry_in_parts_on_oom, stop_on_oom
+from engine.system.gpu_memory import retry_in_parts_on_oom
 from engine.system.interruption import StopRequest
 from engine.system.micro_batches import network_px
 from engine.training import sam
@@ -94,7 +94,6 @@ def measure_machine(config, splits, state, step, monitor, begun, seconds=20.0, c
         batches.close()
 
 
-@stop_on_oom("outside of a training step: make room in the GPU's memory")
 def measure_with(batches, config, state, step, monitor, begun, seconds, clock):
     """Return measure_machine's Rates, with a BatchLoader."""
     start_seconds, work = clock() - begun, Work(config, state, step)

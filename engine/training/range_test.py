@@ -13,7 +13,6 @@ import numpy as np
 from engine.data.batches import training_requests
 from engine.system.distributed import all_reduce_sum
 from engine.system.errors import TrainingStopped
-from engine.system.gpu_memory import stop_on_oom
 from engine.training.optim import peak_rates
 
 DIVERGED = 2.0  # times the lowest smoothed loss: the test has seen enough
@@ -110,7 +109,6 @@ def _smoothed(values, width):
     return (weights @ values) / weights.sum(axis=1)
 
 
-@stop_on_oom("outside of a training step: make room in the GPU's memory")
 def find_learning_rate(trials, config, batches, monitor, lowest, highest, steps):
     """Return the result of a range test with a run's own step.
 

@@ -15,13 +15,11 @@ from engine.run.weights import WEIGHTS
 from engine.system import distributed
 from engine.system.device import autocast
 from engine.system.errors import TrainingStopped
-from engine.system.gpu_memory import retry_pass_on_oom, stop_on_oom
+from engine.system.gpu_memory import retry_pass_on_oom
 from engine.system.random_state import random_state_restored_on_error
 from engine.training import averaging
 from engine.training.class_balance import are_uneven
 from engine.training.compiling import eager_mode
-
-BETWEEN_STEPS = "outside of a training step: make room in the GPU's memory, and start again with --resume auto"
 
 
 class Scores(NamedTuple):
@@ -36,7 +34,6 @@ def is_validated(config, epochs_done):
     return epochs_done % config["validate_every_epochs"] == 0 or epochs_done == config["epochs"]
 
 
-@stop_on_oom(BETWEEN_STEPS)
 def average_and_validate(state, run):
     """Return the Scores of the epoch's weights and of their averages, which are brought up to date first."""
     config, is_last = run.config, state.epoch + 1 == run.config["epochs"]

@@ -47,7 +47,7 @@ def build(folder):
 
 
 def environment(folder, capability):
-    """Return the environment of a process that sees the stand-in of a compute capability, 75, 80 or 90."""
+    """Return the environment of a process that sees the stand-in of a compute capability, 60, 75, 80 or 90."""
     hidden = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     return hidden | {
         "LD_PRELOAD": str(folder / "libcudart_standin.so"),

@@ -7,10 +7,12 @@ import torch
 from conftest import run_here, tiny_run
 
 import train
+from benchmarks import step_speed
 from config import CONFIG
 from engine.run.telemetry import GpuFigures
 from engine.system.device import build_scaler, choose_device, choose_precision, describe_device, precision_remarks
-from engine.system.errors import TrainingStopped
+from engine.system.errors import TrainingStopped, UserError
+from engine.system.gpu_absence import CURES
 from engine.training.compiling import choose_compile
 
 CAPABILITY = int(os.environ["STANDIN_CAPABILITY"])
@@ -23,6 +25,27 @@ def test_the_gpu_is_taken_and_named():
     assert choose_device(CONFIG) == CUDA
     version = f"{CAPABILITY // 10}.{CAPABILITY % 10}"
     assert describe_device(CUDA) == f"{NAME} (stand-in), {MIB} MiB, compute capability {version}"
+
+
+@pytest.mark.parametrize(
+    ("error", "complaint", "cure"),
+    [
+        (46, "busy or unavailable", "sudo nvidia-smi -c 0"),  # another process has it in exclusive mode
+        (214, "uncorrectable ECC error", "sudo nvidia-smi --gpu-reset"),
+        (2, "out of memory", "nvidia-smi, which lists the processes"),
+        (700, "illegal memory access", CURES[""]),  # one that nobody has foreseen
+    ],
+)
+def test_a_gpu_that_is_seen_and_cannot_be_used_is_said_with_the_cure(monkeypatch, error, complaint, cure):
+    monkeypatch.setenv("STANDIN_FAILS", str(error))
+    torch.cuda.empty_cache()
+    assert choose_device(CONFIG, in_this_process=False) == CUDA  # nothing is done on it
+    for device in ("auto", "cuda"):
+        with pytest.raises(UserError) as refused:
+            choose_device(CONFIG | {"device": device})
+        said = str(refused.value)
+        assert "PyTorch cannot use it" in said and complaint in said and f"Mend it with: {cure}" in said
+    assert choose_device(CONFIG | {"device": "cpu"}).type == "cpu"
 
 
 def test_the_precision_is_what_the_card_computes_natively():
@@ -105,6 +128,32 @@ def test_a_run_starts_with_the_cards_precision_and_the_switches_that_were_asked_
     said = capsys.readouterr().out
     assert f"{NAME} (stand-in), {MIB} MiB" in said
     assert not repeats or "the network is not compiled: deterministic" in said
+
+
+@pytest.mark.parametrize("name", ["ours", "ours, deterministic"])
+def test_the_step_benchmark_measures_with_the_switches_of_such_a_run(arithmetic, monkeypatch, name):
+    def seen(job, device, precision):
+        deterministic = torch.backends.cudnn.deterministic, torch.are_deterministic_algorithms_enabled()
+        raise TrainingStopped(f"benchmark {torch.backends.cudnn.benchmark}, deterministic {deterministic}")
+
+    monkeypatch.setitem(step_speed.LOOPS, "ours", seen)
+    job = step_speed.CONTENDERS[name] | {"device": "cuda", "precision": "auto", "batch_size": 2, "resolutions": [32]}
+    repeats = name == "ours, deterministic"
+    with pytest.raises(TrainingStopped, match=rf"benchmark {not repeats}, deterministic \({repeats}, {repeats}\)"):
+        step_speed.measure(job)
+
+
+def test_memory_that_another_process_takes_before_the_network_is_there_ends_a_run_in_words(image_tree, tmp_path, monkeypatch):
+    def build_without_room(config, num_classes, device):
+        if torch.device(device).type == "cuda":
+            torch.cuda.empty_cache()
+            monkeypatch.setenv("STANDIN_FAILS", "2")
+        return real(config, num_classes, device)
+
+    real = train.build_model
+    monkeypatch.setattr(train, "build_model", build_without_room)
+    with pytest.raises(TrainingStopped, match=r"out of GPU memory outside of a training step.*\(CUDA out of memory"):
+        run_here(tiny_run(image_tree, tmp_path / "run", device="cuda", precision="fp16", compile="off"))
 
 
 def test_a_run_whose_bf16_is_emulated_says_so(image_tree, tmp_path, monkeypatch, capsys):

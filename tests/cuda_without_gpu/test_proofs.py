@@ -43,6 +43,11 @@ def test_on_an_a100_and_an_h100(standin, capability):
 
 
 @pytest.mark.slow
+def test_on_a_p100_which_pytorch_has_no_code_for(standin):
+    prove(standin, 60, "old_card")
+
+
+@pytest.mark.slow
 def test_on_an_a100_the_step_keeps_its_layout_in_bf16(standin):
     prove(standin, 80, "step", only="precision and bf16")
 

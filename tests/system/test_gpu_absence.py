@@ -19,11 +19,14 @@ from engine.system.gpu_absence import (
     CURES,
     INSTALL_DRIVER,
     INSTALL_TORCH,
+    INSTALL_TORCH_FOR_CUDA_12,
     System,
     TorchBuild,
     absence_of_gpu,
     cure_of,
     look_for_gpus,
+    runs_on,
+    without_code,
 )
 
 CUDA_13 = TorchBuild("2.14.1+cu130", "13.0")
@@ -31,10 +34,11 @@ UUID = "GPU-11111111-2222-3333-4444-555555555555"
 VERSION_FILE = "NVRM version: NVIDIA UNIX {kind}x86_64 Kernel Module  {driver}  Thu Mar 7 UTC 2024\nGCC version: 12.3.0\n"
 
 
-def put_nvidia_smi(folder, driver=None, failure=None):
+def put_nvidia_smi(folder, driver=None, failure=None, mig="[N/A]", also=""):
     """Put a nvidia-smi into the folder that answers as NVIDIA's does, for one Tesla T4, or fails."""
-    listing = f"echo 'GPU 0: Tesla T4 (UUID: {UUID})'"
-    body = f"echo '{failure}'; exit 9" if failure else f'case "$*" in -L) {listing};; *) echo {driver};; esac'
+    listing = f"echo 'GPU 0: Tesla T4 (UUID: {UUID})'; echo '{also}'"
+    answers = f"-L) {listing};; *mig.mode*) echo '{mig}';; *) echo {driver};;"
+    body = f"echo '{failure}'; exit 9" if failure else f'case "$*" in {answers} esac'
     put_program(folder, body)
 
 
@@ -220,6 +224,79 @@ def test_device_files_that_this_user_may_not_open(machine, tmp_path):
     assert causes == [("this user may not open /dev/nvidia0", "sudo chmod a+rw /dev/nvidia0")]
 
 
+def test_mig_without_an_instance(machine):
+    made = machine("580.65.06")
+    put_nvidia_smi(made.root / "usr/bin", "580.65.06", mig="Enabled")
+    reason, cure = only_cause_of(made)
+    assert "MIG is on" in reason and cure.startswith("sudo nvidia-smi mig -cgi 0 -C")
+    put_nvidia_smi(made.root / "usr/bin", "580.65.06", mig="Enabled", also="  MIG 1g.10gb Device 0: (UUID: MIG-1)")
+    assert causes_of(made) == []
+    put_nvidia_smi(made.root / "usr/bin", "580.65.06", mig="Enabled\nDisabled")  # the other card could be seen
+    assert causes_of(made) == []
+
+
+LOST_GPU = "Unable to determine the device handle for GPU0: 0000:00:1E.0: GPU is lost.  Reboot the system to recover this GPU"
+
+
+@pytest.mark.parametrize("failure", [LOST_GPU, "Unable to determine the device handle for GPU 0000:00:1E.0: Unknown Error"])
+def test_a_gpu_that_no_longer_answers(machine, tmp_path, failure):
+    assert causes_of(machine("580.65.06", failure=failure))[0] == (
+        f"nvidia-smi says: {' '.join(failure.split())}",
+        "sudo reboot",
+    )
+    bare = System(tmp_path / "bare", {"PATH": f"{tmp_path}/root/usr/bin:/usr/bin:/bin"})  # a container that shows nothing else
+    assert absence_of_gpu(CUDA_13, bare)[0].startswith("nvidia-smi says: Unable")
+
+
+def test_one_of_several_gpus_that_no_longer_answers(machine):
+    made = machine("580.65.06")
+    put_nvidia_smi(made.root / "usr/bin", "580.65.06", also=LOST_GPU)
+    assert look_for_gpus(made).names == ["Tesla T4"]
+    assert only_cause_of(made)[1] == "sudo reboot"
+
+
+@pytest.mark.parametrize(
+    ("visible", "hides"),
+    [(UUID, False), ("GPU-1111", False), ("GPU-99999999", True), ("MIG-1", False), ("NoDevFiles", True)],
+)
+def test_without_nvidia_smi_a_uuid_is_compared_with_the_drivers(machine, visible, hides):
+    made = machine("580.65.06", CUDA_VISIBLE_DEVICES=visible)
+    put(made.root, **{"proc/driver/nvidia/gpus/0000:00:1e.0/information": f"Model: Tesla T4\nGPU UUID: \t {UUID}\n"})
+    assert bool(causes_of(made)) == hides
+
+
+def test_a_uuid_that_nothing_here_knows_is_not_accused(machine):
+    made = machine("580.65.06", CUDA_VISIBLE_DEVICES=UUID)
+    for unknown in ("", "GPU UUID: \t GPU-????????-????-????-????-????????????\n"):  # as until somebody uses the card
+        put(made.root, **{"proc/driver/nvidia/gpus/0000:00:1e.0/information": f"Model: Tesla T4\n{unknown}"})
+        assert causes_of(made) == []
+
+
+@pytest.mark.parametrize("visible", ["", "NoDevFiles", None])
+def test_a_slurm_job_without_a_gpu_is_told_to_ask_for_one(machine, visible):
+    hidden = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    made = machine("580.65.06", SLURM_JOB_ID="7", **hidden)
+    if visible is None:
+        (made.root / "dev/nvidia0").unlink()
+    reason, cure = only_cause_of(made)
+    assert reason.startswith("Slurm has given this job no GPU") and "--gres=gpu:1" in cure
+    given = made._replace(environment=made.environment | {"SLURM_JOB_GPUS": "0"})
+    assert "--gres" not in only_cause_of(given)[1]
+
+
+def test_a_pod_without_a_gpu_is_told_to_ask_for_one(machine):
+    made = machine("580.65.06", KUBERNETES_SERVICE_HOST="10.0.0.1")
+    (made.root / "dev/nvidia0").unlink()
+    assert "nvidia.com/gpu: 1" in only_cause_of(made)[1]
+
+
+def test_wsls_nvidia_smi_is_found_beside_the_path(tmp_path):
+    put_nvidia_smi(tmp_path / "usr/lib/wsl/lib", "580.65.06")
+    evidence = look_for_gpus(System(tmp_path, {"PATH": "/usr/bin:/bin"}))
+    assert (evidence.names, evidence.driver) == (["Tesla T4"], "580.65.06")
+    assert "/usr/lib/wsl/lib" in cure_of("Found no NVIDIA driver on your system.")
+
+
 def test_a_driver_that_was_updated_under_a_running_system(machine):
     reason, cure = causes_of(machine("580.65.06", failure="Failed to initialize NVML: Driver/library version mismatch"))[0]
     assert "version mismatch" in reason and cure == "sudo reboot"
@@ -236,6 +313,41 @@ def test_a_driver_that_was_updated_under_a_running_system(machine):
 )
 def test_every_complaint_of_pytorchs_has_a_cure(complaint):
     assert cure_of(complaint) in CURES.values()
+
+
+WHEEL = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # of torch 2.14.1+cu130, as get_arch_list() has them
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "runs"),
+    [
+        *(((int(c), int(f)), WHEEL, True) for c, f in ("75", "80", "86", "90")),
+        *((capability, WHEEL, True) for capability in ((8, 9), (10, 3), (12, 1))),  # later than that of the same major version
+        *((capability, WHEEL, False) for capability in ((6, 0), (7, 0), (7, 2), (11, 0), (13, 0))),
+        ((13, 0), [*WHEEL, "compute_120"], True),
+        ((11, 0), [*WHEEL, "compute_120"], False),
+        ((8, 0), ["sm_86"], False),
+        ((9, 0), ["sm_90a"], True),
+        ((10, 0), ["sm_90a", "compute_90a"], False),
+        ((10, 3), ["sm_100f"], True),
+        ((11, 0), ["sm_100f", "compute_100f"], False),
+        ((9, 0), [], True),  # of which nothing is known
+        ((9, 0), ["gfx90a"], True),  # another maker's
+    ],
+)
+def test_pytorchs_code_runs_on_the_cards_that_nvidia_says(capability, architectures, runs):
+    assert runs_on(capability, architectures) == runs
+
+
+@pytest.mark.parametrize(
+    ("capability", "cure"),
+    [((7, 0), INSTALL_TORCH_FOR_CUDA_12), ((5, 2), INSTALL_TORCH_FOR_CUDA_12), ((13, 0), INSTALL_TORCH)],
+)
+def test_a_card_that_pytorch_has_no_code_for_is_sent_to_the_pytorch_that_has_some(capability, cure):
+    reason, command = without_code("Tesla V100", capability, WHEEL, CUDA_13)
+    assert "PyTorch 2.14.1+cu130 has code for sm_75, " in reason and "Tesla V100 of compute capability" in reason
+    assert command == cure
+    assert "5.0 or newer" in without_code("Tesla K80", (3, 7), WHEEL, CUDA_13)[1]
 
 
 # In the programs -----------------------------------------------------------------------------------------------------
@@ -268,6 +380,7 @@ def test_every_program_says_so(unused_gpu, image_tree, tmp_path):
         lambda: lr_finder.main(parse_command_line(arguments, lr_finder.OWN_FLAGS)),
         lambda: evaluate.main(evaluate.parse_arguments(["best.pt"])),
         lambda: benchmark.main(benchmark.parse_arguments(["step", "--no-record"])),
+        lambda: benchmark.main(benchmark.parse_arguments(["gpu", f"--results={tmp_path / 'gpu.jsonl'}"])),
         lambda: choose_device({"device": "cuda"}),
     ):
         with pytest.raises(UserError, match="Tesla T4"):

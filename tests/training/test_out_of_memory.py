@@ -11,8 +11,10 @@ import pytest
 import torch
 from conftest import fresh_state, run_here, tiny_run
 
+import lr_finder
 import train
 from config import CONFIG
+from engine.cli.command_line import parse_command_line
 from engine.run import checkpoint_files
 from engine.system.errors import TrainingStopped
 from engine.system.gpu_memory import is_out_of_memory, retry_in_parts_on_oom, retry_pass_on_oom
@@ -29,6 +31,14 @@ KINDS = [
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("cusolver error: CUSOLVER_STATUS_NOT_INITIALIZED, when calling `cusolverDnCreate(handle)`"),
+    RuntimeError("no valid convolution algorithms available in CuDNN"),
+    RuntimeError("Not enough memory for workspace!"),
+    RuntimeError("CUDA driver error: out of memory"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
 ]
 
 
@@ -89,6 +99,8 @@ def test_all_that_cuda_calls_out_of_memory_is_recognised(error):
     [
         RuntimeError("CUDA error: an illegal memory access was encountered"),
         RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`"),
         RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
         torch.AcceleratorError("CUDA error: device-side assert triggered"),
         ValueError("out of memory"),
@@ -123,7 +135,14 @@ def fail_in_clipping(state, monkeypatch, error):
 
 @pytest.mark.parametrize(
     ("fail", "error"),
-    [(fail_in_forward, KINDS[2]), (fail_in_backward, KINDS[0]), (fail_in_unscaling, KINDS[4]), (fail_in_clipping, KINDS[1])],
+    [
+        (fail_in_forward, KINDS[2]),
+        (fail_in_forward, KINDS[7]),
+        (fail_in_backward, KINDS[0]),
+        (fail_in_backward, KINDS[11]),
+        (fail_in_unscaling, KINDS[4]),
+        (fail_in_clipping, KINDS[1]),
+    ],
 )
 def test_a_step_that_failed_before_the_weights_changed_is_taken_again_as_if_it_had_not_failed(fail, error, monkeypatch):
     state, twin = new_state(), new_state()
@@ -280,3 +299,39 @@ def test_what_does_not_fit_outside_of_a_step_ends_in_words(image_tree, tmp_path,
     monkeypatch.setattr("engine.training.state.build_optimizer", lambda *of: next(no_room()))
     with pytest.raises(TrainingStopped, match="with the weights and the optimizer's state alone"):
         run_here([*arguments, "--overwrite"])
+
+
+def test_no_room_for_the_network_or_the_checkpoint_ends_every_program_in_words(image_tree, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = tiny_run(image_tree, tmp_path / "run")
+
+    def no_room(config, num_classes, device=None):
+        if device is not None and torch.device(device).type != "meta":
+            raise KINDS[0]
+        return real(config, num_classes, device)
+
+    real = train.build_model
+    for program in (train, lr_finder):
+        monkeypatch.setattr(program, "build_model", no_room)
+    for begin in (
+        lambda: run_here(arguments),
+        lambda: run_here([*arguments, "--plan"]),
+        lambda: lr_finder.main(parse_command_line(arguments, lr_finder.OWN_FLAGS)),
+    ):
+        with pytest.raises(TrainingStopped, match=r"outside of a training step: make room.*nvidia-smi.*\(CUDA out of memory"):
+            begin()
+
+
+def test_out_of_memory_between_two_steps_is_said_and_the_state_saved(image_tree, tmp_path, monkeypatch):
+    def no_room(*arguments, **options):
+        raise KINDS[1]
+
+    arguments = tiny_run(image_tree, tmp_path / "run", epochs=1, swa_start_epoch=0)
+    with monkeypatch.context() as patch, pytest.raises(TrainingStopped, match=r"outside of a training step.*--resume auto"):
+        patch.setattr("engine.training.validation.evaluate", no_room)
+        run_here(arguments)
+    assert checkpoint_files.read(tmp_path / "run/last.pt")["batch"] == 7
+    with monkeypatch.context() as patch, pytest.raises(TrainingStopped, match=r"outside of a training step.*--resume auto"):
+        patch.setattr("engine.training.state.load_scaler", no_room)
+        run_here([*arguments, "--resume=auto"])
+    assert run_here([*arguments, "--resume=auto"]) == 0

@@ -1,7 +1,8 @@
 /* A stand-in for the CUDA runtime on a machine without a GPU, preloaded before torch.
    Devices, streams, events, host registration and errors behave as documented; device memory is never touched and no kernel
    runs. For torch's FakeTensorMode, and for cross compiling with Inductor and Triton.
-   STANDIN_CAPABILITY=75|80|90   the card: a T4, an A100 or an H100
+   STANDIN_CAPABILITY=75|80|90   the card: a T4, an A100 or an H100; 60, a P100, is one that PyTorch has no code for
+   STANDIN_FAILS=N               from now on memory is not given and the device not waited for: CUDA's error number N
    STANDIN_LOG=FILE              in order, what makes the host wait, events, copies and host registrations
    STANDIN_REGISTERED=N          cudaHostRegister fails after N successes, as it does where it is not supported */
 #include <stdio.h>
@@ -15,6 +16,7 @@ static void logit(const char *what, unsigned long a, unsigned long b) {
   FILE *log = path ? fopen(path, "a") : NULL;
   if (log) { fprintf(log, "%s %lu %lu\n", what, a, b); fclose(log); }
 }
+static cudaError_t failed(void) { const char *s = getenv("STANDIN_FAILS"); return s ? last = atoi(s) : 0; }
 static int cc(void) { const char *s = getenv("STANDIN_CAPABILITY"); return s ? atoi(s) : 75; }
 cudaError_t cudaGetDeviceCount(int *n) { *n = 1; return 0; }
 cudaError_t cudaGetDevice(int *d) { *d = 0; return 0; }
@@ -23,7 +25,7 @@ cudaError_t cudaDriverGetVersion(int *v) { *v = 13000; return 0; }
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int d) {
   memset(p, 0, sizeof *p);
   int c = cc(); p->major = c / 10; p->minor = c % 10; p->warpSize = 32;
-  const char *n = c == 75 ? "Tesla T4 (stand-in)" : c == 80 ? "A100 (stand-in)" : "H100 (stand-in)";
+  const char *n = c == 60 ? "Tesla P100 (stand-in)" : c == 75 ? "Tesla T4 (stand-in)" : c == 80 ? "A100 (stand-in)" : "H100 (stand-in)";
   strcpy(p->name, n);
   p->totalGlobalMem = c == 75 ? 15642329088UL : c == 80 ? 42505273344UL : 85017493504UL;
   p->multiProcessorCount = c == 75 ? 40 : c == 80 ? 108 : 132;
@@ -51,7 +53,7 @@ cudaError_t cudaDeviceGetAttribute(int *v, enum cudaDeviceAttr a, int d) {
   return 0; }
 cudaError_t cudaDeviceGetPCIBusId(char *s, int l, int d) { snprintf(s, l, "0000:00:1E.0"); return 0; }
 cudaError_t cudaDeviceGetStreamPriorityRange(int *a, int *b) { *a = 0; *b = -1; return 0; }
-cudaError_t cudaDeviceSynchronize(void) { logit("wait cudaDeviceSynchronize", 0, 0); return 0; }
+cudaError_t cudaDeviceSynchronize(void) { logit("wait cudaDeviceSynchronize", 0, 0); return failed(); }
 cudaError_t cudaStreamSynchronize(cudaStream_t s) { logit("wait cudaStreamSynchronize", (unsigned long)s, 0); return 0; }
 cudaError_t cudaEventSynchronize(cudaEvent_t e) { logit("wait cudaEventSynchronize", (unsigned long)e, 0); return 0; }
 static unsigned long next = 0x1000;
@@ -71,7 +73,7 @@ cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) { logit("record", (un
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t e, cudaStream_t s, unsigned f) { logit("record", (unsigned long)e, (unsigned long)s); return 0; }
 cudaError_t cudaEventQuery(cudaEvent_t e) { return 0; }
 cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) { *ms = 0.5f; return 0; }
-cudaError_t cudaMalloc(void **p, size_t n) { *p = mmap(0, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0); logit("cudaMalloc", n, 0); return 0; }
+cudaError_t cudaMalloc(void **p, size_t n) { if (failed()) return last; *p = mmap(0, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0); logit("cudaMalloc", n, 0); return 0; }
 cudaError_t cudaFree(void *p) { return 0; }
 cudaError_t cudaHostAlloc(void **p, size_t n, unsigned f) { *p = mmap(0, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0); return 0; }
 cudaError_t cudaFreeHost(void *p) { return 0; }

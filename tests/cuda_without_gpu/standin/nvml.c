@@ -25,3 +25,9 @@ int nvmlDeviceGetPowerUsage(void *d, unsigned int *mw) { *mw = d == OURS ? 69500
 int nvmlDeviceGetTemperature(void *d, int sensor, unsigned int *c) { *c = d == OURS ? 74 : 30; return 0; }
 int nvmlDeviceGetCurrentClocksThrottleReasons(void *d, unsigned long long *r) { *r = d == OURS ? 0x4 | 0x1 : 0x1; return 0; }
 int nvmlDeviceGetClockInfo(void *d, int kind, unsigned int *mhz) { *mhz = kind == 1 ? 1590 : 5000; return 0; }
+/* What PyTorch asks before it says that memory has run out: */
+int nvmlDeviceGetHandleByPciBusId_v2(const char *id, void **device) { *device = OURS; return 0; }
+int nvmlDeviceGetComputeRunningProcesses(void *d, unsigned int *n, void *processes) { *n = 0; return 0; }
+int nvmlSystemGetCudaDriverVersion_v2(int *v) { *v = 13000; return 0; }
+int nvmlDeviceGetNvLinkRemoteDeviceType(void *d, unsigned int link, int *kind) { return NOT_FOUND; }
+int nvmlDeviceGetNvLinkRemotePciInfo_v2(void *d, unsigned int link, void *info) { return NOT_FOUND; }
