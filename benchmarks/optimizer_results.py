@@ -16,6 +16,7 @@ from model import build_model
 
 AT_WORK = ("resnet50", 176, 256)  # architecture, px and batch size of a run on ImageNet with `mild`, on average
 COLOURS = dict(zip(OPTIMIZERS, (RAW, MUTED, EMA, AVERAGED), strict=True))
+MARKERS = dict(zip(OPTIMIZERS, "ovso", strict=True))
 
 
 def optimizer_tables(runs):
@@ -75,13 +76,20 @@ def _gain_lines(runs, kinds):
     for kind in kinds:
         for name in OPTIMIZERS:
             needed = epochs_for_muons_top1(runs, kind, name)
-            cells = [f"{needed[n]:.1f} ({needed[n] / n:.2f}x)" if n in needed else "" for n in lengths]
+            longest = max(scores_by_length(runs, kind, name), default=0)
+            cells = [_epochs_in_words(needed.get(n), n, longest) for n in lengths]
             rows += [f"| {kind} | {name} | {' | '.join(cells)} |"] if any(cells) else []
     if not rows:
         return []
     header = f"| pictures | optimizer | {' | '.join(f'{n} epochs' for n in lengths)} |"
     words = "Epochs after which another optimizer has the top-1 that Muon has after so many"
     return ["", f"{words} (linear in the logarithm between its lengths):", "", header, "|---" * (2 + len(lengths)) + "|", *rows]
+
+
+def _epochs_in_words(needed, muons, longest):
+    if needed is None:
+        return ""
+    return f"over {longest}" if needed > longest else f"{needed:.1f} ({needed / muons:.2f}x)"
 
 
 def _kinds(runs):
@@ -103,14 +111,17 @@ def scores_by_length(runs, kind, name):
 
 
 def epochs_for_muons_top1(runs, kind, name):
-    """Return {epochs of Muon: epochs after which another optimizer has the same top-1}, where its lengths enclose it.
+    """Return {epochs of Muon: epochs after which another optimizer has the same top-1}, where two lengths of it are known.
 
-    Between two of its lengths top-1 is taken to be linear in the logarithm of the epochs.
+    Between two of its lengths top-1 is taken to be linear in the logarithm of the epochs; beyond them it is infinity, and
+    below them there is none.
     """
     points = [(epochs, statistics.mean(scores)) for epochs, scores in scores_by_length(runs, kind, name).items()]
     needed = {}
     for length, scores in scores_by_length(runs, kind, "Muon").items() if name != "Muon" else ():
         top1 = statistics.mean(scores)
+        if len(points) > 1 and top1 > max(mean for _, mean in points):
+            needed[length] = math.inf
         for (shorter, low), (longer, high) in zip(points, points[1:], strict=False):
             if low <= top1 <= high and high > low:
                 needed[length] = shorter * math.exp(math.log(longer / shorter) * (top1 - low) / (high - low))
@@ -156,18 +167,24 @@ def draw_optimizers(runs, path):
             epochs, means = np.array(list(scores)), [statistics.mean(of_length) for of_length in scores.values()]
             spread = [statistics.stdev(of_length) if len(of_length) > 1 else 0 for of_length in scores.values()]
             costs = {"-": at_work, ":": here} if name == "Muon" else {"-": 1}
-            by_steps.errorbar(epochs * steps, means, spread, color=colour, marker="o", capsize=3, label=name)
+            by_steps.errorbar(epochs * steps, means, spread, color=colour, marker=MARKERS[name], capsize=3, label=name)
             for style, cost in costs.items():
-                by_work.errorbar(epochs * steps * cost, means, spread, color=colour, marker="o", capsize=3, linestyle=style)
+                by_work.errorbar(
+                    epochs * steps * cost, means, spread, color=colour, marker=MARKERS[name], capsize=3, linestyle=style
+                )
         by_steps.set_title(kind, loc="left")
         for axis, label in ((by_steps, "steps"), (by_work, "work, in steps of the others (calculated)")):
             axis.set_xscale("log")
+            ticks = [100 * 2**doublings for doublings in range(6)]
+            axis.set_xticks(ticks, ticks)
+            axis.minorticks_off()
             axis.set_xlabel(label)
             axis.set_ylabel("top-1 in %")
-            axis.set_ylim(0, 100)
-    axes[0, 0].legend(frameon=False)
+            axis.set_ylim(0, 119)
+            axis.set_yticks(range(0, 101, 20))
+    axes[0, 0].legend(frameon=False, loc="upper left", ncols=2)
     axes[1, 0].plot([], color=COLOURS["Muon"], label="a step as in {} at {} px, batches of {}".format(*AT_WORK))
     axes[1, 0].plot([], ":", color=COLOURS["Muon"], label="a step as in this study")
-    axes[1, 0].legend(frameon=False)
+    axes[1, 0].legend(frameon=False, loc="upper left")
     save_figure(figure, path)
     return True
