@@ -12,17 +12,17 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 from engine.run.checkpoint_files import BEST, CHECKSUM_BYTES, CURVES, EPOCH_PATTERN, LAST, RECORDS, REPORTS, checksum_at_end
 from engine.run.events import EVENTS
+from engine.run.generations import MANIFEST, Generation, MirroredFile, files_in, position_in_words, read_manifest
 from engine.run.ledger import HOURS
 from engine.system import lock
 from engine.system.errors import first_line
 from engine.system.object_store import CHUNK_BYTES, Conflict, StorageError
-from engine.system.plain_json import from_json, to_json
+from engine.system.plain_json import to_json
 
-MANIFEST, OBJECTS, LOG = "run.json", "checkpoints/", "training.log"
+OBJECTS, LOG = "checkpoints/", "training.log"
 STOP_SECONDS = 90.0  # for the last upload of a run that is asked to stop: a spot instance has two minutes
 RETRY_SECONDS = (5.0, 60.0)  # after an upload that failed: at first, and at most
 COMPLAIN_SECONDS = 600.0  # between warnings while the storage does not answer
@@ -32,61 +32,8 @@ class Overtaken(Exception):
     """An upload is given up for a newer one."""
 
 
-class MirroredFile(NamedTuple):
-    """A checkpoint in the mirror."""
-
-    object: str
-    checksum: str  # SHA-256 that the file ends with, of all that comes before
-    bytes: int
-
-
-class Generation:
-    """Checkpoints of one save, held open: whatever takes their names later, these are the bytes that are read.
-
-    Args:
-        paths: {name: path}.
-        place: (whole epochs, batches of the next one) of last.pt.
-        saves: number of the save.
-    """
-
-    def __init__(self, paths, place, saves):
-        self.place, self.saves = place, saves
-        self.files = {name: open(path, "rb", buffering=0) for name, path in paths.items()}  # noqa: SIM115 - closed by close()
-
-    def take_over_from(self, older):
-        """Take the files of an older generation that has not been uploaded, as far as there are no newer ones here."""
-        for name, file in older.files.items():
-            if name in self.files:
-                file.close()
-            else:
-                self.files[name] = file
-
-    def close(self):
-        for file in self.files.values():
-            file.close()
-
-
-def read_manifest(store):
-    """Return (contents, e_tag) of the store's run.json; (None, None) if no run is there.
-
-    Raises:
-        StorageError: the storage cannot be reached, or what lies there is none.
-    """
-    content, found = store.read(MANIFEST)
-    if content is None:
-        return None, None
-    try:
-        manifest = from_json(content.decode())
-        if manifest["format"] > 1:
-            raise StorageError(f"{store.url}/{MANIFEST} was written by a newer version of this program: update the program")
-    except (ValueError, TypeError, KeyError) as error:
-        raise StorageError(f"{store.url}/{MANIFEST} cannot be read ({first_line(error)})") from error
-    return manifest, found.e_tag
-
-
-def files_in(manifest):
-    """Return {name: MirroredFile} of a manifest, or of nothing."""
-    return {name: MirroredFile(**facts) for name, facts in manifest["files"].items()} if manifest else {}
+class DamagedFile(Exception):
+    """A checkpoint on this machine cannot be read as it was written."""
 
 
 class Mirror:
@@ -342,9 +289,3 @@ class Mirror:
                 if self.lock.lost_to is None:
                     self.store.put(HOURS, (to_json(self.ledger.state()) + "\n").encode())
             time.sleep(lock.SIGN_OF_LIFE_SECONDS)
-
-
-def position_in_words(manifest):
-    """Return how far the state that a manifest names has come."""
-    position = f"epoch {manifest['epoch']}" + (f" and {manifest['batch']} batches" if manifest["batch"] else "")
-    return f"after {position}"

@@ -10,8 +10,9 @@ from config import CONFIG
 from engine.run import checkpoint_files
 from engine.run.checkpoint_files import BEST, LAST, PREVIOUS, RECORDS
 from engine.run.events import EVENTS
+from engine.run.generations import MirroredFile, position_in_words
 from engine.run.ledger import HOURS
-from engine.run.mirror import LOG, Mirror, MirroredFile, position_in_words
+from engine.run.mirror import LOG, Mirror
 from engine.system.errors import CheckpointError, UserError
 from engine.system.files import ADDRESS, keep_as, replacing
 from engine.system.object_store import ObjectStore, StorageError
