@@ -54,7 +54,7 @@ class Mirror:
         self._small = {}  # {name: (size, time of change)} of the small files as they were uploaded
         self._pending, self._closing, self._given_up = None, False, False
         self._gave_up_last = False
-        self._next_complaint = 0.0
+        self._next_complaint = {}  # {what is complained of: when it may be again}
         self._changed = threading.Condition()
         self._thread = None
 
@@ -102,7 +102,7 @@ class Mirror:
                 if not self.finished and time.monotonic() >= deadline:
                     break
                 self._changed.wait(0.2)
-                if self.finished and self._next_complaint and time.monotonic() - started > 10 * STOP_SECONDS:
+                if self.finished and "uploading" in self._next_complaint and time.monotonic() - started > 10 * STOP_SECONDS:
                     break  # the storage does not answer
         self._given_up = True
         if self.lock.lost_to is not None:  # the run has said so
@@ -131,19 +131,14 @@ class Mirror:
                     break  # the next save says it
                 self._upload(generation)
                 wait = RETRY_SECONDS[0]
-                if self._next_complaint:
-                    self._next_complaint = 0.0
+                if self._next_complaint.pop("uploading", None):
                     self.log(f"mirror: {self.store.url} answers again")
             except Overtaken:
                 self._put_back(generation)
             except Exception as error:  # the run is worth more
                 self._put_back(generation)
-                if time.monotonic() >= self._next_complaint:
-                    self._next_complaint = time.monotonic() + COMPLAIN_SECONDS
-                    self.log(
-                        f"WARNING: mirror: {self.store.url} could not be written to: {first_line(error)}. The run goes on, and "
-                        "the upload is tried again"
-                    )
+                reason = f"{self.store.url} could not be written to: {first_line(error)}"
+                self._complain("uploading", f"{reason}. The run goes on, and the upload is tried again")
                 with self._changed:
                     self._changed.wait_for(lambda: self._closing, wait)
                 if self._closing:
@@ -153,6 +148,12 @@ class Mirror:
             self._finish()
         with self._changed:
             self._changed.notify_all()
+
+    def _complain(self, about, text):
+        """Log a warning, one about a thing in COMPLAIN_SECONDS."""
+        if time.monotonic() >= self._next_complaint.get(about, 0.0):
+            self._next_complaint[about] = time.monotonic() + COMPLAIN_SECONDS
+            self.log(f"WARNING: mirror: {text}")
 
     def _next(self):
         """Wait for a generation and return it; None: the run has ended and everything is there."""
@@ -172,8 +173,14 @@ class Mirror:
     def _upload(self, generation):
         """Upload a generation, and let run.json name it."""
         entries = {}
-        for name, file in generation.files.items():
-            entries[name] = self._upload_checkpoint(name, file, generation.place)
+        for name, file in list(generation.files.items()):
+            try:
+                entries[name] = self._upload_checkpoint(name, file, generation.place)
+            except DamagedFile as error:
+                if name == LAST:  # it is complained of until the next save brings another
+                    raise
+                self.log(f"WARNING: mirror: {error}")
+                generation.drop(name)
         self._upload_small_files()
         before = files_in(self._manifest)
         files = self._without_old_epochs(before | entries)
@@ -182,12 +189,15 @@ class Mirror:
         manifest["files"] = {name: file._asdict() for name, file in files.items()}
         manifest["previous"] = before[LAST]._asdict() if LAST in before else None
         self._write_manifest(manifest)
-        generation.close()
         self._delete_unnamed()
+        generation.close()
 
     def _upload_checkpoint(self, name, file, place):
         """Return the MirroredFile of an open checkpoint, uploaded unless the very bytes are there."""
-        size, checksum = os.fstat(file.fileno()).st_size, checksum_at_end(file)
+        try:
+            size, checksum = os.fstat(file.fileno()).st_size, checksum_at_end(file)
+        except OSError as error:
+            raise DamagedFile(f"{error}; it was not uploaded") from error
         for known in files_in(self._manifest).values():
             if (known.bytes, known.checksum) == (size, checksum):
                 return known
@@ -205,7 +215,7 @@ class Mirror:
         return entry
 
     def _chunks(self, file, size, digest, checksum, name):
-        """Yield the file's bytes; raise Overtaken where they are no longer worth sending, OSError where they are damaged."""
+        """Yield the file's bytes; raise Overtaken where they are no longer worth sending, DamagedFile where damaged."""
         covered, position = size - CHECKSUM_BYTES, 0
         while position < size:
             with self._changed:
@@ -215,13 +225,16 @@ class Mirror:
                 if newer and position < size // 2 and (self._closing or not self._gave_up_last):  # no run is always overtaken
                     self._gave_up_last = True
                     raise Overtaken
-            chunk = os.pread(file.fileno(), CHUNK_BYTES, position)
+            try:
+                chunk = os.pread(file.fileno(), CHUNK_BYTES, position)
+            except OSError as error:
+                raise DamagedFile(f"{name} cannot be read and was not uploaded: {error}") from error
             if not chunk:
-                raise OSError(f"{name} is cut short")
+                raise DamagedFile(f"{name} is cut short and was not uploaded")
             digest.update(chunk[: max(covered - position, 0)])
             position += len(chunk)
             if position == size and digest.hexdigest() != checksum:
-                raise OSError(f"{name} is damaged on this disk and was not uploaded")
+                raise DamagedFile(f"{name} is damaged on this disk and was not uploaded")
             yield chunk
 
     def _is_whole(self, entry, file):
@@ -268,9 +281,17 @@ class Mirror:
         named = {file.object for file in files_in(self._manifest).values()}
         if self._manifest["previous"]:
             named.add(self._manifest["previous"]["object"])
+        failed = None
         for name in self._there - named:
-            self.store.delete(name)
-        self._there &= named
+            try:
+                self.store.delete(name)
+            except StorageError as error:  # it is tried again with the next save
+                failed = error
+            else:
+                self._there.discard(name)
+        if failed is not None:
+            text = f"what is no longer needed could not be deleted from {self.store.url}: {first_line(failed)}"
+            self._complain("deleting", text)
 
     def _finish(self):
         """Bring the small files up to date, and let a finished run's weights lie under their own names."""

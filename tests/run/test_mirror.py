@@ -30,7 +30,7 @@ class Writer:
     """A run that saves small checkpoints in a folder and mirrors them in another one."""
 
     def __init__(self, folder, place):
-        self.folder, self.said = folder, []
+        self.folder, self.said, self.offer_too = folder, [], []
         folder.mkdir(exist_ok=True)
         self.store = ObjectStore(str(place), "mirror")
         self.ledger = Ledger(time.perf_counter())
@@ -44,7 +44,7 @@ class Writer:
         for name in ("last.pt", *names):
             checkpoint_files.write(self.folder / name, contents | {"config": {}})
         (self.folder / "metrics.jsonl").write_text("".join(f'{{"epoch": {n + 1}}}\n' for n in range(epoch)))
-        self.mirror.offer(["last.pt", *names], (epoch, 0), self.ledger.saves)
+        self.mirror.offer(["last.pt", *names, *self.offer_too], (epoch, 0), self.ledger.saves)
 
     def saved(self, epoch, *names):
         """The same, and wait until it is there."""
@@ -113,6 +113,39 @@ def test_a_checkpoint_that_is_damaged_on_the_disk_is_not_uploaded(writer, tmp_pa
     assert writer.mirror.manifest["saves"] == 1
     writer.saved(3)
     assert fetched(writer, tmp_path / "new")[0] == 3
+
+
+def test_a_delete_that_fails_is_complained_of_and_the_mirror_goes_on(writer, tmp_path):
+    writer.saved(1)
+    writer.saved(2)
+    (old,) = (tmp_path / "mirror/checkpoints").glob("epoch_001*")
+    old.unlink()
+    (old / "in the way").mkdir(parents=True)  # a folder is no object that could be deleted
+    writer.saved(3, "epoch_003.pt")
+    wait_for(lambda: writer.said)
+    assert "could not be deleted" in writer.said[0]
+    writer.saved(4)
+    assert set(writer.mirror.manifest["files"]) == {"last.pt", "epoch_003.pt"}
+    shutil.rmtree(old)
+    old.touch()
+    writer.saved(5)
+    wait_for(lambda: not old.exists())
+    assert fetched(writer, tmp_path / "new")[0] == 5 and len(writer.said) == 1
+
+
+def test_a_kept_checkpoint_that_is_damaged_on_the_disk_holds_up_no_later_one(writer):
+    for epoch, damage in ((1, b"cut short"), (2, None)):
+        path = writer.folder / f"epoch_{epoch:03d}.pt"
+        checkpoint_files.write(path, {"epoch": epoch})
+        whole = path.read_bytes()
+        path.write_bytes(damage or whole[:100] + b"!" + whole[101:])
+        writer.offer_too = [path.name]
+        writer.saved(epoch)
+        wait_for(lambda count=epoch: len(writer.said) == count)
+        assert path.name in writer.said[-1] and "was not uploaded" in writer.said[-1]
+    writer.offer_too = []
+    writer.saved(3)
+    assert set(writer.mirror.manifest["files"]) == {"last.pt"} and len(writer.said) == 2
 
 
 def test_the_newer_one_of_folder_and_mirror_is_gone_on_with(writer, tmp_path):
