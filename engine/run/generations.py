@@ -48,7 +48,7 @@ class Generation:
 
 
 def read_manifest(store):
-    """Return (contents, e_tag) of the store's run.json; (None, None) if no run is there.
+    """Return (contents, Version) of the store's run.json; (None, None) if no run is there.
 
     Raises:
         StorageError: the storage cannot be reached, or what lies there is none.
@@ -62,7 +62,7 @@ def read_manifest(store):
             raise StorageError(f"{store.url}/{MANIFEST} was written by a newer version of this program: update the program")
     except (ValueError, TypeError, KeyError) as error:
         raise StorageError(f"{store.url}/{MANIFEST} cannot be read ({first_line(error)})") from error
-    return manifest, found.e_tag
+    return manifest, found.version
 
 
 def files_in(manifest):

@@ -49,7 +49,7 @@ class Mirror:
         self.store, self.lock, self.ledger = store, its_lock, ledger
         self.folder, self.log_file, self.keep, self.log = None, None, 0, print
         self.finished = False  # the run has come to its end: close() takes its time
-        self._manifest, self._e_tag = read_manifest(store)
+        self._manifest, self._version = read_manifest(store)
         self._there = set(store.list(OBJECTS))
         self._small = {}  # {name: (size, time of change)} of the small files as they were uploaded
         self._pending, self._closing, self._given_up = None, False, False
@@ -119,7 +119,7 @@ class Mirror:
         names = [MANIFEST, HOURS, RECORDS, EVENTS, CURVES, *REPORTS, LOG, LAST, BEST, *self._there]
         for name in names if self._manifest or self._there else ():
             self.store.delete(name)
-        self._manifest, self._e_tag, self._there = None, None, set()
+        self._manifest, self._version, self._there = None, None, set()
 
     # In the thread ---------------------------------------------------------------------------------------------------
 
@@ -260,15 +260,15 @@ class Mirror:
     def _write_manifest(self, manifest):
         """Replace run.json, on the condition that nobody else has."""
         manifest |= {"ledger": self.ledger.state()}
-        condition = {} if self.store.is_folder else {"e_tag": self._e_tag} if self._e_tag else {"create": True}
+        condition = {} if self.store.is_folder else {"version": self._version} if self._version else {"create": True}
         content = (to_json(manifest, indent=1) + "\n").encode()
         try:
-            self._e_tag = self.store.put(MANIFEST, content, **condition)
+            self._version = self.store.put(MANIFEST, content, **condition)
         except Conflict:  # an answer was lost, or the former holder of the lock, woken up, was quicker: it has no lock now
             _, found = self.store.read(MANIFEST)
             if found is None or not self.lock.is_mine():
                 raise
-            self._e_tag = self.store.put(MANIFEST, content, e_tag=found.e_tag)
+            self._version = self.store.put(MANIFEST, content, version=found.version)
         self._manifest = manifest
 
     def _without_old_epochs(self, files):

@@ -21,11 +21,18 @@ class Conflict(StorageError):
     """The object is there already, or is not any more what the caller knew."""
 
 
+class Version(NamedTuple):
+    """Which contents of an object: S3 and Azure go by the e_tag, Google by the version, so both are kept."""
+
+    e_tag: str | None
+    version: str | None
+
+
 class StoredObject(NamedTuple):
     """What is known of an object."""
 
     bytes: int
-    e_tag: str | None
+    version: Version
     modified: datetime  # by the clock of the storage
 
 
@@ -68,21 +75,21 @@ class ObjectStore:
         except (exceptions.BaseError, OSError) as error:
             raise StorageError(first_line(error)) from error
 
-    def put(self, name, content, create=False, e_tag=None):
-        """Write an object, whole or not at all; return its new e_tag.
+    def put(self, name, content, create=False, version=None):
+        """Write an object, whole or not at all; return its new Version.
 
         Args:
             content: bytes, or an iterator of bytes; an exception from it leaves nothing there.
             create: the object must not be there yet.
-            e_tag: the object must be the one of this e_tag.
+            version: Version that the object must have.
         Raises:
             Conflict: it is there already, or another one.
             StorageError: it could not be written.
         """
-        mode = "create" if create else {"e_tag": e_tag} if e_tag else "overwrite"
+        mode = "create" if create else "overwrite" if version is None else version._asdict()
         upload = {"chunk_size": CHUNK_BYTES, "max_concurrency": 4}
         with self._translated():
-            return self._obstore.put(self._store, name, content, mode=mode, **upload)["e_tag"]
+            return _version_in(self._obstore.put(self._store, name, content, mode=mode, **upload))
 
     def head(self, name):
         """Return the StoredObject of a name, or None if there is none."""
@@ -91,7 +98,7 @@ class ObjectStore:
                 found = self._obstore.head(self._store, name)
             except FileNotFoundError:
                 return None
-        return StoredObject(found["size"], found["e_tag"], found["last_modified"])
+        return StoredObject(found["size"], _version_in(found), found["last_modified"])
 
     def read(self, name):
         """Return (contents, StoredObject) of a small object, or (None, None) if there is none."""
@@ -101,7 +108,7 @@ class ObjectStore:
                 content, meta = bytes(found.bytes()), found.meta
             except FileNotFoundError:
                 return None, None
-        return content, StoredObject(meta["size"], meta["e_tag"], meta["last_modified"])
+        return content, StoredObject(meta["size"], _version_in(meta), meta["last_modified"])
 
     def read_range(self, name, start, end):
         """Return the bytes from `start` to before `end` of an object."""
@@ -135,3 +142,7 @@ class ObjectStore:
         """Delete an object; one that is not there stays so."""
         with self._translated(), contextlib.suppress(FileNotFoundError):
             self._obstore.delete(self._store, name)
+
+
+def _version_in(facts):
+    return Version(facts["e_tag"], facts["version"])

@@ -9,6 +9,7 @@ import time
 
 import pytest
 from conftest import finish, run_here, run_program, start_driver, start_program, tiny_run, wait_for
+from google_storage import GoogleStorage
 from object_storage import BUCKET, S3Server
 
 import train
@@ -17,6 +18,7 @@ from engine.cli.command_line import Command
 from engine.run import checkpoint_files, mirror
 from engine.run.ledger import Ledger
 from engine.run.mirror import MANIFEST, Mirror
+from engine.system import lock
 from engine.system.errors import CheckpointError, UserError
 from engine.system.object_store import Conflict, ObjectStore
 from engine.system.store_lock import lock_of_store
@@ -169,6 +171,38 @@ def test_the_newer_one_of_folder_and_mirror_is_gone_on_with(writer, tmp_path):
     other.mirror.close()
 
 
+def test_google_storage_takes_each_generation_and_each_sign_of_life(tmp_path, monkeypatch):
+    server = GoogleStorage()
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(lock, "SIGN_OF_LIFE_SECONDS", 0.05)
+    try:
+        writer = Writer(tmp_path / "run", "gs://bucket/run")
+        its_lock, key = writer.mirror.lock, "run/run.lock"
+        its_lock.acquire(print)
+        first = server.objects[key][0]
+        for epoch in (1, 2, 3):
+            writer.saved(epoch)
+        writer.mirror.close()
+        assert writer.said == ["mirrored to gs://bucket/run: after epoch 3"]
+        assert fetched(writer, tmp_path / "new")[0] == 3
+        wait_for(lambda: server.objects[key][0] > first, 20)
+        second = server.objects[key][0]
+        wait_for(lambda: server.objects[key][0] > second, 20)
+        monkeypatch.setattr(lock, "SILENCE_SECONDS", 1.0)
+        monkeypatch.setattr(lock, "_machine", lambda: "another")
+        other = lock_of_store(writer.store, "mirror", "wait")
+        with pytest.raises(CheckpointError, match="gs://bucket/run is in use by"):
+            other.acquire(print)
+        its_lock._released.set()  # it falls silent
+        other.acquire(print)
+        assert "no sign of life" in other.note
+        other.release()
+        assert key not in server.objects
+    finally:
+        server.close()
+
+
 def test_without_obstore_the_user_is_told_what_to_install(monkeypatch, tmp_path):
     original = builtins.__import__
 
@@ -253,10 +287,10 @@ def test_conditional_puts_multipart_uploads_and_what_is_given_up(url):
     first = store.put("lock", b"a", create=True)
     with pytest.raises(Conflict):
         store.put("lock", b"b", create=True)
-    second = store.put("lock", b"b", e_tag=first)
+    second = store.put("lock", b"b", version=first)
     with pytest.raises(Conflict):
-        store.put("lock", b"c", e_tag=first)
-    assert store.read("lock")[0] == b"b" and store.head("lock").e_tag == second
+        store.put("lock", b"c", version=first)
+    assert store.read("lock")[0] == b"b" and store.head("lock").version == second
 
     def parts(fail):
         for number in range(4):
