@@ -1,6 +1,7 @@
 """Object storage as the programs see it: S3, Google Cloud Storage, Azure, or a folder, through obstore, which is optional."""
 
 import contextlib
+import time
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -9,8 +10,11 @@ from engine.system.errors import UserError, first_line
 from engine.system.files import ADDRESS
 
 CHUNK_BYTES = 8 << 20
-TIMEOUTS = {"connect_timeout": "10s", "timeout": "120s", "allow_http": True}  # http only where an endpoint asks for it
+# The longest silence of the other side: while an answer arrives, and until the answer to a part that was sent, of which four at
+# once make 0.28 MB/s the slowest line. An answer that goes on arriving may take a day.
+TIMEOUTS = {"connect_timeout": "10s", "read_timeout": "120s", "timeout": "24h", "allow_http": True}  # http: only if asked for
 RETRIES = {"max_retries": 3, "retry_timeout": timedelta(seconds=30)}  # of one request; callers try again on their own
+RANGE_TRIES_SECONDS = (1.0, 5.0, 15.0, 30.0)  # between tries to read a part of a large object
 
 
 class StorageError(Exception):
@@ -115,16 +119,26 @@ class ObjectStore:
         with self._translated():
             return bytes(self._obstore.get_range(self._store, name, start=start, end=end))
 
-    def stream(self, name, start=0):
-        """Yield the bytes of an object from `start` on.
+    def read_range_retried(self, name, start, end):
+        """Return what read_range does, asked for again for a while where the storage does not answer."""
+        for seconds in RANGE_TRIES_SECONDS:
+            try:
+                return self.read_range(name, start, end)
+            except StorageError:
+                time.sleep(seconds)
+        return self.read_range(name, start, end)
+
+    def stream(self, name):
+        """Yield the bytes of an object, by parts: on a bad line only a part is asked for again.
 
         Raises:
             StorageError: there is no such object, or it cannot be read.
         """
-        with self._translated():
-            options = {"range": {"offset": start}} if start else None
-            for chunk in self._obstore.get(self._store, name, options=options).stream(min_chunk_size=CHUNK_BYTES):
-                yield bytes(chunk)
+        found = self.head(name)
+        if found is None:
+            raise StorageError(f"{self.url} holds no {name}")
+        for start in range(0, found.bytes, CHUNK_BYTES):
+            yield self.read_range_retried(name, start, min(start + CHUNK_BYTES, found.bytes))
 
     def list(self, prefix=""):
         """Return {name: bytes} of the objects under a folder."""

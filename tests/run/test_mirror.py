@@ -5,7 +5,9 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
+from datetime import timedelta
 
 import pytest
 from conftest import finish, run_here, run_program, start_driver, start_program, tiny_run, wait_for
@@ -18,7 +20,7 @@ from engine.cli.command_line import Command
 from engine.run import checkpoint_files, mirror
 from engine.run.ledger import Ledger
 from engine.run.mirror import MANIFEST, Mirror
-from engine.system import lock
+from engine.system import lock, object_store
 from engine.system.errors import CheckpointError, UserError
 from engine.system.object_store import Conflict, ObjectStore
 from engine.system.store_lock import lock_of_store
@@ -303,10 +305,24 @@ def test_conditional_puts_multipart_uploads_and_what_is_given_up(url):
         store.put("other", parts(3))
     assert store.list() == {"large": 32 << 20, "lock": 1}
     assert store.read_range("large", 8 << 20, (8 << 20) + 2) == b"\1\1"
-    assert sum(map(len, store.stream("large", 8 << 20))) == 24 << 20
+    assert [len(part) for part in store.stream("large")] == 4 * [8 << 20]
     store.delete("large")
     store.delete("large")
     assert store.head("large") is None and store.read("large") == (None, None)
+
+
+@pytest.mark.slow
+def test_a_large_object_arrives_over_a_slow_line_and_across_a_break(server, url, monkeypatch):
+    ObjectStore(url, "mirror").put("large", iter([b"1" * (8 << 20), b"2" * (8 << 20)]))
+    sixtieth = {name: "2s" if value == "120s" else value for name, value in object_store.TIMEOUTS.items()}
+    monkeypatch.setattr(object_store, "TIMEOUTS", sixtieth)
+    monkeypatch.setattr(object_store, "RETRIES", object_store.RETRIES | {"retry_timeout": timedelta(seconds=0.5)})
+    store, server.mode = ObjectStore(url, "mirror"), "slow"
+    parts = store.stream("large")
+    first = next(parts)  # 4 s at 2 MB/s
+    server.mode = "refusing"
+    threading.Timer(3.0, setattr, (server, "mode", "open")).start()
+    assert first + b"".join(parts) == b"1" * (8 << 20) + b"2" * (8 << 20)
 
 
 @pytest.mark.slow
