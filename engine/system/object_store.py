@@ -145,6 +145,11 @@ class ObjectStore:
         with self._translated():
             return {found["path"]: found["size"] for part in self._obstore.list(self._store, prefix or None) for found in part}
 
+    def some_names(self):
+        """Return the names of the first objects, as many as the storage tells at a time."""
+        with self._translated():
+            return [found["path"] for found in next(iter(self._obstore.list(self._store)), [])]
+
     def copy(self, name, other):
         """Let `other` hold what `name` holds; the storage does it by itself."""
         if self.is_folder and (self.path / other).exists() and (self.path / other).samefile(self.path / name):
