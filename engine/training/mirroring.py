@@ -135,7 +135,22 @@ def require_same_run(mirror, ledger, command, path):
 
 
 def fetch_newer(mirror, folder, command):
-    """Put the mirror's run into the folder where that has none, or an earlier state of it; return lines to log."""
+    """Put the mirror's run into the folder where that has none, or an earlier state of it; return lines to log.
+
+    Raises:
+        StorageError: the storage cannot be reached.
+        CheckpointError: they hold different runs, no checkpoint is whole, or there is no room for it here.
+    """
+    try:
+        return _fetch_newer(mirror, folder, command)
+    except OSError as error:
+        raise CheckpointError(
+            f"the run in {mirror.store.url} could not be written to {folder}: {error}. Make room there, or name another "
+            "--checkpoint-dir"
+        ) from error
+
+
+def _fetch_newer(mirror, folder, command):
     manifest, remarks = mirror.manifest, []
     if manifest is None:
         return remarks

@@ -3,6 +3,7 @@
 import builtins
 import os
 import re
+import resource
 import shutil
 import signal
 import threading
@@ -171,6 +172,19 @@ def test_the_newer_one_of_folder_and_mirror_is_gone_on_with(writer, tmp_path):
     with pytest.raises(CheckpointError, match="hold different runs"):
         fetched(other, elsewhere)
     other.mirror.close()
+
+
+def test_a_full_disk_that_the_mirrors_run_does_not_fit_on_is_said_in_a_line(writer, tmp_path):
+    writer.saved(1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="could not be written to .*/new: .*Make room there"):
+            fetched(writer, tmp_path / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "new").iterdir())
+    assert fetched(writer, tmp_path / "new")[0] == 1
 
 
 def test_google_storage_takes_each_generation_and_each_sign_of_life(tmp_path, monkeypatch):
