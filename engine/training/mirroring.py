@@ -1,6 +1,8 @@
 """Where a run's mirror is, who may write to it, and what a new machine takes from it."""
 
 import contextlib
+import itertools
+import os
 import time
 from pathlib import Path
 
@@ -182,14 +184,35 @@ def _fetch_newer(mirror, folder, command):
     if best and _checksum_of(folder / BEST) != best["checksum"]:
         _fetched(mirror, MirroredFile(**best), folder / BEST, remarks)
     log_file = command.given.get("log_file") or (_config_of(folder / LAST)).get("log_file", CONFIG["log_file"])
-    for name, path in ((RECORDS, folder / RECORDS), (EVENTS, folder / EVENTS), (LOG, Path(log_file))):
+    for name, path in ((RECORDS, folder / RECORDS), (EVENTS, folder / EVENTS)):
         content, _ = mirror.store.read(name)
         if content is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as file:
-                file.write(content)
+            _write(path, content)
+    _fetch_log(mirror.store, Path(log_file), remarks)
     remarks.append(f"note: {folder / LAST} was fetched from {mirror.store.url} ({taken.bytes / 1e6:,.0f} MB)")
     return remarks
+
+
+def _fetch_log(store, path, remarks):
+    """Put the mirror's log at a path; a log there that it does not continue stays under another name."""
+    content, _ = store.read(LOG)
+    if content is None or (path.exists() and not path.is_file()):  # /dev/null
+        return
+    here = path.read_bytes() if path.exists() else b""
+    if here.startswith(content):
+        return
+    if not content.startswith(here):
+        numbers = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
+        other = next(name for name in numbers if not os.path.lexists(name))
+        keep_as(path, other)
+        remarks.append(f"note: {path} held another log than this run's; it stays as {other}")
+    _write(path, content)
+
+
+def _write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(content)
 
 
 def _checksum_of(path):

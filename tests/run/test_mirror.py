@@ -187,6 +187,25 @@ def test_a_full_disk_that_the_mirrors_run_does_not_fit_on_is_said_in_a_line(writ
     assert fetched(writer, tmp_path / "new")[0] == 1
 
 
+def test_the_log_of_another_run_stays_and_that_of_this_run_is_continued(writer, tmp_path):
+    log = tmp_path / "training.log"  # where every run logs by default
+    writer.mirror.log_file = writer.folder / "log"
+    writer.mirror.log_file.write_text("of this run, 1\n")
+    writer.saved(1)
+    log.write_text("of another\n")
+    assert "stays as training.1.log" in fetched(writer, tmp_path / "new")[1]
+    assert log.read_text() == "of this run, 1\n" and (tmp_path / "training.1.log").read_text() == "of another\n"
+    writer.mirror.log_file.write_text("of this run, 1\nof this run, 2\n")
+    writer.saved(2)
+    fetched(writer, tmp_path / "new")
+    assert log.read_text() == "of this run, 1\nof this run, 2\n"
+    log.write_text("of this run, 1\nof this run, 2\nwritten after the last upload\n")
+    writer.saved(3)
+    fetched(writer, tmp_path / "new")
+    assert len(log.read_text().splitlines()) == 3
+    assert sorted(path.name for path in tmp_path.glob("training*")) == ["training.1.log", "training.log"]
+
+
 def test_google_storage_takes_each_generation_and_each_sign_of_life(tmp_path, monkeypatch):
     server = GoogleStorage()
     for name, value in server.environment.items():
