@@ -116,7 +116,7 @@ def ledgers_there(mirror):
 
 
 def require_same_run(mirror, ledger, command, path):
-    """Let the mirror hold the ledger's run, and no later state of it than a last.pt that was asked for.
+    """Let the mirror hold the ledger's run, and no later state of it than a last.pt that was asked for; count its saves on.
 
     Raises:
         CheckpointError: it does not.
@@ -131,6 +131,7 @@ def require_same_run(mirror, ledger, command, path):
             f"the mirror {url} holds a later state of this run than {path}, {position_in_words(there)}. Go on with it: "
             "--resume auto. Do again what came after this one: --mirror OTHER, or --mirror none"
         )
+    ledger.saves = max(ledger.saves, there["saves"])  # after going back to an epoch_005.pt, too, the next save is the newest
 
 
 # From the mirror to the folder -----------------------------------------------------------------------------------------

@@ -295,6 +295,16 @@ def test_an_older_last_pt_does_not_take_the_place_of_a_newer_one_in_the_mirror(i
     assert not list(place.glob("*#*"))  # of files that were put in the place of themselves
 
 
+def test_a_run_that_went_back_to_an_earlier_epoch_is_newer_than_a_folder_of_before(image_tree, tmp_path):
+    first, second, place = tmp_path / "first", tmp_path / "second", tmp_path / "mirror"
+    settings = {"mirror": place, "swa_start_epoch": 0, "checkpoint_every_epochs": 1}
+    assert run_here(tiny_run(image_tree, first, epochs=4, **settings)) == 0
+    shutil.copytree(first, second)  # a disk that stayed when its machine went away
+    assert run_here([f"--resume={first}/epoch_001.pt", "--epochs=2"]) == 0
+    assert run_here([*tiny_run(image_tree, second, epochs=2, **settings), "--resume=auto"]) == 0
+    assert checkpoint_files.read(second / "last.pt")["epoch"] == 2
+
+
 # A real S3 server ----------------------------------------------------------------------------------------------------
 
 
