@@ -115,11 +115,17 @@ class Mirror:
             self.log(f"mirrored to {self.store.url}: {position_in_words(self._manifest)}")
 
     def delete_run(self):
-        """Delete the run that is there, and nothing else."""
-        names = [MANIFEST, HOURS, RECORDS, EVENTS, CURVES, *REPORTS, LOG, LAST, BEST, *self._there]
-        for name in names if self._manifest or self._there else ():
-            self.store.delete(name)
-        self._manifest, self._version, self._there = None, None, set()
+        """Delete the run that is there, and nothing else; what cannot be deleted besides run.json costs a warning.
+
+        Raises:
+            StorageError: run.json is still there.
+        """
+        if self._manifest:
+            self.store.delete(MANIFEST)
+        if self._manifest or self._there:
+            self._delete([HOURS, RECORDS, EVENTS, CURVES, *REPORTS, LOG, LAST, BEST])
+        self._manifest, self._version = None, None
+        self._there -= self._delete(self._there)
 
     # In the thread ---------------------------------------------------------------------------------------------------
 
@@ -281,17 +287,21 @@ class Mirror:
         named = {file.object for file in files_in(self._manifest).values()}
         if self._manifest["previous"]:
             named.add(self._manifest["previous"]["object"])
-        failed = None
-        for name in self._there - named:
+        self._there -= self._delete(self._there - named)  # what could not be is tried again with the next save
+
+    def _delete(self, names):
+        """Delete objects, and return the set of those that are gone."""
+        gone, failed = set(), None
+        for name in names:
             try:
                 self.store.delete(name)
-            except StorageError as error:  # it is tried again with the next save
+                gone.add(name)
+            except StorageError as error:
                 failed = error
-            else:
-                self._there.discard(name)
         if failed is not None:
             text = f"what is no longer needed could not be deleted from {self.store.url}: {first_line(failed)}"
             self._complain("deleting", text)
+        return gone
 
     def _finish(self):
         """Bring the small files up to date, and let a finished run's weights lie under their own names."""

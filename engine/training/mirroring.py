@@ -104,6 +104,15 @@ def _retried(store, ask):
     return None
 
 
+def clear_mirror(mirror):
+    """Delete the run that a mirror holds, before a new one begins.
+
+    Raises:
+        UserError: it cannot be.
+    """
+    _retried(mirror.store, mirror.delete_run)
+
+
 def ledgers_there(mirror):
     """Return the ledgers that a mirror knows: run.json's, and the one that is written every few seconds."""
     if mirror is None:

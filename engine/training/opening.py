@@ -34,7 +34,7 @@ from engine.training.budget import open_ledger
 from engine.training.check import FAILS, OK, quick_check
 from engine.training.images import open_images, refuse_folders_among_classes
 from engine.training.initial_weights import with_initial_weights
-from engine.training.mirroring import open_mirror
+from engine.training.mirroring import clear_mirror, open_mirror
 from engine.training.plan import positive
 from engine.training.resuming import beginning_of_run, source_of_run
 from engine.training.run import Run
@@ -63,7 +63,7 @@ def open_run(command, train_step, build_model, begun):
             if run.checkpoint is None:  # refused before unless it is asked for or there is none
                 distributed.run_on_rank0(delete_run, run.config["checkpoint_dir"])
                 if run.mirror is not None:
-                    run.mirror.delete_run()
+                    clear_mirror(run.mirror)
             torch.manual_seed(run.config["seed"] + distributed.rank())
             with distributed.detect_lost_ranks():  # here already, so that the log says it, too
                 yield run

@@ -25,6 +25,7 @@ from engine.system import lock, object_store
 from engine.system.errors import CheckpointError, UserError
 from engine.system.object_store import Conflict, ObjectStore
 from engine.system.store_lock import lock_of_store
+from engine.training import mirroring
 from engine.training.mirroring import fetch_newer
 
 pytest.importorskip("obstore", reason="obstore is not installed: pip install obstore")
@@ -204,6 +205,27 @@ def test_the_log_of_another_run_stays_and_that_of_this_run_is_continued(writer, 
     fetched(writer, tmp_path / "new")
     assert len(log.read_text().splitlines()) == 3
     assert sorted(path.name for path in tmp_path.glob("training*")) == ["training.1.log", "training.log"]
+
+
+def test_a_new_run_whose_mirror_cannot_be_emptied_is_refused_in_a_line_or_warned_of(writer, tmp_path, monkeypatch):
+    monkeypatch.setattr(mirroring, "START_TRIES_SECONDS", (0.0,))
+    writer.saved(1)
+    there = Mirror(writer.store, None, Ledger(time.perf_counter()))
+    there.log = writer.said.append
+
+    def put_in_the_way(path):  # a folder is no object that could be deleted
+        path.unlink()
+        (path / "in the way").mkdir(parents=True)
+
+    put_in_the_way(tmp_path / "mirror/run.json")
+    with pytest.raises(UserError, match="mirror = .* cannot be used: .*run.json"):
+        mirroring.clear_mirror(there)
+    shutil.rmtree(tmp_path / "mirror/run.json")
+    (checkpoint,) = (tmp_path / "mirror/checkpoints").iterdir()
+    put_in_the_way(checkpoint)
+    mirroring.clear_mirror(there)
+    assert len(writer.said) == 1 and "could not be deleted" in writer.said[0]
+    assert not (tmp_path / "mirror/metrics.jsonl").exists() and there.manifest is None
 
 
 def test_google_storage_takes_each_generation_and_each_sign_of_life(tmp_path, monkeypatch):
