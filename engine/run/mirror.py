@@ -193,10 +193,16 @@ class Mirror:
         epochs, batches = generation.place
         manifest = {"format": 1, "saves": generation.saves, "epoch": epochs, "batch": batches, "time": time.time()}
         manifest["files"] = {name: file._asdict() for name, file in files.items()}
-        manifest["previous"] = before[LAST]._asdict() if LAST in before else None
+        manifest["previous"] = self._previous(before, files)
         self._write_manifest(manifest)
         self._delete_unnamed()
         generation.close()
+
+    def _previous(self, before, files):
+        """Return what run.json is to call the last.pt before this one: after a resumption the same one is offered again."""
+        if self._manifest and before.get(LAST) == files.get(LAST):
+            return self._manifest["previous"]
+        return before[LAST]._asdict() if LAST in before else None
 
     def _upload_checkpoint(self, name, file, place):
         """Return the MirroredFile of an open checkpoint, uploaded unless the very bytes are there."""

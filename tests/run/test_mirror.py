@@ -228,6 +228,19 @@ def test_a_new_run_whose_mirror_cannot_be_emptied_is_refused_in_a_line_or_warned
     assert not (tmp_path / "mirror/metrics.jsonl").exists() and there.manifest is None
 
 
+def test_the_same_last_pt_offered_again_after_a_resumption_leaves_the_one_before_it_there(writer, tmp_path):
+    writer.saved(1)
+    writer.saved(2)
+    resumed = Writer(tmp_path / "new", tmp_path / "mirror")
+    fetch_newer(resumed.mirror, resumed.folder, COMMAND)
+    resumed.ledger.saves = 2
+    resumed.mirror.offer(["last.pt"], (2, 0), 2)
+    resumed.mirror.close()
+    there = sorted(path.name[:9] for path in (tmp_path / "mirror/checkpoints").iterdir())
+    assert there == ["epoch_001", "epoch_002"]
+    assert resumed.mirror.manifest["previous"]["object"].startswith("checkpoints/epoch_001")
+
+
 def test_google_storage_takes_each_generation_and_each_sign_of_life(tmp_path, monkeypatch):
     server = GoogleStorage()
     for name, value in server.environment.items():
