@@ -54,6 +54,9 @@ class Mirror:
         self._small = {}  # {name: (size, time of change)} of the small files as they were uploaded
         self._pending, self._closing, self._given_up = None, False, False
         self._gave_up_last = False
+        self._offered, self._named = None, None  # number of the newest save, and of the one that run.json names
+        self._left = ""  # in words: what is not there yet
+        self._complete = False
         self._next_complaint = {}  # {what is complained of: when it may be again}
         self._changed = threading.Condition()
         self._thread = None
@@ -88,6 +91,7 @@ class Mirror:
             if self._pending is not None:
                 generation.take_over_from(self._pending)
             self._pending = generation
+            self._offered = saves
             self._changed.notify_all()
 
     def close(self):
@@ -108,11 +112,14 @@ class Mirror:
         if self.lock.lost_to is not None:  # the run has said so
             return
         self._thread.join(0.1)
-        if self._thread.is_alive() or self._pending is not None or self._manifest is None:
-            there = f"what is there is of {position_in_words(self._manifest)}" if self._manifest else "nothing is there"
-            self.log(f"WARNING: mirror: the last save did NOT get to {self.store.url} in time; {there}")
+        there = position_in_words(self._manifest) if self._manifest else None
+        if self._complete:
+            self.log(f"mirrored to {self.store.url}: {there}")
+        elif there and self._named == self._offered:
+            self.log(f"WARNING: mirror: the last save is in {self.store.url}, {there}, but NOT in time: {self._left}")
         else:
-            self.log(f"mirrored to {self.store.url}: {position_in_words(self._manifest)}")
+            there = f"what is there is of {there}" if there else "nothing is there"
+            self.log(f"WARNING: mirror: the last save did NOT get to {self.store.url} in time; {there}")
 
     def delete_run(self):
         """Delete the run that is there, and nothing else; what cannot be deleted besides run.json costs a warning.
@@ -150,8 +157,7 @@ class Mirror:
                 if self._closing:
                     time.sleep(1.0)
                 wait = min(2 * wait, RETRY_SECONDS[1])
-        with contextlib.suppress(StorageError, OSError):
-            self._finish()
+        self._finish_retried()
         with self._changed:
             self._changed.notify_all()
 
@@ -178,16 +184,25 @@ class Mirror:
 
     def _upload(self, generation):
         """Upload a generation, and let run.json name it."""
-        entries = {}
-        for name, file in list(generation.files.items()):
+        entries, names = {}, sorted(generation.files, key=lambda name: name != LAST)
+        for number, name in enumerate(names):
+            self._left = ", ".join(names[number:])
             try:
-                entries[name] = self._upload_checkpoint(name, file, generation.place)
+                entries[name] = self._upload_checkpoint(name, generation)
             except DamagedFile as error:
                 if name == LAST:  # it is complained of until the next save brings another
                     raise
                 self.log(f"WARNING: mirror: {error}")
                 generation.drop(name)
+            if self._closing and name == LAST and len(names) > 1:
+                self._name(generation, entries)  # the others may not get there in time
         self._upload_small_files()
+        self._name(generation, entries)
+        self._delete_unnamed()
+        generation.close()
+
+    def _name(self, generation, entries):
+        """Let run.json name what has been uploaded of a generation, {name: MirroredFile}."""
         before = files_in(self._manifest)
         files = self._without_old_epochs(before | entries)
         epochs, batches = generation.place
@@ -195,8 +210,7 @@ class Mirror:
         manifest["files"] = {name: file._asdict() for name, file in files.items()}
         manifest["previous"] = self._previous(before, files)
         self._write_manifest(manifest)
-        self._delete_unnamed()
-        generation.close()
+        self._named = generation.saves
 
     def _previous(self, before, files):
         """Return what run.json is to call the last.pt before this one: after a resumption the same one is offered again."""
@@ -204,8 +218,9 @@ class Mirror:
             return self._manifest["previous"]
         return before[LAST]._asdict() if LAST in before else None
 
-    def _upload_checkpoint(self, name, file, place):
-        """Return the MirroredFile of an open checkpoint, uploaded unless the very bytes are there."""
+    def _upload_checkpoint(self, name, generation):
+        """Return the MirroredFile of a generation's checkpoint, uploaded unless the very bytes are there."""
+        file = generation.files[name]
         try:
             size, checksum = os.fstat(file.fileno()).st_size, checksum_at_end(file)
         except OSError as error:
@@ -213,25 +228,26 @@ class Mirror:
         for known in files_in(self._manifest).values():
             if (known.bytes, known.checksum) == (size, checksum):
                 return known
-        epochs, batches = place
+        epochs, batches = generation.place
         target = f"{OBJECTS}epoch_{epochs:03d}+{batches:05d}-{checksum[:12]}.pt"
         entry = MirroredFile(target, checksum, size)
         if target in self._there and self._is_whole(entry, file):
             return entry
-        digest = hashlib.sha256()
-        self.store.put(target, self._chunks(file, size, digest, checksum, name))
+        self.store.put(target, self._chunks(name, generation, size, checksum))
         self._there.add(target)
         if not self._is_whole(entry, file):
             raise StorageError(f"{target} is not what was sent")
         self._gave_up_last = False
         return entry
 
-    def _chunks(self, file, size, digest, checksum, name):
+    def _chunks(self, name, generation, size, checksum):
         """Yield the file's bytes; raise Overtaken where they are no longer worth sending, DamagedFile where damaged."""
+        file, digest = generation.files[name], hashlib.sha256()
         covered, position = size - CHECKSUM_BYTES, 0
         while position < size:
             with self._changed:
-                if self._given_up:
+                if self._is_overtaken(name, generation, position / size):
+                    self._gave_up_last = self._gave_up_last or name == LAST
                     raise Overtaken
                 newer = self._pending is not None and LAST in self._pending.files and name == LAST
                 if newer and position < size // 2 and (self._closing or not self._gave_up_last):  # no run is always overtaken
@@ -249,6 +265,18 @@ class Mirror:
                 raise DamagedFile(f"{name} is damaged on this disk and was not uploaded")
             yield chunk
 
+    def _is_overtaken(self, name, generation, sent):
+        """Return whether an upload, of which a share has been sent, is to be given up for a newer last.pt.
+
+        No run is overtaken again and again; when it ends, last.pt comes before everything else.
+        """
+        newer = self._pending is not None and LAST in self._pending.files
+        if self._given_up:
+            return True
+        if name != LAST:
+            return self._closing and (newer or self._named != generation.saves)
+        return newer and sent < 0.5 and (self._closing or not self._gave_up_last)
+
     def _is_whole(self, entry, file):
         """Return whether the object has the file's length and its last bytes, which are the checksum of all the others."""
         found = self.store.head(entry.object)
@@ -261,13 +289,19 @@ class Mirror:
         paths = {name: self.folder / name for name in (RECORDS, EVENTS, CURVES, *REPORTS)}
         paths |= {LOG: Path(self.log_file)} if self.log_file else {}
         for name, path in paths.items():
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 found = path.stat()
-                if self._small.get(name) != (found.st_size, found.st_mtime_ns):
-                    content = path.read_bytes()
-                    whole_lines = name in (RECORDS, EVENTS, LOG)
-                    self.store.put(name, content[: content.rfind(b"\n") + 1] if whole_lines else content)
-                    self._small[name] = found.st_size, found.st_mtime_ns
+                if self._small.get(name) == (found.st_size, found.st_mtime_ns):
+                    continue
+                content = path.read_bytes()
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                self._complain(name, f"{name} could not be read: {error}")
+                continue
+            whole_lines = name in (RECORDS, EVENTS, LOG)
+            self.store.put(name, content[: content.rfind(b"\n") + 1] if whole_lines else content)
+            self._small[name] = found.st_size, found.st_mtime_ns
 
     def _write_manifest(self, manifest):
         """Replace run.json, on the condition that nobody else has."""
@@ -309,16 +343,26 @@ class Mirror:
             self._complain("deleting", text)
         return gone
 
+    def _finish_retried(self):
+        """Do what comes after the last save, tried again while there is time."""
+        while self._manifest is not None and self._pending is None and not self._given_up and self.lock.lost_to is None:
+            try:
+                self._finish()
+                self._complete = True
+                return
+            except StorageError as error:
+                self._complain("uploading", f"{self.store.url} could not be written to: {first_line(error)}")
+                time.sleep(1.0)
+
     def _finish(self):
         """Bring the small files up to date, and let a finished run's weights lie under their own names."""
-        if self.lock.lost_to is not None or self._manifest is None:
-            return
+        self._left = "records, log and report as they are now"
         self._upload_small_files()
         self._write_manifest(self._manifest)
-        if self.finished:
-            for name in (LAST, BEST):
-                if name in self._manifest["files"]:
-                    self.store.copy(self._manifest["files"][name]["object"], name)
+        for name in (LAST, BEST) if self.finished else ():
+            if name in self._manifest["files"]:
+                self._left = f"{name} under its own name"
+                self.store.copy(self._manifest["files"][name]["object"], name)
 
     def _show_hours(self):
         while not self._closing:

@@ -152,9 +152,9 @@ class ObjectStore:
 
     def copy(self, name, other):
         """Let `other` hold what `name` holds; the storage does it by itself."""
-        if self.is_folder and (self.path / other).exists() and (self.path / other).samefile(self.path / name):
-            return  # it is: to rename one name of a file to another of its names would leave both
         with self._translated():
+            if self.is_folder and (self.path / other).exists() and (self.path / other).samefile(self.path / name):
+                return  # it is: to rename one name of a file to another of its names would leave both
             self._obstore.copy(self._store, name, other)
 
     def delete(self, name):

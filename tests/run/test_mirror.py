@@ -11,6 +11,7 @@ import time
 from datetime import timedelta
 
 import pytest
+import torch
 from conftest import finish, run_here, run_program, start_driver, start_program, tiny_run, wait_for
 from google_storage import GoogleStorage
 from object_storage import BUCKET, S3Server
@@ -241,6 +242,24 @@ def test_the_same_last_pt_offered_again_after_a_resumption_leaves_the_one_before
     assert resumed.mirror.manifest["previous"]["object"].startswith("checkpoints/epoch_001")
 
 
+def test_what_a_finished_run_cannot_leave_in_the_mirror_is_tried_again_and_said(writer, tmp_path, monkeypatch):
+    in_the_way = tmp_path / "mirror/best.pt"
+    (in_the_way / "a folder").mkdir(parents=True)
+    writer.saved(1, "best.pt")
+    writer.mirror.finished = True
+    threading.Timer(0.5, shutil.rmtree, (in_the_way,)).start()
+    writer.mirror.close()
+    assert [line.split(":")[0] for line in writer.said] == ["WARNING", f"mirrored to {writer.store.url}"]
+    assert checkpoint_files.read(in_the_way)["epoch"] == 1
+    other = Writer(tmp_path / "other", tmp_path / "other_mirror")
+    (tmp_path / "other_mirror/best.pt/a folder").mkdir(parents=True)
+    other.saved(1, "best.pt")
+    other.mirror.finished = True
+    monkeypatch.setattr(mirror, "STOP_SECONDS", 0.01)
+    other.mirror.close()
+    assert re.fullmatch(r"WARNING: .* is in .*, after epoch 1, but NOT in time: best.pt under its own name", other.said[-1])
+
+
 def test_google_storage_takes_each_generation_and_each_sign_of_life(tmp_path, monkeypatch):
     server = GoogleStorage()
     for name, value in server.environment.items():
@@ -401,6 +420,26 @@ def test_a_large_object_arrives_over_a_slow_line_and_across_a_break(server, url,
     server.mode = "refusing"
     threading.Timer(3.0, setattr, (server, "mode", "open")).start()
     assert first + b"".join(parts) == b"1" * (8 << 20) + b"2" * (8 << 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("newer", [False, True])
+def test_a_run_that_is_stopped_with_a_backlog_has_its_last_save_named_first(newer, server, url, tmp_path, monkeypatch):
+    monkeypatch.setattr(mirror, "STOP_SECONDS", 10.0)
+    writer = Writer(tmp_path / "run", url)
+    writer.saved(1)
+    server.mode, before = "slow", server.bytes_in
+    checkpoint_files.write(writer.folder / "epoch_002.pt", {"weights": torch.zeros(40 << 20)})  # 20 s on four connections
+    writer.offer_too = ["epoch_002.pt"]
+    writer.save(2)
+    wait_for(lambda: server.bytes_in > before + 2_000_000)
+    writer.offer_too = []
+    if newer:
+        writer.save(3)
+    writer.mirror.close()
+    server.mode = "open"
+    assert re.search(rf"the last save is in .*, after epoch {2 + newer}, but NOT in time: epoch_002.pt", writer.said[-1])
+    assert fetched(writer, tmp_path / "new")[0] == 2 + newer
 
 
 @pytest.mark.slow
