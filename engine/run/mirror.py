@@ -76,6 +76,7 @@ class Mirror:
             log: called with each message for the user.
         """
         self.folder, self.log_file, self.keep, self.log = Path(folder), log_file, keep, log
+        self.store.delete_unfinished()  # before there is anything of its own
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._thread.start()
         threading.Thread(target=self._show_hours, name="mirror-hours", daemon=True).start()

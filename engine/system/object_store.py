@@ -1,6 +1,7 @@
 """Object storage as the programs see it: S3, Google Cloud Storage, Azure, or a folder, through obstore, which is optional."""
 
 import contextlib
+import re
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -149,6 +150,16 @@ class ObjectStore:
         """Return the names of the first objects, as many as the storage tells at a time."""
         with self._translated():
             return [found["path"] for found in next(iter(self._obstore.list(self._store)), [])]
+
+    def delete_unfinished(self):
+        """Delete what kills in the middle of a put have left of a folder's files, which list() passes over.
+
+        obstore writes NAME beside itself as NAME#1, NAME#2. An object storage drops what has not been completed by itself.
+        """
+        for path in self.path.rglob("*#*") if self.is_folder else ():
+            if re.fullmatch(r".*#\d+", path.name):
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     def copy(self, name, other):
         """Let `other` hold what `name` holds; the storage does it by itself."""

@@ -12,7 +12,7 @@ from datetime import timedelta
 
 import pytest
 import torch
-from conftest import finish, run_here, run_program, start_driver, start_program, tiny_run, wait_for
+from conftest import REPOSITORY, finish, run_here, run_program, start_driver, start_program, start_python, tiny_run, wait_for
 from google_storage import GoogleStorage
 from object_storage import BUCKET, S3Server
 
@@ -258,6 +258,26 @@ def test_what_a_finished_run_cannot_leave_in_the_mirror_is_tried_again_and_said(
     monkeypatch.setattr(mirror, "STOP_SECONDS", 0.01)
     other.mirror.close()
     assert re.fullmatch(r"WARNING: .* is in .*, after epoch 1, but NOT in time: best.pt under its own name", other.said[-1])
+
+
+def test_what_a_kill_in_the_middle_of_an_upload_left_in_a_folder_is_deleted(writer, tmp_path):
+    writer.saved(1)
+    code = f"""
+import os
+from engine.system.object_store import ObjectStore
+
+def parts():
+    yield bytes(8 << 20)
+    yield bytes(8 << 20)
+    os.kill(os.getpid(), 9)
+
+ObjectStore({str(tmp_path / "mirror")!r}, "mirror").put("checkpoints/killed.pt", parts())
+"""
+    assert finish(start_python(["-c", code], environment={"PYTHONPATH": str(REPOSITORY)}))[0] == -9
+    assert list(tmp_path.glob("mirror/checkpoints/killed.pt#*"))
+    (tmp_path / "mirror/mine#first").touch()
+    Writer(tmp_path / "next", tmp_path / "mirror").mirror.close()
+    assert len(list((tmp_path / "mirror/checkpoints").iterdir())) == 1 and (tmp_path / "mirror/mine#first").exists()
 
 
 def test_google_storage_takes_each_generation_and_each_sign_of_life(tmp_path, monkeypatch):
