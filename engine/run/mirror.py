@@ -90,7 +90,7 @@ class Mirror:
             return
         with self._changed:
             if self._pending is not None:
-                generation.take_over_from(self._pending)
+                self._merge(generation, self._pending)
             self._pending = generation
             self._offered = saves
             self._changed.notify_all()
@@ -181,7 +181,13 @@ class Mirror:
             if self._pending is None:
                 self._pending = generation
             else:
-                self._pending.take_over_from(generation)
+                self._merge(self._pending, generation)
+
+    def _merge(self, newer, older):
+        """Take into a generation what an older one has besides, but for epochs that the folder keeps no more."""
+        newer.take_over_from(older)
+        for name in newer.files.keys() - self._without_old_epochs(newer.files).keys():
+            newer.drop(name)  # held open, it would take its room on the disk
 
     def _upload(self, generation):
         """Upload a generation, and let run.json name it."""
@@ -319,7 +325,7 @@ class Mirror:
         self._manifest = manifest
 
     def _without_old_epochs(self, files):
-        kept = sorted(name for name in files if EPOCH_PATTERN.fullmatch(name))
+        kept = sorted(filter(EPOCH_PATTERN.fullmatch, files), key=lambda name: int(EPOCH_PATTERN.fullmatch(name)[1]))
         gone = kept[: -self.keep] if self.keep else []
         return {name: file for name, file in files.items() if name not in gone}
 

@@ -1,6 +1,7 @@
 """A run that is found again on another machine: what is uploaded, and which of folder and mirror is gone on with."""
 
 import builtins
+import contextlib
 import os
 import re
 import resource
@@ -9,6 +10,7 @@ import signal
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -278,6 +280,31 @@ ObjectStore({str(tmp_path / "mirror")!r}, "mirror").put("checkpoints/killed.pt",
     (tmp_path / "mirror/mine#first").touch()
     Writer(tmp_path / "next", tmp_path / "mirror").mirror.close()
     assert len(list((tmp_path / "mirror/checkpoints").iterdir())) == 1 and (tmp_path / "mirror/mine#first").exists()
+
+
+def test_while_the_storage_is_down_no_pruned_checkpoint_is_held_open(writer, tmp_path):
+    def held():
+        links = []
+        for path in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):  # closed in between
+                links.append(os.readlink(path))
+        return [link for link in links if f"{writer.folder}/epoch_" in link and link.endswith("(deleted)")]
+
+    writer.mirror.keep = 2
+    writer.saved(1)
+    there = tmp_path / "mirror/checkpoints"
+    there.rename(tmp_path / "away")
+    there.touch()  # so that nothing can be written into it
+    for epoch in (998, 999, 1000, 1001):
+        writer.save(epoch, f"epoch_{epoch}.pt")
+        wait_for(lambda: writer.said)
+    for epoch in (998, 999):
+        (writer.folder / f"epoch_{epoch}.pt").unlink()
+    wait_for(lambda: not held(), 20)
+    there.unlink()
+    (tmp_path / "away").rename(there)
+    wait_for(lambda: writer.mirror.manifest["epoch"] == 1001)
+    assert set(writer.mirror.manifest["files"]) == {"last.pt", "epoch_1000.pt", "epoch_1001.pt"}
 
 
 def test_google_storage_takes_each_generation_and_each_sign_of_life(tmp_path, monkeypatch):
