@@ -95,11 +95,16 @@ class Mirror:
             self._offered = saves
             self._changed.notify_all()
 
-    def close(self):
-        """Wait until what was saved last is uploaded, as long as there is time; say what did not get there."""
+    def close(self, seconds=None):
+        """Wait until what was saved last is uploaded, as long as there is time; say what did not get there.
+
+        Args:
+            seconds: how long to wait at most where the run has not come to its end; None: STOP_SECONDS.
+        """
         if self._thread is None:
             return
-        started, deadline = time.monotonic(), time.monotonic() + STOP_SECONDS
+        started = time.monotonic()
+        deadline = started + (seconds or STOP_SECONDS)
         with self._changed:
             self._closing = True
             self._changed.notify_all()
