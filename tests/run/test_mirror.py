@@ -353,7 +353,7 @@ def test_without_obstore_the_user_is_told_what_to_install(monkeypatch, tmp_path)
 
 
 def test_a_run_is_found_again_in_an_empty_folder_to_the_bit(image_tree, tmp_path, monkeypatch, capfd):
-    mirrored = {"mirror": tmp_path / "mirror", "swa_start_epoch": 0, "epochs": 2}
+    mirrored = {"mirror": tmp_path / "mirror", "swa_start_epoch": 0, "epochs": 2, "report": "true"}
     whole, step, taken = tmp_path / "whole", train.train_step, []
     assert run_here(tiny_run(image_tree, whole, swa_start_epoch=0, epochs=2)) == 0
 
@@ -379,6 +379,9 @@ def test_a_run_is_found_again_in_an_empty_folder_to_the_bit(image_tree, tmp_path
         del contents["ledger"], contents["config"]
     assert str(ours) == str(theirs)
     assert (tmp_path / "mirror/best.pt").is_file() and not (tmp_path / "mirror/run.lock").exists()
+    for name in ("report.html", "report.md"):
+        assert (tmp_path / "mirror" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+    assert "finished 2 epochs" in (tmp_path / "mirror/training.log").read_text()
 
 
 def test_an_older_last_pt_does_not_take_the_place_of_a_newer_one_in_the_mirror(image_tree, tmp_path, capsys):
