@@ -23,6 +23,7 @@ from engine.system.object_store import CHUNK_BYTES, Conflict, StorageError
 from engine.system.plain_json import to_json
 
 OBJECTS, LOG = "checkpoints/", "training.log"
+BESIDES = (HOURS, RECORDS, EVENTS, CURVES, *REPORTS, LOG, LAST, BEST)  # objects of these names
 STOP_SECONDS = 90.0  # for the last upload of a run that is asked to stop: a spot instance has two minutes
 RETRY_SECONDS = (5.0, 60.0)  # after an upload that failed: at first, and at most
 COMPLAIN_SECONDS = 600.0  # between warnings while the storage does not answer
@@ -76,7 +77,7 @@ class Mirror:
             log: called with each message for the user.
         """
         self.folder, self.log_file, self.keep, self.log = Path(folder), log_file, keep, log
-        self.store.delete_unfinished()  # before there is anything of its own
+        self.store.delete_unfinished([f"{OBJECTS}epoch_*.pt", MANIFEST, *BESIDES])  # before there is anything of its own
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._thread.start()
         threading.Thread(target=self._show_hours, name="mirror-hours", daemon=True).start()
@@ -136,7 +137,7 @@ class Mirror:
         if self._manifest:
             self.store.delete(MANIFEST)
         if self._manifest or self._there:
-            self._delete([HOURS, RECORDS, EVENTS, CURVES, *REPORTS, LOG, LAST, BEST])
+            self._delete(BESIDES)
         self._manifest, self._version = None, None
         self._there -= self._delete(self._there)
 

@@ -1,7 +1,6 @@
 """Object storage as the programs see it: S3, Google Cloud Storage, Azure, or a folder, through obstore, which is optional."""
 
 import contextlib
-import re
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -151,13 +150,16 @@ class ObjectStore:
         with self._translated():
             return [found["path"] for found in next(iter(self._obstore.list(self._store)), [])]
 
-    def delete_unfinished(self):
-        """Delete what kills in the middle of a put have left of a folder's files, which list() passes over.
+    def delete_unfinished(self, names):
+        """Delete what kills in the middle of a put have left of files in a folder, which list() passes over.
 
-        obstore writes NAME beside itself as NAME#1, NAME#2. An object storage drops what has not been completed by itself.
+        obstore writes NAME beside itself as NAME#1, NAME#2. An object storage drops by itself what has not been completed.
+
+        Args:
+            names: patterns of names, as for Path.glob.
         """
-        for path in self.path.rglob("*#*") if self.is_folder else ():
-            if re.fullmatch(r".*#\d+", path.name):
+        for path in (path for name in names for path in self.path.glob(f"{name}#*")) if self.is_folder else ():
+            if path.name.rpartition("#")[2].isdecimal():
                 with contextlib.suppress(OSError):
                     path.unlink()
 

@@ -273,13 +273,13 @@ def parts():
     yield bytes(8 << 20)
     os.kill(os.getpid(), 9)
 
-ObjectStore({str(tmp_path / "mirror")!r}, "mirror").put("checkpoints/killed.pt", parts())
+ObjectStore({str(tmp_path / "mirror")!r}, "mirror").put("checkpoints/epoch_009+00000-0.pt", parts())
 """
     assert finish(start_python(["-c", code], environment={"PYTHONPATH": str(REPOSITORY)}))[0] == -9
-    assert list(tmp_path.glob("mirror/checkpoints/killed.pt#*"))
-    (tmp_path / "mirror/mine#first").touch()
+    assert list(tmp_path.glob("mirror/checkpoints/epoch_009*#1"))
+    (tmp_path / "mirror/mine#1").touch()
     Writer(tmp_path / "next", tmp_path / "mirror").mirror.close()
-    assert len(list((tmp_path / "mirror/checkpoints").iterdir())) == 1 and (tmp_path / "mirror/mine#first").exists()
+    assert len(list((tmp_path / "mirror/checkpoints").iterdir())) == 1 and (tmp_path / "mirror/mine#1").exists()
 
 
 def test_while_the_storage_is_down_no_pruned_checkpoint_is_held_open(writer, tmp_path):
