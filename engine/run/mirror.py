@@ -262,10 +262,6 @@ class Mirror:
                 if self._is_overtaken(name, generation, position / size):
                     self._gave_up_last = self._gave_up_last or name == LAST
                     raise Overtaken
-                newer = self._pending is not None and LAST in self._pending.files and name == LAST
-                if newer and position < size // 2 and (self._closing or not self._gave_up_last):  # no run is always overtaken
-                    self._gave_up_last = True
-                    raise Overtaken
             try:
                 chunk = os.pread(file.fileno(), CHUNK_BYTES, position)
             except OSError as error:

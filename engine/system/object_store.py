@@ -153,7 +153,7 @@ class ObjectStore:
     def delete_unfinished(self, names):
         """Delete what kills in the middle of a put have left of files in a folder, which list() passes over.
 
-        obstore writes NAME beside itself as NAME#1, NAME#2. An object storage drops by itself what has not been completed.
+        obstore writes NAME beside itself as NAME#1, NAME#2. What S3 keeps of them is a lifecycle rule's to delete.
 
         Args:
             names: patterns of names, as for Path.glob.
