@@ -307,36 +307,44 @@ def test_while_the_storage_is_down_no_pruned_checkpoint_is_held_open(writer, tmp
     assert set(writer.mirror.manifest["files"]) == {"last.pt", "epoch_1000.pt", "epoch_1001.pt"}
 
 
-def test_google_storage_takes_each_generation_and_each_sign_of_life(tmp_path, monkeypatch):
+@pytest.fixture
+def google(monkeypatch):
     server = GoogleStorage()
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(lock, "SIGN_OF_LIFE_SECONDS", 0.05)
-    try:
-        writer = Writer(tmp_path / "run", "gs://bucket/run")
-        its_lock, key = writer.mirror.lock, "run/run.lock"
-        its_lock.acquire(print)
-        first = server.objects[key][0]
-        for epoch in (1, 2, 3):
-            writer.saved(epoch)
-        writer.mirror.close()
-        assert writer.said == ["mirrored to gs://bucket/run: after epoch 3"]
-        assert fetched(writer, tmp_path / "new")[0] == 3
-        wait_for(lambda: server.objects[key][0] > first, 20)
-        second = server.objects[key][0]
-        wait_for(lambda: server.objects[key][0] > second, 20)
-        monkeypatch.setattr(lock, "SILENCE_SECONDS", 1.0)
-        monkeypatch.setattr(lock, "_machine", lambda: "another")
-        other = lock_of_store(writer.store, "mirror", "wait")
-        with pytest.raises(CheckpointError, match="gs://bucket/run is in use by"):
-            other.acquire(print)
-        its_lock._released.set()  # it falls silent
+    yield server
+    server.close()
+
+
+def test_google_storage_takes_each_generation_and_each_sign_of_life(google, tmp_path):
+    writer = Writer(tmp_path / "run", "gs://bucket/run")
+    writer.mirror.lock.acquire(print)
+    generation = 0
+    for epoch in (1, 2, 3):
+        writer.saved(epoch)
+        wait_for(lambda before=generation: google.objects["run/run.lock"][0] > before, 20)
+        generation = google.objects["run/run.lock"][0]
+    writer.mirror.close()
+    writer.mirror.lock.release()
+    assert writer.said == ["mirrored to gs://bucket/run: after epoch 3"]
+    assert fetched(writer, tmp_path / "new")[0] == 3 and "run/run.lock" not in google.objects
+
+
+@pytest.mark.slow
+def test_a_lock_in_google_storage_is_taken_over_from_a_holder_that_is_silent(google, monkeypatch):
+    store = ObjectStore("gs://bucket/run", "mirror")
+    its_lock = lock_of_store(store, "mirror", "wait")
+    its_lock.acquire(print)
+    monkeypatch.setattr(lock, "SILENCE_SECONDS", 2.0)  # the server tells the time in whole seconds
+    monkeypatch.setattr(lock, "_machine", lambda: "another")
+    other = lock_of_store(store, "mirror", "wait")
+    with pytest.raises(CheckpointError, match="gs://bucket/run is in use by"):
         other.acquire(print)
-        assert "no sign of life" in other.note
-        other.release()
-        assert key not in server.objects
-    finally:
-        server.close()
+    its_lock._released.set()  # it falls silent
+    other.acquire(print)
+    assert "no sign of life" in other.note
+    other.release()
 
 
 def test_without_obstore_the_user_is_told_what_to_install(monkeypatch, tmp_path):
@@ -399,6 +407,7 @@ def test_an_older_last_pt_does_not_take_the_place_of_a_newer_one_in_the_mirror(i
     assert not list(place.glob("*#*"))  # of files that were put in the place of themselves
 
 
+@pytest.mark.slow
 def test_a_run_that_went_back_to_an_earlier_epoch_is_newer_than_a_folder_of_before(image_tree, tmp_path):
     first, second, place = tmp_path / "first", tmp_path / "second", tmp_path / "mirror"
     settings = {"mirror": place, "swa_start_epoch": 0, "checkpoint_every_epochs": 1}
