@@ -31,6 +31,10 @@ class Version(NamedTuple):
     e_tag: str | None
     version: str | None
 
+    def conditions(self):
+        """Return what is known of it, as obstore takes it."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
 
 class StoredObject(NamedTuple):
     """What is known of an object."""
@@ -90,7 +94,7 @@ class ObjectStore:
             Conflict: it is there already, or another one.
             StorageError: it could not be written.
         """
-        mode = "create" if create else "overwrite" if version is None else version._asdict()
+        mode = "create" if create else "overwrite" if version is None else version.conditions()
         upload = {"chunk_size": CHUNK_BYTES, "max_concurrency": 4}
         with self._translated():
             return _version_in(self._obstore.put(self._store, name, content, mode=mode, **upload))
