@@ -49,8 +49,7 @@ def fetch_images(config, log):
 def _fetch(store, folder, log):
     listing, _ = store.read(CHECKSUMS)
     if listing is None:
-        found = store.some_names()  # which says it where there is no such bucket
-        there = f"but {', '.join(found[:3])}" if found else "nor anything else"
+        there = _what_is_there(store)
         raise DataError(f"{store.url} holds no {CHECKSUMS}, {there}: copy the folder that prepare_data.py wrote there")
     checksums, sizes = _checksums_in(listing, store), {}
     for name in checksums:
@@ -68,6 +67,14 @@ def _fetch(store, folder, log):
         _fetch_file(store, name, size, checksums[name], folder)
     with replacing(folder / CHECKSUMS) as file:
         file.write(listing)
+
+
+def _what_is_there(store):
+    try:
+        found = store.some_names()
+    except StorageError as error:
+        return f"and there may be no such bucket ({error})"
+    return f"but {', '.join(found[:3])}" if found else "nor anything else"
 
 
 def _checksums_in(listing, store):

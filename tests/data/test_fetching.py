@@ -145,7 +145,7 @@ def test_a_run_trains_on_images_in_a_bucket(image_tree, tmp_path, monkeypatch):
         assert status == 0 and "fetching" not in output, output
         elsewhere = tiny_run("s3://no-such-bucket/images", tmp_path / "other", local_data_dir=tmp_path / "nothing")
         status, output = run_program("train.py", elsewhere)
-        assert status == 1 and "NoSuchBucket" in output and "Traceback" not in output, output
+        assert status == 1 and "there may be no such bucket" in output and "Traceback" not in output, output
         status, output = run_program("evaluate.py", [tmp_path / "run/best.pt"])
         assert status == 0, output
     finally:
