@@ -4,6 +4,7 @@ python benchmark.py            input, step and train, one after the other, and a
 python benchmark.py input      images/s from JPEG files to batches, on one core and through worker processes
 python benchmark.py step       images/s and memory of the train step on data that lies on the device
 python benchmark.py train      images/s from JPEG files to trained weights, and the time spent waiting for data
+python benchmark.py mirror     images/s of training with and without a mirror
 python benchmark.py scaling    what several GPUs can give, calculated from the bytes that they exchange
 python benchmark.py gpu        all that is worth knowing of a GPU in 25 minutes, to paste as a report; goes on when called again
 python benchmark.py transfer   top-1 of finetune from half of a made data set's classes to the other half; minutes to hours
@@ -23,6 +24,7 @@ from benchmarks.flags import FLAGS, fill_in_step_flags
 from benchmarks.gpu_sitting import gpu_tables, sit
 from benchmarks.input_speed import input_benchmark, input_tables
 from benchmarks.measuring import record
+from benchmarks.mirror_cost import mirror_benchmark, mirror_tables
 from benchmarks.optimizer_evidence import optimizer_benchmark
 from benchmarks.optimizer_results import draw_optimizers, optimizer_tables
 from benchmarks.picture import draw_benchmarks
@@ -40,6 +42,7 @@ MEASURES = {
     "step": (step_benchmark, step_tables),
     "train": (train_benchmark, train_tables),
 }
+MORE_MEASURES = {"mirror": (mirror_benchmark, mirror_tables)}  # not among those that are taken where none is named
 STUDIES = {  # each goes on with the runs that are missing
     "recipes": (recipe_benchmark, recipe_tables),
     "optimizers": (optimizer_benchmark, optimizer_tables),
@@ -63,7 +66,7 @@ def main(arguments):
         return 0
     measured = {}
     for what in MEASURES if arguments.what == "all" else [arguments.what]:
-        measure, tables = MEASURES[what]
+        measure, tables = (MEASURES | MORE_MEASURES)[what]
         own = arguments if arguments.what == what else parse_arguments([what])
         measured[what] = environment() | measure(own)
         print("\n".join(["", *tables(measured[what]), ""]), flush=True)
@@ -87,7 +90,7 @@ def parse_arguments(arguments=None):
         command.set_defaults(what=what)
         if what != "gpu":
             command.add_argument("--no-record", action="store_true", help="print only; append nothing to benchmarks/")
-        if what in ("step", "train", *STUDIES):
+        if what in ("step", "train", "mirror", *STUDIES):
             command.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
         add_flags(command.add_argument)
     parsed = parser.parse_args(arguments)

@@ -52,6 +52,21 @@ def train_flags(flag):
     flag("--compile", choices=("auto", "on", "off"), default="auto")
 
 
+def mirror_flags(flag):
+    """Add the flags of `benchmark.py mirror`."""
+    flag(
+        "--mirror",
+        metavar="URL",
+        help="where to upload to, to stay there; default: a folder of its own, deleted again",
+    )
+    flag("--batch-size", **count(32, "images of a step"))
+    flag("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto")
+    flag("--resolution", **count(64, "px"))
+    flag("--steps", **count(100, "of an epoch"))
+    flag("--seconds", **count(45, "between saves"))
+    flag("--rounds", **count(4, "rounds"))
+
+
 def gpu_flags(flag):
     """Add the flags of `benchmark.py gpu`."""
     flag("--minutes", type=float, default=25, help="that it may take; default 25")
@@ -142,6 +157,7 @@ FLAGS = {  # command: function that adds its flags
     "input": input_flags,
     "step": step_flags,
     "train": train_flags,
+    "mirror": mirror_flags,
     "scaling": lambda flag: None,
     "gpu": gpu_flags,
     "recipes": recipe_flags,

@@ -72,8 +72,8 @@ class S3Server:
                         return
                     if one is client:
                         self.bytes_in += len(data)
-                        if self.mode == "slow":
-                            time.sleep(len(data) / 2e6)
+                    if self.mode == "slow":
+                        time.sleep(len(data) / 2e6)
 
 
 def clear_credentials(environment=os.environ):

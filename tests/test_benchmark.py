@@ -126,6 +126,17 @@ def test_training_is_measured_end_to_end_by_train_py_itself(tmp_path):
     assert "was spent waiting for data" in output
 
 
+@pytest.mark.slow
+def test_what_a_mirror_costs_is_measured_with_train_py_itself(tmp_path):
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("obstore", reason="obstore is not installed: pip install obstore")
+    flags = ["mirror", "--device=cpu", "--batch-size=4", "--resolution=32", "--steps=2", "--rounds=2", "--seconds=1"]
+    status, output = run_program("benchmark.py", [*flags, f"--mirror={tmp_path / 'mirror'}", "--no-record"], cwd=tmp_path)
+    assert status == 0, output
+    assert "| with a mirror | " in output and "GB an hour" in output
+    assert len(list(tmp_path.glob("mirror/*/last.pt"))) == 2
+
+
 def test_alone_it_measures_everything_keeps_the_results_and_draws_them(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     kept = []

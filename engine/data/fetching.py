@@ -1,17 +1,20 @@
 """Packed images from object storage to this machine's disk: in parallel, gone on with after a kill, verified by SHA256SUMS."""
 
+import errno
 import hashlib
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from engine.system.disks import free_bytes
 from engine.system.errors import DataError
 from engine.system.files import SCHEMES, replacing
 from engine.system.lock import FolderLock
 from engine.system.object_store import ObjectStore, StorageError
 
 CHECKSUMS = "SHA256SUMS"
-RANGE_BYTES, THREADS = 32 << 20, 8
+RANGE_BYTES, THREADS = 8 << 20, 8
 
 
 def images_folder(config):
@@ -23,17 +26,22 @@ def fetch_images(config, log):
     """Copy the files that SHA256SUMS at data_dir names to local_data_dir, unless they are there; nothing where it is no URL.
 
     Raises:
-        DataError: they are not there, cannot be read, or arrive damaged.
+        DataError: they are not there, cannot be read, have no room here, or arrive damaged.
     """
     if not config["data_dir"].startswith(SCHEMES):
         return
-    folder = Path(config["local_data_dir"])
-    lock = FolderLock(folder.with_name(f".{folder.name}.lock"), "local_data_dir", "name another --local-data-dir")
+    folder = Path(os.path.abspath(config["local_data_dir"]))
+    lock = FolderLock(folder.parent / f".{folder.name}.lock", "local_data_dir", "name another --local-data-dir")
     lock.acquire(log)
     try:
         _fetch(ObjectStore(config["data_dir"], "data_dir"), folder, log)
     except StorageError as error:
         raise DataError(f"data_dir = {config['data_dir']!r}: {error}; what has arrived stays, start again") from error
+    except OSError as error:
+        raise DataError(
+            f"local_data_dir = {config['local_data_dir']!r} cannot be written to: {error}. What has arrived stays; make room, "
+            "or name another --local-data-dir"
+        ) from error
     finally:
         lock.release()
 
@@ -41,34 +49,86 @@ def fetch_images(config, log):
 def _fetch(store, folder, log):
     listing, _ = store.read(CHECKSUMS)
     if listing is None:
-        raise DataError(f"{store.url} holds no {CHECKSUMS}: copy the folder that prepare_data.py wrote there")
-    names = {name.lstrip("*"): checksum for checksum, name in (line.split() for line in listing.decode().splitlines())}
-    there = (folder / CHECKSUMS).read_bytes() if (folder / CHECKSUMS).is_file() else None
-    if there == listing and all((folder / name).is_file() for name in names):
-        return  # verified when they came
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [name for name in names if not (there == listing and (folder / name).is_file())]
-    sizes = {}
-    for name in missing:
+        there = _what_is_there(store)
+        raise DataError(f"{store.url} holds no {CHECKSUMS}, {there}: copy the folder that prepare_data.py wrote there")
+    checksums, sizes = _checksums_in(listing, store), {}
+    for name in checksums:
         if (found := store.head(name)) is None:
             raise DataError(f"{store.url} holds no {name}, which its {CHECKSUMS} names")
         sizes[name] = found.bytes
+    if (folder / CHECKSUMS).is_file() and (folder / CHECKSUMS).read_bytes() == listing:  # verified when they came
+        sizes = {name: size for name, size in sizes.items() if _bytes_of(folder / name) != size}
+        if not sizes:
+            return
+    _require_room(folder, sizes)
+    folder.mkdir(parents=True, exist_ok=True)
     log(f"fetching {sum(sizes.values()) / 1e9:.2f} GB from {store.url} to {folder}")
     for name, size in sizes.items():
-        _fetch_file(store, name, size, names[name], folder)
+        _fetch_file(store, name, size, checksums[name], folder)
     with replacing(folder / CHECKSUMS) as file:
         file.write(listing)
 
 
+def _what_is_there(store):
+    try:
+        found = store.some_names()
+    except StorageError as error:
+        return f"and there may be no such bucket ({error})"
+    return f"but {', '.join(found[:3])}" if found else "nor anything else"
+
+
+def _checksums_in(listing, store):
+    """Return {name: SHA-256} of what sha256sum wrote."""
+    lines = listing.decode("utf-8", "replace").splitlines()
+    found = [re.fullmatch(r"([0-9a-f]{64}) [ *](?:\./)?([^/\\]+)", line) for line in lines]
+    if not found or not all(found):
+        line = lines[found.index(None)] if lines else ""
+        raise DataError(f"{store.url}/{CHECKSUMS} is not what sha256sum writes of the files beside it: {line!r}")
+    return {line[2]: line[1] for line in found}
+
+
+def _bytes_of(path):
+    return path.stat().st_size if path.is_file() else None
+
+
+def _arrived(folder, name):
+    """Return the starts of the ranges of a file that a killed process has brought."""
+    try:
+        starts = _ranges(folder, name).read_text().split("\n")[:-1]
+    except FileNotFoundError:
+        return set()
+    return {int(start) for start in starts} if _part(folder, name).exists() else set()
+
+
+def _part(folder, name):
+    return folder / f".{name}.part"
+
+
+def _ranges(folder, name):
+    return folder / f".{name}.ranges"
+
+
+def _require_room(folder, sizes):
+    """Raise DataError if files of these sizes, in part there already, have no room in the folder."""
+    needed = sum(sizes.values()) - sum(RANGE_BYTES * len(_arrived(folder, name)) for name in sizes)
+    free = free_bytes(folder)
+    if needed > free:
+        raise DataError(
+            f"local_data_dir = {str(folder)!r}: {needed / 1e9:.2f} GB are still to be fetched, and {free / 1e9:.2f} GB are "
+            "free: make room there, or name another --local-data-dir"
+        )
+
+
 def _fetch_file(store, name, size, checksum, folder):
     """Fetch one file by ranges; those that a killed process has brought are on the list beside it."""
-    part, ranges = folder / f".{name}.part", folder / f".{name}.ranges"
-    done = {int(line) for line in ranges.read_text().split("\n")[:-1]} if ranges.exists() and part.exists() else set()
+    part, ranges, done = _part(folder, name), _ranges(folder, name), _arrived(folder, name)
     with open(part, "r+b" if done else "wb") as file, open(ranges, "a" if done else "w", buffering=1) as list_of_ranges:
         os.truncate(file.fileno(), size)
 
         def fetch(start):
-            os.pwrite(file.fileno(), store.read_range(name, start, min(start + RANGE_BYTES, size)), start)
+            content = store.read_range_retried(name, start, min(start + RANGE_BYTES, size))
+            if os.pwrite(file.fileno(), content, start) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(part))
             os.fsync(file.fileno())  # before the list says so
             list_of_ranges.write(f"{start}\n")
 

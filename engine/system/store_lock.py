@@ -39,7 +39,7 @@ class StoreLock:
         self.me = this_process()
         self.note = None  # how it was taken over, if it was
         self.lost_to = None
-        self._e_tag = None
+        self._version = None
         self._released = threading.Event()
 
     def acquire(self, log):
@@ -61,7 +61,7 @@ class StoreLock:
                 raise CheckpointError(
                     f"{self.store.url} is in use by {holder} ({LOCK}): wait until it has ended, stop it, or {self.cure}"
                 )
-            if self._try(e_tag=found.e_tag):
+            if self._try(version=found.version):
                 self.note = f"note: {self.store.url}/{LOCK} was taken over from {holder}: {why_gone}"
                 break
         threading.Thread(target=self._show_life, name="store-lock", daemon=True).start()
@@ -69,7 +69,7 @@ class StoreLock:
     def _try(self, **condition):
         try:
             sign = {"sign_of_life": uuid.uuid4().hex}  # S3's e_tag of the same bytes is the same
-            self._e_tag = self.store.put(LOCK, json.dumps(self.me._asdict() | sign).encode(), **condition)
+            self._version = self.store.put(LOCK, json.dumps(self.me._asdict() | sign).encode(), **condition)
         except Conflict:
             return self.is_mine()  # a put may have been done although its answer was lost
         return True
@@ -79,7 +79,7 @@ class StoreLock:
         content, found = self.store.read(LOCK)
         if content is None or _holder_in(content) != self.me:
             return False
-        self._e_tag = found.e_tag
+        self._version = found.version
         return True
 
     def _why_gone(self, holder, found, log):
@@ -94,7 +94,7 @@ class StoreLock:
         while time.monotonic() < deadline:
             time.sleep(min(ASKING_SECONDS, lock.SIGN_OF_LIFE_SECONDS / 5))
             now = self.store.head(LOCK)
-            if now is None or now.e_tag != found.e_tag:
+            if now is None or now.version != found.version:
                 return None if now else "it was released"
         return f"no sign of life for {silence:.0f} s"
 
@@ -119,13 +119,13 @@ class StoreLock:
         """Give the lock back, unless somebody else has taken it over."""
         self._released.set()
         with contextlib.suppress(StorageError):
-            if self._e_tag is not None and self.lost_to is None and self.is_mine():
+            if self._version is not None and self.lost_to is None and self.is_mine():
                 self.store.delete(LOCK)
 
     def _show_life(self):
         while not self._released.wait(lock.SIGN_OF_LIFE_SECONDS):
             with contextlib.suppress(StorageError):  # silence is what others are to notice
-                if self._try(e_tag=self._e_tag) or self._released.is_set():
+                if self._try(version=self._version) or self._released.is_set():
                     continue
                 content, _ = self.store.read(LOCK)
                 if content is None:

@@ -23,7 +23,7 @@ from engine.data.loader import worker_count
 from engine.inference.weight_files import load_weights
 from engine.preparation.trees import IMAGENET_COUNTS
 from engine.run.checkpoint_files import refuse_to_overwrite
-from engine.run.mirror import read_manifest
+from engine.run.generations import read_manifest
 from engine.run.published import SEED_RUN
 from engine.system.device import choose_device, choose_precision, describe_device
 from engine.system.disks import existing, free_bytes, why_it_goes_away, why_not_writable

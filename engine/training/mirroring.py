@@ -1,6 +1,8 @@
 """Where a run's mirror is, who may write to it, and what a new machine takes from it."""
 
 import contextlib
+import itertools
+import os
 import time
 from pathlib import Path
 
@@ -10,8 +12,9 @@ from config import CONFIG
 from engine.run import checkpoint_files
 from engine.run.checkpoint_files import BEST, LAST, PREVIOUS, RECORDS
 from engine.run.events import EVENTS
+from engine.run.generations import MirroredFile, position_in_words
 from engine.run.ledger import HOURS
-from engine.run.mirror import LOG, Mirror, MirroredFile, position_in_words
+from engine.run.mirror import LOG, Mirror
 from engine.system.errors import CheckpointError, UserError
 from engine.system.files import ADDRESS, keep_as, replacing
 from engine.system.object_store import ObjectStore, StorageError
@@ -101,6 +104,15 @@ def _retried(store, ask):
     return None
 
 
+def clear_mirror(mirror):
+    """Delete the run that a mirror holds, before a new one begins.
+
+    Raises:
+        UserError: it cannot be.
+    """
+    _retried(mirror.store, mirror.delete_run)
+
+
 def ledgers_there(mirror):
     """Return the ledgers that a mirror knows: run.json's, and the one that is written every few seconds."""
     if mirror is None:
@@ -113,7 +125,7 @@ def ledgers_there(mirror):
 
 
 def require_same_run(mirror, ledger, command, path):
-    """Let the mirror hold the ledger's run, and no later state of it than a last.pt that was asked for.
+    """Let the mirror hold the ledger's run, and no later state of it than a last.pt that was asked for; count its saves on.
 
     Raises:
         CheckpointError: it does not.
@@ -128,13 +140,29 @@ def require_same_run(mirror, ledger, command, path):
             f"the mirror {url} holds a later state of this run than {path}, {position_in_words(there)}. Go on with it: "
             "--resume auto. Do again what came after this one: --mirror OTHER, or --mirror none"
         )
+    ledger.saves = max(ledger.saves, there["saves"])  # after going back to an epoch_005.pt, too, the next save is the newest
 
 
 # From the mirror to the folder -----------------------------------------------------------------------------------------
 
 
 def fetch_newer(mirror, folder, command):
-    """Put the mirror's run into the folder where that has none, or an earlier state of it; return lines to log."""
+    """Put the mirror's run into the folder where that has none, or an earlier state of it; return lines to log.
+
+    Raises:
+        StorageError: the storage cannot be reached.
+        CheckpointError: they hold different runs, no checkpoint is whole, or there is no room for it here.
+    """
+    try:
+        return _fetch_newer(mirror, folder, command)
+    except OSError as error:
+        raise CheckpointError(
+            f"the run in {mirror.store.url} could not be written to {folder}: {error}. Make room there, or name another "
+            "--checkpoint-dir"
+        ) from error
+
+
+def _fetch_newer(mirror, folder, command):
     manifest, remarks = mirror.manifest, []
     if manifest is None:
         return remarks
@@ -166,14 +194,35 @@ def fetch_newer(mirror, folder, command):
     if best and _checksum_of(folder / BEST) != best["checksum"]:
         _fetched(mirror, MirroredFile(**best), folder / BEST, remarks)
     log_file = command.given.get("log_file") or (_config_of(folder / LAST)).get("log_file", CONFIG["log_file"])
-    for name, path in ((RECORDS, folder / RECORDS), (EVENTS, folder / EVENTS), (LOG, Path(log_file))):
+    for name, path in ((RECORDS, folder / RECORDS), (EVENTS, folder / EVENTS)):
         content, _ = mirror.store.read(name)
         if content is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as file:
-                file.write(content)
+            _write(path, content)
+    _fetch_log(mirror.store, Path(log_file), remarks)
     remarks.append(f"note: {folder / LAST} was fetched from {mirror.store.url} ({taken.bytes / 1e6:,.0f} MB)")
     return remarks
+
+
+def _fetch_log(store, path, remarks):
+    """Put the mirror's log at a path; a log there that it does not continue stays under another name."""
+    content, _ = store.read(LOG)
+    if content is None or (path.exists() and not path.is_file()):  # /dev/null
+        return
+    here = path.read_bytes() if path.exists() else b""
+    if here.startswith(content):
+        return
+    if not content.startswith(here):
+        numbers = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
+        other = next(name for name in numbers if not os.path.lexists(name))
+        keep_as(path, other)
+        remarks.append(f"note: {path} held another log than this run's; it stays as {other}")
+    _write(path, content)
+
+
+def _write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(content)
 
 
 def _checksum_of(path):

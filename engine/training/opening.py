@@ -34,12 +34,14 @@ from engine.training.budget import open_ledger
 from engine.training.check import FAILS, OK, quick_check
 from engine.training.images import open_images, refuse_folders_among_classes
 from engine.training.initial_weights import remarks_on_share, with_initial_weights
-from engine.training.mirroring import open_mirror
+from engine.training.mirroring import clear_mirror, open_mirror
 from engine.training.plan import positive
 from engine.training.resuming import beginning_of_run, source_of_run
 from engine.training.run import Run
 from engine.training.settling import open_device, require_consistent_flags, settle, settle_by_budget, with_found_rate
 from engine.training.trials import Trials
+
+TORCHRUN_SECONDS = 20.0  # for the last upload: torchrun kills 30 s after it was asked to stop
 
 
 @contextlib.contextmanager
@@ -63,7 +65,7 @@ def open_run(command, train_step, build_model, begun):
             if run.checkpoint is None:  # refused before unless it is asked for or there is none
                 distributed.run_on_rank0(delete_run, run.config["checkpoint_dir"])
                 if run.mirror is not None:
-                    run.mirror.delete_run()
+                    clear_mirror(run.mirror)
             torch.manual_seed(run.config["seed"] + distributed.rank())
             with distributed.detect_lost_ranks():  # here already, so that the log says it, too
                 yield run
@@ -116,9 +118,10 @@ def _open(stack, command, train_step, build_model, begun):
     for finding in quick_check(config, device, len(splits["train"].classes), build_model):
         if finding.verdict != OK:
             monitor.log(f"{'WARNING: ' if finding.verdict == FAILS else ''}check: {finding.what}: {finding.text}")
+    stack.enter_context(leaving_together(stop, config["mirror"] != "none"))
     if mirror is not None:
         mirror.start(folder, config["log_file"], config["keep_checkpoints"], monitor.log)
-        stack.callback(mirror.close)
+        stack.callback(lambda: mirror.close(seconds_to_upload(stop)))
     batches = BatchLoader(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.log)
     stack.callback(batches.close)
     monitor.judge_with(verdict_of(config, recipe, splits, batches), batches)
@@ -188,8 +191,6 @@ def saving_on_interruption(run):
         yield
     except (Interrupted, WorkerDied, DataError) as cause:
         exit_code = save_and_leave(cause, run)
-        if run.stop.machine_goes_away:
-            distributed.end_launcher()
         raise RunEnded(exit_code) from cause
     except UserError as error:
         run.monitor.log_to_file(f"stopped: {error}")
@@ -200,6 +201,29 @@ def saving_on_interruption(run):
         with contextlib.suppress(Exception):  # the first error is the one to show
             save_and_leave(f"{type(error).__name__}: {first_line(error)}", run)
         raise
+
+
+@contextlib.contextmanager
+def leaving_together(stop, mirrored):
+    """Let the processes of a run that was asked to stop leave once the first has uploaded what it saved.
+
+    As soon as one has ended, or has asked this machine's torchrun to end, torchrun gives the others 30 s.
+    """
+    try:
+        yield
+    except RunEnded:
+        if mirrored:
+            with contextlib.suppress(RuntimeError):  # another one is gone
+                distributed.any_process(False)
+        if stop.machine_goes_away:
+            distributed.end_launcher()
+        raise
+
+
+def seconds_to_upload(stop):
+    """Return how long the last upload may take, or None: as long as the mirror has it."""
+    torchrun_was_asked = distributed.launched() and stop.exit_code > 128 and not stop.machine_goes_away
+    return TORCHRUN_SECONDS if torchrun_was_asked else None
 
 
 def save_and_leave(cause, run):

@@ -2,12 +2,14 @@
 
 import hashlib
 import os
+import resource
 
 import pytest
 from conftest import run_program, tiny_run
 from object_storage import BUCKET, S3Server
 
 from engine.data import fetching
+from engine.system import object_store
 from engine.system.errors import DataError
 from engine.system.object_store import ObjectStore, StorageError
 
@@ -18,6 +20,7 @@ pytest.importorskip("obstore", reason="obstore is not installed: pip install obs
 def store(tmp_path, monkeypatch):
     """A place with two files of 10,000 and 3,000 bytes, fetched 1,000 bytes at a time."""
     monkeypatch.setattr(fetching, "RANGE_BYTES", 1000)
+    monkeypatch.setattr(object_store, "RANGE_TRIES_SECONDS", (0.0,))
     contents = {"train.arrow": os.urandom(10_000), "val.arrow": os.urandom(3_000)}
     made = ObjectStore(str(tmp_path / "bucket"), "data_dir")
     for name, content in contents.items():
@@ -65,6 +68,65 @@ def test_damaged_and_missing_files_are_refused(store, tmp_path):
         fetching._fetch(store, tmp_path / "local", print)
 
 
+def configuration(store, local, monkeypatch):
+    """That of a run on the images of a store, which stands for one in a bucket."""
+    monkeypatch.setattr(fetching, "ObjectStore", lambda url, setting: store)
+    return {"data_dir": "s3://bucket/images", "local_data_dir": str(local)}
+
+
+def add(store, name, content):
+    store.put(name, content)
+    store.put("SHA256SUMS", store.read("SHA256SUMS")[0] + f"{hashlib.sha256(content).hexdigest()}  {name}\n".encode())
+
+
+def test_a_range_that_fails_is_asked_for_again(store, tmp_path, monkeypatch):
+    read, asked = store.read_range, []
+
+    def failing_first(name, start, end):
+        asked.append((name, start))
+        if asked.count((name, start)) == 1:
+            raise StorageError("busy")
+        return read(name, start, end)
+
+    monkeypatch.setattr(store, "read_range", failing_first)
+    fetching._fetch(store, tmp_path / "local", print)
+    assert len(asked) == 26 and (tmp_path / "local/train.arrow").read_bytes() == store.read("train.arrow")[0]
+
+
+def test_names_with_spaces_and_the_folder_that_a_program_runs_in_are_fetched_to(store, tmp_path, monkeypatch):
+    add(store, "the second set.arrow", b"1234")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    fetching.fetch_images(configuration(store, ".", monkeypatch), print)
+    assert (tmp_path / "here/the second set.arrow").read_bytes() == b"1234" and len(list(tmp_path.glob("here/*.arrow"))) == 3
+    store.put("SHA256SUMS", b"train.arrow is fine\n")
+    with pytest.raises(DataError, match="is not what sha256sum writes of the files beside it: 'train.arrow is fine'"):
+        fetching.fetch_images(configuration(store, "elsewhere", monkeypatch), print)
+
+
+def test_a_file_here_that_has_been_cut_short_is_fetched_again(store, tmp_path):
+    fetching._fetch(store, tmp_path / "local", print)
+    os.truncate(tmp_path / "local/train.arrow", 5_000)
+    said = []
+    fetching._fetch(store, tmp_path / "local", said.append)
+    assert len(said) == 1 and (tmp_path / "local/train.arrow").read_bytes() == store.read("train.arrow")[0]
+
+
+def test_a_disk_without_room_for_the_images_is_said_in_a_line(store, tmp_path, monkeypatch):
+    config = configuration(store, tmp_path / "local", monkeypatch)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))  # a full disk
+    try:
+        with pytest.raises(DataError, match="local_data_dir = .* cannot be written to: .*make room"):
+            fetching.fetch_images(config, print)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.setattr(fetching, "free_bytes", lambda folder: 12_345)  # of the 13,000 that are needed
+    with pytest.raises(DataError, match="0.00 GB are still to be fetched, and 0.00 GB are free: make room"):
+        fetching.fetch_images(config, print)
+    assert "train.arrow" not in os.listdir(tmp_path / "local")
+
+
 @pytest.mark.slow
 def test_a_run_trains_on_images_in_a_bucket(image_tree, tmp_path, monkeypatch):
     pytest.importorskip("moto.server", reason="moto is not installed: pip install 'moto[server]'")
@@ -81,6 +143,9 @@ def test_a_run_trains_on_images_in_a_bucket(image_tree, tmp_path, monkeypatch):
         assert status == 0 and "fetching" in output, output
         status, output = run_program("train.py", [*arguments, "--resume=auto", "--epochs=3"])
         assert status == 0 and "fetching" not in output, output
+        elsewhere = tiny_run("s3://no-such-bucket/images", tmp_path / "other", local_data_dir=tmp_path / "nothing")
+        status, output = run_program("train.py", elsewhere)
+        assert status == 1 and "there may be no such bucket" in output and "Traceback" not in output, output
         status, output = run_program("evaluate.py", [tmp_path / "run/best.pt"])
         assert status == 0, output
     finally:

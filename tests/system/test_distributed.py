@@ -29,6 +29,7 @@ from conftest import (
     tiny_run,
     wait_for,
 )
+from object_storage import S3Server
 from ranks import CLAIMS
 
 from engine.data.demo import make_demo_data
@@ -238,6 +239,22 @@ def test_a_spot_notice_ends_the_machines_torchrun_instead_of_using_up_its_restar
     )
     assert output.count("recipe seed: ") == 1
     checkpoint_files.read(tmp_path / "run/last.pt")
+
+
+@pytest.mark.slow
+def test_no_process_of_a_job_leaves_before_its_last_save_is_in_the_mirror(metadata_service, image_tree, tmp_path):
+    pytest.importorskip("moto.server", reason="moto is not installed: pip install 'moto[server]'")
+    arguments = tiny_run(image_tree, tmp_path / "run", epochs=50, spot_notice="true", mirror="s3://bucket/run", **SETTINGS)
+    arguments += [f"--spot-notice-url=http://127.0.0.1:{metadata_service.server_port}"]
+    metadata_service.notice, server = NOTICE, S3Server()
+    try:
+        server.mode = "slow"
+        status, output = run_torchrun(2, arguments, environment=server.environment)
+    finally:
+        server.close()
+    assert status != 0
+    uploaded, asked = output.index("\nmirrored to s3://bucket/run"), re.search(r"closing signal|death signal", output)
+    assert asked is None or asked.start() > uploaded, output  # what torchrun says when it ends its processes
 
 
 @pytest.mark.slow
