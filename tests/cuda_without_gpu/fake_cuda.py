@@ -94,14 +94,20 @@ def batch(images, resolution, precision, classes=1000):
 
 
 class Copies(TorchDispatchMode):
-    """Notes each operator between the host and the device: a GPU waits in most of them, and fake tensors let them pass."""
+    """Notes each operator between the host and the device: a GPU waits in most of them, and fake tensors let them pass.
 
-    def __init__(self):
+    Args:
+        asynchronous: let the copies pass, too, for which the host does not wait, since they say non_blocking.
+    """
+
+    def __init__(self, asynchronous=False):
         super().__init__()
-        self.found = []
+        self.found, self.asynchronous = [], asynchronous
 
     def __torch_dispatch__(self, operator, types, arguments=(), options=None):
         out = operator(*arguments, **(options or {}))
+        if self.asynchronous and (options or {}).get("non_blocking"):
+            return out
         copies = "copy" in str(operator) or "to" in str(operator)
         tensors = [
             t for t in tree_leaves((arguments, options or {}, out)) if isinstance(t, torch.Tensor) and (t.ndim or copies)

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from conftest import fresh_state
-from fake_cuda import QUICK, batch, fake_cuda, steps
+from fake_cuda import QUICK, Copies, batch, fake_cuda, steps
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from config import CONFIG, RECIPES
@@ -99,8 +99,15 @@ def test_recomputing_batch_norm_statistics_reads_nothing_on_the_host():
         averaging.recompute_bn_stats(state.averaged_model, batches, autocast(state.device, "fp16"))
 
 
-@pytest.mark.parametrize("flip", [False, True])
-def test_scoring_reads_the_device_once_at_its_end(flip):
+@pytest.mark.parametrize(
+    ("flip", "asked"),
+    [
+        (False, {}),
+        (True, {"by_class": True, "ensemble": True}),  # as a run of uneven classes
+        (False, {"confusions_of": "ema", "logits_of": ("raw", "averaged")}),  # as evaluate.py
+    ],
+)
+def test_scoring_waits_for_the_device_once_at_its_end(flip, asked):
     with fake_cuda():
         state = fresh_state(CONFIG | QUICK | {"ema_half_life_images": 1600}, "fp16", 1000, 50, "cuda")
         served = []
@@ -111,6 +118,7 @@ def test_scoring_reads_the_device_once_at_its_end(flip):
                 yield batch(images, 32, "fp16")
 
         models = {"raw": state.model, "averaged": state.averaged_model, "ema": state.ema_model}
-        with pytest.raises(DataDependentOutputException):  # the sums, read after the last batch
-            evaluate(models, batches(), 36, autocast(state.device, "fp16"), flip)
-        assert served == [16, 16, 4]
+        with pytest.raises(DataDependentOutputException), Copies(asynchronous=True) as copies:  # the sums, read at the end
+            evaluate(models, batches(), 36, autocast(state.device, "fp16"), flip, **asked)
+        assert served == [16, 16, 4, []]
+            served.append(list(copies.found))
