@@ -127,6 +127,8 @@ def steps(precision="fp16", resolutions=(32, 64), **changes):
     with fake_cuda():
         state = fresh_state(config, precision, 1000, 50, CUDA)
         state.ddp_model.train()
+        if config["class_weights"] != "none":
+            state.class_weights = torch.ones(1000, device=CUDA)
         mix = build_mixing(config, 1000)
         batches = [batch(images, resolution, precision) for resolution in resolutions]
         with Copies() as copies:
