@@ -99,14 +99,13 @@ def keep_compiled_code_in(folder, create=True):
 def coarser_step(config):
     """Return the resolution_step with which a growing resolution takes at most MOST_SIZES sizes: each is compiled anew.
 
-    The first and the last size stay. It is the smallest such multiple of the step that divides both, or the largest one.
+    The first and the last size stay: it is the smallest multiple of the step that leads from one to the other in whole steps.
     """
     start, end, step = config["start_resolution"], config["train_resolution"], config["resolution_step"]
     if not 0 < start < end:
         return step
-    divisor = math.gcd(start, end)
-    steps = [multiple for multiple in range(step, divisor + 1, step) if divisor % multiple == 0]
-    return next((multiple for multiple in steps if (end - start) // multiple < MOST_SIZES), divisor)
+    steps = [multiple for multiple in range(step, end - start + 1, step) if (end - start) % multiple == 0]
+    return next(multiple for multiple in steps if (end - start) // multiple < MOST_SIZES)
 
 
 def work_left(config, epochs_done, steps_per_epoch):

@@ -137,6 +137,30 @@ def test_compiled_the_mild_recipe_has_few_sizes_and_as_many_pixels():
     assert coarser_step(fast) == fast["resolution_step"]
 
 
+def sizes_of(config):
+    return sorted({resolution_of_epoch(config, epoch) for epoch in range(config["epochs"])})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "compiled"),
+    [
+        *((recipe, {}, None) for recipe in RECIPES),
+        ("hot", {"epochs": 271}, [104, 128, 152, 176]),
+        ("hot", {"start_resolution": 100, "train_resolution": 224, "epochs": 400}, [100, 224]),  # 31 steps of 4 px
+        ("mild", {"start_resolution": 96, "train_resolution": 224, "epochs": 88}, [96, 128, 160, 192, 224]),
+        ("mild", {"start_resolution": 36, "train_resolution": 56, "epochs": 88}, [36, 56]),
+    ],
+)
+def test_compiled_no_run_has_more_than_five_sizes_and_they_begin_and_end_as_they_would(recipe, changes, compiled):
+    config = CONFIG | RECIPES[recipe] | changes
+    coarse = config | {"resolution_step": coarser_step(config)}
+    assert config_problems(config) == config_problems(coarse) == []  # also when a checkpoint brings it along
+    as_written, sizes = sizes_of(config), sizes_of(coarse)
+    assert len(sizes) <= 5 and sizes == (compiled or sizes)
+    assert (sizes[0], sizes[-1]) == (as_written[0], as_written[-1])
+    assert coarse["resolution_step"] % config["resolution_step"] == 0
+
+
 @pytest.mark.slow
 def test_a_run_measures_says_and_remembers_whether_compiled_code_is_faster(image_tree, tmp_path):
     """The real thing on a CPU; as soon as it is remembered, the run goes on to the bits of one that never measured."""
@@ -151,7 +175,7 @@ def test_a_run_measures_says_and_remembers_whether_compiled_code_is_faster(image
     contents = checkpoint_files.read(tmp_path / "run/last.pt")
     choice = contents["compile_choice"]
     assert choice["compiled"] == (said[1] is None) == (choice["step_compiled"] < choice["step_as_written"])
-    assert contents["config"]["resolution_step"] == (32 if choice["compiled"] else 4)
+    assert contents["config"]["resolution_step"] == (16 if choice["compiled"] else 4)
     assert list((tmp_path / "run/compiler_cache").rglob("*.so"))
     assert said[0] in (tmp_path / "run.log").read_text()
 
