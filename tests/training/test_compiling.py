@@ -215,6 +215,35 @@ def test_what_was_measured_before_holds_for_the_same_circumstances_only(monkeypa
     assert chosen({"epoch": 1})["compiled"] is False  # a checkpoint of an earlier release
 
 
+@pytest.mark.parametrize("when", ["when the run began", "in the run"])
+def test_what_could_not_be_compiled_is_not_tried_again_at_each_restart(monkeypatch, when):
+    def _measured(*arguments):
+        tried.append(1)
+        machine = Machine(0.7, 0.6, 90, fails=when == "when the run began")
+        return machine.choice(steps_left=80_000, sizes=1) | {"resolution": 224}
+
+    def chosen(contents, **changes):
+        config = QUICK | {"compile": "measure"} | changes
+        return choose_compiled(config, contents, False, 80, math.inf, Trials(None, None, 10, CPU, "fp32"))[1:]
+
+    tried = []
+    monkeypatch.setattr("engine.training.compiling._measured", _measured)
+    choice, remarks = chosen(None)
+    assert len(tried) == 1 and "--compile on" not in remarks[0]
+    contents = {"epoch": 1, "compile_choice": choice, "compile_failed": when == "in the run"}
+    for _ in range(2):
+        choice, remarks = chosen(contents)
+        assert (len(tried), choice["compiled"], choice["why"]) == (1, False, "it could not be compiled")
+        assert remarks == [
+            "the network is not compiled: it could not be compiled; as written 11 images/s at 224 px (measured when the run "
+            "began; --compile on tries again)"
+        ]
+        contents = {"epoch": 2, "compile_choice": choice, "compile_failed": False}
+    assert chosen(contents, memory="low")[0]["compiled"] is (when == "in the run")  # another network: tried again
+    assert len(tried) == 2
+    assert chosen(contents, compile="on")[0] == {"compiled": True}
+
+
 # The compiler's cache ------------------------------------------------------------------------------------------------
 
 
@@ -291,6 +320,7 @@ def test_where_compiling_fails_under_auto_the_same_step_is_taken_as_written_and_
     plain = fresh_state(QUICK)
     expected = train.train_step(plain, *some_batch(), QUICK)
     assert "could not be compiled" in said[0] and "as written from now on" in said[0]
+    assert state.state_dict()["compile_failed"] is True
     assert result.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
     take_step(train.train_step, state, *some_batch(), QUICK, said.append)
     assert len(said) == 1
