@@ -21,7 +21,7 @@ from engine.training.mixing import build_mixing
 from train import train_step
 
 LIBRARIES = ("conv", "linear", "mm", "addmm", "batch_norm")  # of cuDNN and cuBLAS; batch norm's own kernels have no atomics
-LIBRARIES += ("topk", "index_add")  # these sort by CUB, which finds no kernel here; both have such a form by PyTorch's documents
+LIBRARIES += ("topk", "index_add")  # these sort by CUB, which finds no kernel here; both have such a form, PyTorch says
 
 
 class WithoutLibraries(TorchDispatchMode):
