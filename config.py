@@ -28,7 +28,7 @@ HYPERPARAMETERS = {
     "val_share": 0.0,  # of each class's images that validate where data_dir has no validation images of its own
     "train_resolution": 224,  # px; side of the random crop that the network sees in training
     "start_resolution": 0,  # px; of the first epochs, growing to train_resolution; 0 never grows
-    "resolution_step": 32,  # px; resolutions in between are multiples of it; convolutions on a GPU like 32
+    "resolution_step": 32,  # px by which a growing resolution grows; convolutions on a GPU like sizes that are multiples of 32
     "resolution_ramp_start": 0.75,  # share of the epochs after which it grows
     "resolution_ramp_end": 0.875,  # share of the epochs after which train_resolution is reached
     "val_resolution": 224,  # px; side of the centre crop in validation

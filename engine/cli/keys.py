@@ -346,9 +346,9 @@ def _resolutions(start_resolution, train_resolution, resolution_step, resolution
     seen = network_px(others, smallest)
     return [
         (
-            not grows or (start_resolution % resolution_step == 0 and train_resolution % resolution_step == 0),
-            f"start_resolution = {start_resolution} and train_resolution = {train_resolution}: both must be multiples of "
-            f"resolution_step = {resolution_step}, in which a resolution grows",
+            not grows or (train_resolution - start_resolution) % resolution_step == 0,
+            f"start_resolution = {start_resolution} and train_resolution = {train_resolution}: must lie multiples of "
+            f"resolution_step = {resolution_step} apart, in which a resolution grows",
         ),
         (
             not grows or 32 <= start_resolution <= train_resolution,

@@ -42,15 +42,16 @@ def epoch_order(num_images, seed, epoch):
 def resolution_of_epoch(config, epoch):
     """Return the side of the training crops in px in an epoch, counted from 0.
 
-    From start_resolution it grows linearly between the two shares of the epochs to train_resolution, rounded to multiples
+    From start_resolution it grows linearly between the two shares of the epochs to train_resolution, rounded to whole steps
     of resolution_step. The defaults of the shares give FFCV's schedules for 16 to 88 epochs.
     """
     start, end = config["start_resolution"] or config["train_resolution"], config["train_resolution"]
     if start == end:
         return end
     ramp = config["resolution_ramp_start"], config["resolution_ramp_end"]
-    exact = np.interp((epoch + 1) / config["epochs"], ramp, (start, end))
-    return int(exact / config["resolution_step"] + 0.5) * config["resolution_step"]
+    exact, step = np.interp((epoch + 1) / config["epochs"], ramp, (start, end)), config["resolution_step"]
+    beside = start % step  # 0 but where a compiled run grows in coarser steps
+    return beside + int((exact - beside) / step + 0.5) * step
 
 
 def largest_resolution(config):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from engine.inference.confusion import count_confusions
+from engine.inference.confusion import count_confusions, count_each
 from engine.system.distributed import all_reduce_sum
 from engine.system.errors import DataError
 from engine.system.gpu_memory import retry_in_parts_on_oom
@@ -137,10 +137,10 @@ def _sums(logits_by_view, labels, confusions_of, by_class, kept):
             hits = [topk_correct(logits, labels, k) for k in (1, 5)]
             sums[name, view] = torch.stack([loss, *hits]).double()
             if view == "" and name in kept:
-                sums[name, "logits"] = logits.cpu()
+                sums[name, "logits"] = on_its_way(logits)
             if view == "" and by_class:
                 right, classes = (logits.argmax(dim=1) == labels).long(), logits.shape[1]
-                sums[name, "classes"] = torch.bincount(2 * labels + right, minlength=2 * classes).view(classes, 2)
+                sums[name, "classes"] = count_each(2 * labels + right, 2 * classes).view(classes, 2)
         if view == "" and confusions_of is not None:
             sums[confusions_of, "confusions"] = count_confusions(logits_of[confusions_of], labels)
             seen.append(seen_in(logits_of[confusions_of], labels))
@@ -151,7 +151,12 @@ def seen_in(logits, labels):
     """Return the Seen of logits [B, C] and labels int64 [B]."""
     shares = logits.float().softmax(dim=1)
     best = shares.topk(min(SEEN_CLASSES, logits.shape[1]), dim=1)
-    return Seen(best.values.cpu(), best.indices.cpu(), shares.gather(1, labels[:, None])[:, 0].cpu())
+    return Seen(*map(on_its_way, (best.values, best.indices, shares.gather(1, labels[:, None])[:, 0])))
+
+
+def on_its_way(tensor):
+    """Return the tensor on the CPU; of a GPU's nothing may be read before the host has waited for it, as for the sums."""
+    return tensor.to("cpu", non_blocking=True)  # into pinned memory, as PyTorch has it
 
 
 def topk_correct(logits, labels, k):

@@ -19,8 +19,9 @@ LEAST_CAPABILITY = (7, 0)  # that Inductor compiles for: torch/_dynamo/device_in
 SHAPES = 64  # that may be compiled: a run's resolutions, each with its micro-batches
 MEMORY_BUDGETS = {"fast": 1.0, "low": 0.7, "lowest": 0.3}  # share of the activations that the compiler may keep
 CACHE_FOLDER = "compiler_cache"  # in the folder of the checkpoints
-EXPECTED_SECONDS = 60.0  # of compiling for one size, as long as it is not known: a guess, as no GPU was measured
+EXPECTED_SECONDS = 60.0  # of compiling for one size, as long as it is not known: a guess; on an H200 with all else 70
 MOST_SIZES = 5  # of a compiled run whose resolution grows
+FAILED = "it could not be compiled"
 WARMUP_STEPS, STEPS_AT_ONCE = 3, 4
 TRIAL_SECONDS = 3.0  # of the steps timed, each way
 
@@ -99,14 +100,13 @@ def keep_compiled_code_in(folder, create=True):
 def coarser_step(config):
     """Return the resolution_step with which a growing resolution takes at most MOST_SIZES sizes: each is compiled anew.
 
-    The first and the last size stay. It is the smallest such multiple of the step that divides both, or the largest one.
+    The first and the last size stay: it is the smallest multiple of the step that leads from one to the other in whole steps.
     """
     start, end, step = config["start_resolution"], config["train_resolution"], config["resolution_step"]
     if not 0 < start < end:
         return step
-    divisor = math.gcd(start, end)
-    steps = [multiple for multiple in range(step, divisor + 1, step) if divisor % multiple == 0]
-    return next((multiple for multiple in steps if (end - start) // multiple < MOST_SIZES), divisor)
+    steps = [multiple for multiple in range(step, end - start + 1, step) if (end - start) % multiple == 0]
+    return next(multiple for multiple in steps if (end - start) // multiple < MOST_SIZES)
 
 
 def work_left(config, epochs_done, steps_per_epoch):
@@ -156,7 +156,7 @@ def measured_choice(
     wait()
     compilation = max(all_gather_object(clock() - started))
     if any_process(not compiled_still()):
-        return figures | {"why": "it could not be compiled"}
+        return figures | {"why": FAILED}
     compiled = seconds_of_a_step(step, wait, clock)
     why_not = does_not_pay(compiled / as_written, rest, sizes, 0.0 if however_short else compilation)
     figures |= {"step_compiled": compiled, "compilation": compilation}
@@ -199,7 +199,7 @@ def choose_compiled(config, checkpoint, own_step, train_images, hours, trials):
     """Return (config, choice, remarks): whether the network of a run is compiled, and the sizes that this suits.
 
     Args:
-        checkpoint: to go on from, or None. Its choice holds as long as the circumstances are the same.
+        checkpoint: to go on from, or None. Its choice holds as long as the circumstances are the same, and so does a failure.
         own_step: whether resolution_step must stay as it is.
         train_images: their number.
         hours: that the run may take.
@@ -212,9 +212,10 @@ def choose_compiled(config, checkpoint, own_step, train_images, hours, trials):
     choice = {"compiled": how == "on"}
     if how == "measure":
         circumstances = circumstances_of(config, trials)
-        known = (checkpoint or {}).get("compile_choice", {})
-        if known.get("step_compiled") and circumstances.items() <= known.items():
-            choice, why = known, f"{in_words(known)} (measured when the run began)"
+        known = known_choice(checkpoint or {})
+        if known and circumstances.items() <= known.items():
+            again = "; --compile on tries again" if known["why"] == FAILED else ""
+            choice, why = known, f"{in_words(known)} (measured when the run began{again})"
         else:
             work = work_left(coarse, checkpoint["epoch"] if checkpoint else 0, train_images // config["batch_size"])
             choice = circumstances | _measured(config, work, 3600 * hours, trials)
@@ -227,6 +228,14 @@ def choose_compiled(config, checkpoint, own_step, train_images, hours, trials):
         )
         config = coarse
     return config, choice, remarks
+
+
+def known_choice(checkpoint):
+    """Return the choice of a checkpoint's contents, or {} where it says nothing of compiled code."""
+    choice = checkpoint.get("compile_choice", {})
+    if checkpoint.get("compile_failed"):
+        return choice | {"compiled": False, "why": FAILED, "step_compiled": None}
+    return choice if choice.get("step_compiled") or choice.get("why") == FAILED else {}
 
 
 def circumstances_of(config, trials):

@@ -103,6 +103,7 @@ def attempts(state, images, resolution, config, log):
             log(f"out of GPU memory ({attempt.failure}){hint}: {parts}")
         else:
             fall_back_to_eager(state.model)
+            state.compile_failed = True
             log(f"WARNING: the network could not be compiled ({attempt.failure}); it runs as written from now on, more slowly")
 
 

@@ -15,6 +15,7 @@ from engine.system.errors import UserError
 from engine.system.micro_batches import network_px
 from engine.system.wording import duration
 from engine.training import averaging, sam
+from engine.training.range_test import USUAL_RANGE
 from engine.training.validation import is_validated
 
 
@@ -87,10 +88,11 @@ class Plan(NamedTuple):
     start_hours: float  # start-up, each resolution's first step, the first batch of each pass
     saves: int
     keeping_hours: float  # saving and drawing
+    range_test_hours: float = 0.0  # finding the learning rate, at the most
 
     @property
     def hours(self):
-        parts = self.validation_hours, self.statistics_hours, self.start_hours, self.keeping_hours
+        parts = self.validation_hours, self.statistics_hours, self.start_hours, self.keeping_hours, self.range_test_hours
         return sum(phase.hours for phase in self.phases) + sum(parts)
 
 
@@ -189,7 +191,13 @@ def plan_run(config, rates, train_images, val_images):
     drawings = min(epochs, 1 + math.ceil((working + validation + statistics) / DRAWING_SECONDS))
     starting = rates.start_seconds + len(phases) * rates.first_step_seconds + epochs * rates.passes_seconds
     keeping = saves * rates.save_seconds + drawings * rates.drawing_seconds
-    return Plan(phases, validation / 3600, statistics / 3600, starting / 3600, saves, keeping / 3600)
+    finding = range_test_steps(config) * config["batch_size"] / phases[0].images_per_s
+    return Plan(phases, validation / 3600, statistics / 3600, starting / 3600, saves, keeping / 3600, finding / 3600)
+
+
+def range_test_steps(config):
+    """Return how many steps look for the learning rate before the run, at the most."""
+    return USUAL_RANGE[config["optimizer"]][2] if config["learning_rate"] == "auto" else 0
 
 
 def epochs_within(hours, stretch, rates, train_images, val_images, is_sound, most=10_000):
@@ -232,6 +240,9 @@ def plan_lines(plan, config, rates, train_images, val_images, price_per_hour=Non
         lines.append(f"  batch-norm statistics of the averaged weights: {duration(plan.statistics_hours)} in all")
     if plan.keeping_hours:
         lines.append(f"  saving {plan.saves} times, and drawing: {duration(plan.keeping_hours)} in all")
+    if plan.range_test_hours:
+        steps = range_test_steps(config)
+        lines.append(f"  finding the learning rate: at most {steps} steps, {duration(plan.range_test_hours)}")
     if plan.start_hours:
         lines.append(f"  start-up, first steps and first batches: {duration(plan.start_hours)}")
     end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + 3600 * plan.hours))

@@ -49,6 +49,7 @@ class TrainState:
     best: dict = field(default_factory=lambda: {"top1": 0.0, "epoch": 0, "weights": "raw"})
     bad_images: set = field(default_factory=set)  # indices of training images that could not be read
     probed_resolutions: set = field(default_factory=set)  # resolutions that each process has tried out alone
+    compile_failed: bool = False  # the network, which was to be compiled, runs as written
     is_whole: bool = True  # not in the middle of a step
 
     @contextlib.contextmanager
@@ -99,6 +100,7 @@ class TrainState:
             "sums": self.sums.state(),
             "speed": self.speed.state(),
             "micro_batch_size": self.micro_batch_size,
+            "compile_failed": self.compile_failed,
             "bad_images": sorted(self.bad_images),
             "rng": distributed.all_gather_object(random_state(self.device)),  # one for each process
         }

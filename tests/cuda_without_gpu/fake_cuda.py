@@ -94,14 +94,20 @@ def batch(images, resolution, precision, classes=1000):
 
 
 class Copies(TorchDispatchMode):
-    """Notes each operator between the host and the device: a GPU waits in most of them, and fake tensors let them pass."""
+    """Notes each operator between the host and the device: a GPU waits in most of them, and fake tensors let them pass.
 
-    def __init__(self):
+    Args:
+        asynchronous: let the copies pass, too, for which the host does not wait, since they say non_blocking.
+    """
+
+    def __init__(self, asynchronous=False):
         super().__init__()
-        self.found = []
+        self.found, self.asynchronous = [], asynchronous
 
     def __torch_dispatch__(self, operator, types, arguments=(), options=None):
         out = operator(*arguments, **(options or {}))
+        if self.asynchronous and (options or {}).get("non_blocking"):
+            return out
         copies = "copy" in str(operator) or "to" in str(operator)
         tensors = [
             t for t in tree_leaves((arguments, options or {}, out)) if isinstance(t, torch.Tensor) and (t.ndim or copies)
@@ -121,6 +127,8 @@ def steps(precision="fp16", resolutions=(32, 64), **changes):
     with fake_cuda():
         state = fresh_state(config, precision, 1000, 50, CUDA)
         state.ddp_model.train()
+        if config["class_weights"] != "none":
+            state.class_weights = torch.ones(1000, device=CUDA)
         mix = build_mixing(config, 1000)
         batches = [batch(images, resolution, precision) for resolution in resolutions]
         with Copies() as copies:

@@ -1,12 +1,13 @@
 """When the host waits in a whole epoch, with real workers, the ring of buffers, the side stream and its events."""
 
+import contextlib
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import fresh_state, make_demo_data
-from fake_cuda import CUDA, QUICK, fake_cuda
+from fake_cuda import CUDA, QUICK, Copies, fake_cuda
 
 import train
 from config import CONFIG
@@ -18,15 +19,31 @@ from engine.system.interruption import StopRequest
 from engine.training.metrics import MetricAccumulator, TrainingMetrics
 
 BATCHES, LOG_EVERY = 15, 5
+SMALL = CONFIG | QUICK | {"batch_size": 8, "train_resolution": 32, "val_resolution": 32, "num_workers": 2}
+SMALL |= {"log_every_steps": LOG_EVERY}
+
+
+EVERYTHING = {"ema_half_life_images": 80, "ema_every_images": 8, "mixup_alpha": 0.2, "cutmix_alpha": 1.0, "colout": 0.1}
+EVERYTHING |= {"sam_rho": 0.5, "sam_every_steps": 2, "loss": "bce"}
 
 
 @pytest.fixture
-def epoch(tmp_path, monkeypatch):
-    """Return the function that trains an epoch of 15 batches and returns the runtime's log of it, a list of words each."""
+def splits(tmp_path):
     make_demo_data(tmp_path / "images", 8 * BATCHES, 20)
-    splits = open_splits(tmp_path / "images")
-    sizes = {"batch_size": 8, "train_resolution": 32, "val_resolution": 32, "num_workers": 2, "log_every_steps": LOG_EVERY}
-    config = CONFIG | QUICK | sizes
+    return open_splits(tmp_path / "images")
+
+
+@contextlib.contextmanager
+def loader(splits, config):
+    said = []
+    with contextlib.closing(BatchLoader(splits, config, CUDA, torch.float16, StopRequest(), said.append)) as batches:
+        assert said == []
+        yield batches
+
+
+@pytest.fixture
+def epoch(splits, tmp_path, monkeypatch):
+    """Return the function that trains an epoch of 15 batches and returns the runtime's log of it, a list of words each."""
     log = tmp_path / "log"
 
     def note(text):
@@ -50,11 +67,9 @@ def epoch(tmp_path, monkeypatch):
     checkpoints = SimpleNamespace(save_if_due=lambda state: None)
     monitor = SimpleNamespace(log=print, advance=lambda figures, rate, speed: figures is not None and speed.recent())
 
-    def trained():
-        said = []
-        server = BatchLoader(splits, config, CUDA, torch.float16, StopRequest(), said.append)
-        assert said == []
-        with fake_cuda():
+    def trained(**changes):
+        config = SMALL | changes
+        with loader(splits, config) as server, fake_cuda():
             state = fresh_state(config, "fp16", 10, BATCHES, CUDA)
             monkeypatch.setenv("STANDIN_LOG", str(log))
             requests = training_requests(splits["train"], config, 0, 0)
@@ -62,10 +77,10 @@ def epoch(tmp_path, monkeypatch):
                 num_classes=10, training_batches=lambda state: batches, monitor=monitor, checkpoints=checkpoints
             )
             batches = server.training(requests, set())
-            train.train_one_epoch(state, run, config)
+            with Copies(asynchronous=True) as copies:
+                train.train_one_epoch(state, run, config)
             monkeypatch.delenv("STANDIN_LOG")
-        server.close()
-        assert state.batch == BATCHES
+        assert state.batch == BATCHES and copies.found == []
         return [line.split() for line in log.read_text().splitlines()]
 
     return trained
@@ -82,8 +97,9 @@ def waits_within_steps(log):
     return waits
 
 
-def test_an_epoch_waits_for_copies_that_are_long_done_and_for_the_figures_and_nothing_else(epoch):
-    log = epoch()
+@pytest.mark.parametrize("changes", [{}, EVERYTHING])
+def test_an_epoch_waits_for_copies_that_are_long_done_and_for_the_figures_and_nothing_else(epoch, changes):
+    log = epoch(**changes)
     assert waits_within_steps(log) == []
     waits = Counter(words[1] for words in log if words[0] == "wait")
     assert waits == {

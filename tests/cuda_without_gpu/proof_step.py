@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from conftest import fresh_state
-from fake_cuda import QUICK, batch, fake_cuda, steps
+from fake_cuda import QUICK, Copies, batch, fake_cuda, steps
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from config import CONFIG, RECIPES
@@ -29,6 +29,21 @@ VARIANTS = {
     "SAM in micro-batches, sgdw": {"sam_rho": 0.5, "sam_every_steps": 1, "micro_batch_size": 5, "optimizer": "sgdw"},
     "low": {"memory": "low"},
     "lowest": {"memory": "lowest"},
+    "class weights, frozen, backbone slower, nesterov": {
+        "class_weights": "balanced",
+        "freeze": "layer2",
+        "backbone_rate_factor": 0.1,
+        "optimizer": "sgd",
+        "nesterov": True,
+        "memory": "low",
+    },
+    "class weights, bce, mixup, SAM": {
+        "class_weights": "balanced",
+        "loss": "bce",
+        "mixup_alpha": 0.2,
+        "sam_rho": 0.5,
+        "sam_every_steps": 1,
+    },
     "low, stochastic depth, blur": {"memory": "low", "stochastic_depth": 0.2, "blur_pool": True, "architecture": "resnet50"},
 }
 
@@ -36,12 +51,13 @@ VARIANTS = {
 def require_device_alone(state, copies, mixed):
     assert copies == []
     held = [*state.model.parameters(), *state.model.buffers()]
-    held += [p.grad for p in state.model.parameters()]
+    trained = [p for p in state.model.parameters() if p.requires_grad]
+    held += [p.grad for p in trained]
     held += [t for of_one in state.optimizer.state.values() for t in of_one.values()]
     assert {tensor.device.type for tensor in held} == {"cuda"}
     assert mixed.is_contiguous(memory_format=torch.channels_last)
     if NATIVE_BF16 or state.precision != "bf16":  # PyTorch has no channels-last convolution in emulated bf16
-        assert all(p.grad.stride() == p.stride() for p in state.model.parameters())
+        assert all(p.grad.stride() == p.stride() for p in trained)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +78,7 @@ def test_the_host_reads_and_copies_nothing_whatever_is_switched_on(variant):
     require_device_alone(*steps(**VARIANTS[variant]))
 
 
-@pytest.mark.parametrize("recipe", ["seed", "fast", "medium", "hot"])  # mild is in medium, long is fast for longer
+@pytest.mark.parametrize("recipe", ["seed", "fast", "medium", "hot", "finetune"])  # mild is in medium, long is fast for longer
 def test_the_host_reads_and_copies_nothing_in_any_recipe(recipe):
     quick = ("batch_size", "epochs", "warmup_epochs", "compile", "architecture")
     settings = CONFIG | RECIPES[recipe] | {key: QUICK[key] for key in quick}
@@ -99,8 +115,15 @@ def test_recomputing_batch_norm_statistics_reads_nothing_on_the_host():
         averaging.recompute_bn_stats(state.averaged_model, batches, autocast(state.device, "fp16"))
 
 
-@pytest.mark.parametrize("flip", [False, True])
-def test_scoring_reads_the_device_once_at_its_end(flip):
+@pytest.mark.parametrize(
+    ("flip", "asked"),
+    [
+        (False, {}),
+        (True, {"by_class": True, "ensemble": True}),  # as a run of uneven classes
+        (False, {"confusions_of": "ema", "logits_of": ("raw", "averaged")}),  # as evaluate.py
+    ],
+)
+def test_scoring_waits_for_the_device_once_at_its_end(flip, asked):
     with fake_cuda():
         state = fresh_state(CONFIG | QUICK | {"ema_half_life_images": 1600}, "fp16", 1000, 50, "cuda")
         served = []
@@ -109,8 +132,9 @@ def test_scoring_reads_the_device_once_at_its_end(flip):
             for images in (16, 16, 4):
                 served.append(images)
                 yield batch(images, 32, "fp16")
+            served.append(list(copies.found))
 
         models = {"raw": state.model, "averaged": state.averaged_model, "ema": state.ema_model}
-        with pytest.raises(DataDependentOutputException):  # the sums, read after the last batch
-            evaluate(models, batches(), 36, autocast(state.device, "fp16"), flip)
-        assert served == [16, 16, 4]
+        with pytest.raises(DataDependentOutputException), Copies(asynchronous=True) as copies:  # the sums, read at the end
+            evaluate(models, batches(), 36, autocast(state.device, "fp16"), flip, **asked)
+        assert served == [16, 16, 4, []]

@@ -137,6 +137,30 @@ def test_compiled_the_mild_recipe_has_few_sizes_and_as_many_pixels():
     assert coarser_step(fast) == fast["resolution_step"]
 
 
+def sizes_of(config):
+    return sorted({resolution_of_epoch(config, epoch) for epoch in range(config["epochs"])})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "compiled"),
+    [
+        *((recipe, {}, None) for recipe in RECIPES),
+        ("hot", {"epochs": 271}, [104, 128, 152, 176]),
+        ("hot", {"start_resolution": 100, "train_resolution": 224, "epochs": 400}, [100, 224]),  # 31 steps of 4 px
+        ("mild", {"start_resolution": 96, "train_resolution": 224, "epochs": 88}, [96, 128, 160, 192, 224]),
+        ("mild", {"start_resolution": 36, "train_resolution": 56, "epochs": 88}, [36, 56]),
+    ],
+)
+def test_compiled_no_run_has_more_than_five_sizes_and_they_begin_and_end_as_they_would(recipe, changes, compiled):
+    config = CONFIG | RECIPES[recipe] | changes
+    coarse = config | {"resolution_step": coarser_step(config)}
+    assert config_problems(config) == config_problems(coarse) == []  # also when a checkpoint brings it along
+    as_written, sizes = sizes_of(config), sizes_of(coarse)
+    assert len(sizes) <= 5 and sizes == (compiled or sizes)
+    assert (sizes[0], sizes[-1]) == (as_written[0], as_written[-1])
+    assert coarse["resolution_step"] % config["resolution_step"] == 0
+
+
 @pytest.mark.slow
 def test_a_run_measures_says_and_remembers_whether_compiled_code_is_faster(image_tree, tmp_path):
     """The real thing on a CPU; as soon as it is remembered, the run goes on to the bits of one that never measured."""
@@ -151,7 +175,7 @@ def test_a_run_measures_says_and_remembers_whether_compiled_code_is_faster(image
     contents = checkpoint_files.read(tmp_path / "run/last.pt")
     choice = contents["compile_choice"]
     assert choice["compiled"] == (said[1] is None) == (choice["step_compiled"] < choice["step_as_written"])
-    assert contents["config"]["resolution_step"] == (32 if choice["compiled"] else 4)
+    assert contents["config"]["resolution_step"] == (16 if choice["compiled"] else 4)
     assert list((tmp_path / "run/compiler_cache").rglob("*.so"))
     assert said[0] in (tmp_path / "run.log").read_text()
 
@@ -189,6 +213,35 @@ def test_what_was_measured_before_holds_for_the_same_circumstances_only(monkeypa
     never_compiled = {"epoch": 1, "compile_choice": first | {"compiled": True, "step_compiled": None}}
     assert chosen(never_compiled)["compiled"] is False
     assert chosen({"epoch": 1})["compiled"] is False  # a checkpoint of an earlier release
+
+
+@pytest.mark.parametrize("when", ["when the run began", "in the run"])
+def test_what_could_not_be_compiled_is_not_tried_again_at_each_restart(monkeypatch, when):
+    def _measured(*arguments):
+        tried.append(1)
+        machine = Machine(0.7, 0.6, 90, fails=when == "when the run began")
+        return machine.choice(steps_left=80_000, sizes=1) | {"resolution": 224}
+
+    def chosen(contents, **changes):
+        config = QUICK | {"compile": "measure"} | changes
+        return choose_compiled(config, contents, False, 80, math.inf, Trials(None, None, 10, CPU, "fp32"))[1:]
+
+    tried = []
+    monkeypatch.setattr("engine.training.compiling._measured", _measured)
+    choice, remarks = chosen(None)
+    assert len(tried) == 1 and "--compile on" not in remarks[0]
+    contents = {"epoch": 1, "compile_choice": choice, "compile_failed": when == "in the run"}
+    for _ in range(2):
+        choice, remarks = chosen(contents)
+        assert (len(tried), choice["compiled"], choice["why"]) == (1, False, "it could not be compiled")
+        assert remarks == [
+            "the network is not compiled: it could not be compiled; as written 11 images/s at 224 px (measured when the run "
+            "began; --compile on tries again)"
+        ]
+        contents = {"epoch": 2, "compile_choice": choice, "compile_failed": False}
+    assert chosen(contents, memory="low")[0]["compiled"] is (when == "in the run")  # another network: tried again
+    assert len(tried) == 2
+    assert chosen(contents, compile="on")[0] == {"compiled": True}
 
 
 # The compiler's cache ------------------------------------------------------------------------------------------------
@@ -267,6 +320,7 @@ def test_where_compiling_fails_under_auto_the_same_step_is_taken_as_written_and_
     plain = fresh_state(QUICK)
     expected = train.train_step(plain, *some_batch(), QUICK)
     assert "could not be compiled" in said[0] and "as written from now on" in said[0]
+    assert state.state_dict()["compile_failed"] is True
     assert result.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
     take_step(train.train_step, state, *some_batch(), QUICK, said.append)
     assert len(said) == 1

@@ -117,6 +117,16 @@ def test_a_plan_counts_statistics_saves_first_steps_and_start_up():
 
 # Measuring -----------------------------------------------------------------------------------------------------------
 
+def test_the_steps_that_look_for_a_learning_rate_are_counted(capsys, tmp_path):
+    config = CONFIG | {"epochs": 4, "swa_start_epoch": 0, "start_resolution": 112, "resolution_step": 112}
+    rates = rates_stated(100, config)  # 400 at 112 px
+    given, found = (plan_run(config | {"learning_rate": rate}, rates, *IMAGENET) for rate in (0.1, "auto"))
+    assert (found.hours - given.hours) * 3600 == pytest.approx(100 * 256 / 400)
+    flags = ["--plan", "--images-per-s=100", f"--data-dir={tmp_path / 'none'}", "--recipe=seed"]
+    assert run_here([*flags, "--learning-rate=auto"]) == 0
+    assert "  finding the learning rate: at most 100 steps, 4.3 minutes" in capsys.readouterr().out
+
+
 
 class Simulation:
     """A clock, workers that make a batch of 10 images in turn, each in `making` seconds, and a device that takes `working`.
