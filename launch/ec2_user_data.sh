@@ -10,11 +10,13 @@ set -euo pipefail
 : "${DISK:=/mnt/nvme}" "${DISKS:=/dev/disk/by-id}"
 
 switch_off() { # else the group would start another instance in place of this one
+    sleep 10   # where this machine is going away, the programs of this script end before it is told so itself
     aws autoscaling set-desired-capacity --auto-scaling-group-name "$GROUP" --desired-capacity 0 || true
     shutdown -h now
 }
 status=1
-trap 'if [ "$status" -ne 143 ]; then switch_off; fi' EXIT # 143: the spot notice; the group starts the next instance
+trap 'if [ "$status" -ne 143 ]; then switch_off; fi' EXIT # 143: interrupted; the group starts the next instance
+trap 'status=143; exit 143' TERM                          # this machine is going away; bash waits for the program in progress
 
 device=$(find "$DISKS" -name 'nvme-Amazon_EC2_NVMe_Instance_Storage_*' ! -name '*-ns-*' ! -name '*-part*' | sort | head -n 1)
 [ -n "$device" ] || { echo "no instance store here: choose a type that has one, such as g4dn.2xlarge"; exit; }
@@ -29,8 +31,12 @@ git clone --quiet --depth 1 "$REPOSITORY" "$DISK/code"
 python3 -m venv "$DISK/venv"
 "$DISK/venv/bin/pip" install --quiet -r "$DISK/code/requirements.txt" obstore
 
-status=0
-# shellcheck disable=SC2086 # FLAGS are words
-(cd "$DISK/code" && "$DISK/venv/bin/python" train.py $FLAGS --data-dir "$DISK/imagenet" --checkpoint-dir "$DISK/run" \
-    --log-file "$DISK/training.log" --mirror "$MIRROR" --resume auto --spot-notice true) || status=$?
-echo "train.py ended with status $status"
+cd "$DISK/code"
+while true; do
+    # shellcheck disable=SC2086 # FLAGS are words
+    if "$DISK/venv/bin/python" train.py $FLAGS --data-dir "$DISK/imagenet" --checkpoint-dir "$DISK/run" \
+        --log-file "$DISK/training.log" --mirror "$MIRROR" --resume auto --spot-notice true; then status=0; else status=$?; fi
+    echo "train.py ended with status $status"
+    [ "$status" -eq 75 ] || break # 75: another machine still holds the run, or the mirror has not got the end of it
+    sleep 60
+done

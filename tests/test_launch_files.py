@@ -5,11 +5,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY, narrow, tiny_run
+from conftest import REPOSITORY, children_of, narrow, tiny_run, wait_for
 
 from engine.cli.command_line import parse_command_line
 from train import OWN_FLAGS
@@ -25,16 +26,32 @@ def stand_in(folder, name, script="exit 0"):
     path.chmod(0o755)
 
 
-def run_script(path, tmp_path, **environment):
-    """Run a script with the stand-ins in tmp_path/bin before everything else; return (status, what they were asked)."""
+def start_script(path, tmp_path, **environment):
+    """Start a script, a group of processes of its own, with the stand-ins in tmp_path/bin before everything else."""
     everything = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "ASKED": str(tmp_path / "asked")}
-    done = subprocess.run(["bash", path], env=everything | environment, cwd=tmp_path, capture_output=True, text=True)
-    asked = (tmp_path / "asked").read_text().splitlines() if (tmp_path / "asked").exists() else []
-    return done.returncode, asked, done.stdout + done.stderr
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    return subprocess.Popen(["bash", path], env=everything | environment, cwd=tmp_path, **pipes)
 
 
-def instance(tmp_path, status):
-    """The stand-ins of an EC2 instance whose train.py ends with that status; return the script's environment."""
+def asked_in(tmp_path):
+    """What the stand-ins have been asked so far."""
+    return (tmp_path / "asked").read_text().splitlines() if (tmp_path / "asked").exists() else []
+
+
+def last_asked(tmp_path):
+    """The name of the stand-in that was asked last."""
+    return asked_in(tmp_path)[-1].split()[0] if asked_in(tmp_path) else None
+
+
+def run_script(path, tmp_path, **environment):
+    """Run a script to its end; return (status, what the stand-ins were asked, output)."""
+    process = start_script(path, tmp_path, **environment)
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, asked_in(tmp_path), output
+
+
+def instance(tmp_path, training="exit 0", fetching=""):
+    """The stand-ins of an EC2 instance, of which two are given: train.py, and `aws s3`; return the script's environment."""
     images, programs, disk = tmp_path / "bucket", tmp_path / "bin", tmp_path / "nvme"
     images.mkdir()
     (images / "train.arrow").write_bytes(b"images")
@@ -42,38 +59,81 @@ def instance(tmp_path, status):
     (tmp_path / "by-id").mkdir()
     for name in ("nvme-Amazon_EC2_NVMe_Instance_Storage_AWS1", "nvme-Amazon_Elastic_Block_Store_vol1"):
         (tmp_path / "by-id" / name).touch()
-    stand_in(programs, "aws", f'if [ "$1" = s3 ]; then mkdir -p "${{@: -1}}" && cp {images}/* "${{@: -1}}"; fi')
-    for name in ("mkfs.ext4", "mount", "shutdown"):
+    stand_in(programs, "aws", f'if [ "$1" = s3 ]; then {fetching} mkdir -p "${{@: -1}}" && cp {images}/* "${{@: -1}}"; fi')
+    for name in ("mkfs.ext4", "mount", "shutdown", "sleep"):
         stand_in(programs, name)
     stand_in(programs, "git", 'mkdir -p "${@: -1}"')
     stand_in(tmp_path / "venv", "pip")
-    stand_in(tmp_path / "venv", "python", f"exit {status}")
+    stand_in(tmp_path / "venv", "python", training)
     stand_in(programs, "python3", f'mkdir -p "$3/bin" && cp {tmp_path}/venv/* "$3/bin"')
     return {"DISK": str(disk), "DISKS": str(tmp_path / "by-id"), "MIRROR": "s3://b/run", "IMAGES": "s3://b/images"}
 
 
 @pytest.mark.parametrize(("status", "switched_off"), [(0, True), (1, True), (143, False)])
 def test_an_instance_prepares_itself_trains_and_switches_off_unless_it_was_interrupted(status, switched_off, tmp_path):
-    _, asked, output = run_script(LAUNCH / "ec2_user_data.sh", tmp_path, **instance(tmp_path, status))
+    _, asked, output = run_script(LAUNCH / "ec2_user_data.sh", tmp_path, **instance(tmp_path, f"exit {status}"))
     programs = [line.split()[0] for line in asked]
     assert programs[:7] == ["mkfs.ext4", "mount", "aws", "git", "python3", "pip", "python"], output
     assert asked[0].endswith("nvme-Amazon_EC2_NVMe_Instance_Storage_AWS1")
-    assert programs[7:] == (["aws", "shutdown"] if switched_off else [])
-    assert not switched_off or asked[7].endswith("--auto-scaling-group-name resnet50 --desired-capacity 0")
+    assert programs[7:] == (["sleep", "aws", "shutdown"] if switched_off else [])
+    assert not switched_off or asked[8].endswith("--auto-scaling-group-name resnet50 --desired-capacity 0")
     command = parse_command_line(asked[6].split()[2:], OWN_FLAGS)
     assert command.options == {"hours": "14", "price_per_hour": "0.30", "resume": "auto"}
     assert command.config["spot_notice"] and command.config["mirror"] == "s3://b/run"
 
 
 def test_an_instance_with_damaged_images_or_without_a_disk_does_not_train_and_does_not_go_on_billing(tmp_path):
-    environment = instance(tmp_path, 0)
+    environment = instance(tmp_path)
     (tmp_path / "bucket/train.arrow").write_bytes(b"damaged")
     _, asked, _ = run_script(LAUNCH / "ec2_user_data.sh", tmp_path, **environment)
-    assert [line.split()[0] for line in asked] == ["mkfs.ext4", "mount", "aws", "aws", "shutdown"]
+    assert [line.split()[0] for line in asked] == ["mkfs.ext4", "mount", "aws", "sleep", "aws", "shutdown"]
     (tmp_path / "asked").unlink()
     (tmp_path / "by-id/nvme-Amazon_EC2_NVMe_Instance_Storage_AWS1").unlink()
     _, asked, output = run_script(LAUNCH / "ec2_user_data.sh", tmp_path, **environment)
-    assert [line.split()[0] for line in asked] == ["aws", "shutdown"] and "no instance store here" in output
+    assert [line.split()[0] for line in asked] == ["sleep", "aws", "shutdown"] and "no instance store here" in output
+
+
+FOREVER = "exec /bin/sleep 60"
+
+
+@pytest.mark.parametrize(
+    ("where", "last"),
+    [
+        ({"training": "trap 'kill $!; exit 143' TERM; /bin/sleep 60 & wait"}, "python"),
+        ({"training": FOREVER}, "python"),  # killed by the signal, which gives the same status
+        ({"training": "trap 'kill $!; exit 0' TERM; /bin/sleep 60 & wait"}, "python"),  # it had just come to its end
+        ({"fetching": f"{FOREVER};"}, "aws"),
+    ],
+)
+def test_an_instance_that_is_shut_down_leaves_the_group_as_it_is(where, last, tmp_path):
+    process = start_script(LAUNCH / "ec2_user_data.sh", tmp_path, **instance(tmp_path, **where))
+    wait_for(lambda: last_asked(tmp_path) == last)
+    os.killpg(process.pid, signal.SIGTERM)  # as systemd asks all processes of a unit
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert last_asked(tmp_path) == last
+
+
+def test_an_instance_that_ends_its_programs_before_the_script_leaves_the_group_as_it_is(tmp_path):
+    environment = instance(tmp_path, fetching=f"{FOREVER};")
+    stand_in(tmp_path / "bin", "sleep", "exec /bin/sleep 60")
+    process = start_script(LAUNCH / "ec2_user_data.sh", tmp_path, **environment)
+    for program in ("aws", "sleep"):
+        wait_for(lambda program=program: last_asked(tmp_path) == program)
+        if program == "sleep":
+            process.send_signal(signal.SIGTERM)
+        for child in children_of(process.pid):
+            os.kill(child, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert last_asked(tmp_path) == "sleep"
+
+
+def test_an_instance_tries_again_while_another_one_holds_the_run_or_the_mirror_has_not_got_its_end(tmp_path):
+    tried = tmp_path / "tried"
+    once = f"if [ -e {tried} ]; then exit 0; fi; touch {tried}; exit 75"
+    _, asked, output = run_script(LAUNCH / "ec2_user_data.sh", tmp_path, **instance(tmp_path, once))
+    assert [line.split()[0] for line in asked[6:]] == ["python", "sleep", "python", "sleep", "aws", "shutdown"], output
 
 
 @pytest.mark.slow

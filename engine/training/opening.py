@@ -24,7 +24,7 @@ from engine.system.device import (
     set_up_arithmetic,
 )
 from engine.system.environment import environment
-from engine.system.errors import DataError, UserError, first_line
+from engine.system.errors import TRY_LATER, CheckpointError, DataError, InUse, UserError, first_line
 from engine.system.interruption import Interrupted, RunEnded, StopRequest, watch_spot_notice
 from engine.system.lock import folder_lock
 from engine.system.plain_json import to_json
@@ -117,7 +117,7 @@ def _open(stack, command, train_step, build_model, begun):
             monitor.log(f"{'WARNING: ' if finding.verdict == FAILS else ''}check: {finding.what}: {finding.text}")
     if mirror is not None:
         mirror.start(folder, config["log_file"], config["keep_checkpoints"], monitor.log)
-        stack.callback(mirror.close)
+        stack.callback(_close_mirror, mirror)
     batches = BatchLoader(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.log)
     stack.callback(batches.close)
     monitor.judge_with(verdict_of(config, recipe, splits, batches), batches)
@@ -130,8 +130,28 @@ def _open(stack, command, train_step, build_model, begun):
 def _open_mirror(stack, command, source, folder, ledger):
     """Return (Mirror or None, lines to log); only the first process has it."""
     opened = []
-    remarks = distributed.run_on_rank0(open_mirror, opened, stack, command, source, folder, ledger)
+
+    def open_or_refuse():
+        try:
+            return open_mirror(opened, stack, command, source, folder, ledger)
+        except CheckpointError as error:
+            if not opened:  # its lock comes before everything else that can be wrong with it
+                raise InUse(str(error)) from error
+            raise
+
+    remarks = distributed.run_on_rank0(open_or_refuse)
     return (opened or [None])[0], remarks
+
+
+def _close_mirror(mirror):
+    """Wait for the mirror's last upload.
+
+    Raises:
+        RunEnded: the run has come to its end, and the mirror has not got it.
+    """
+    mirror.close()
+    if mirror.finished and (mirror.manifest is None or mirror.manifest["saves"] < mirror.ledger.saves):
+        raise RunEnded(TRY_LATER)
 
 
 def verdict_of(config, recipe, splits, batches):
@@ -193,6 +213,8 @@ def saving_on_interruption(run):
     except UserError as error:
         run.monitor.log_to_file(f"stopped: {error}")
         run.monitor.event("error", reason=str(error))
+        if run.lock.lost_to is not None or (run.mirror is not None and run.mirror.lock.lost_to is not None):
+            error.exit_code = TRY_LATER
         raise
     except Exception as error:
         run.monitor.log_to_file(traceback.format_exc())

@@ -49,7 +49,7 @@ def test_the_second_start_in_a_folder_is_refused_in_one_line_and_the_first_goes_
     first = start_program("train.py", [*arguments, "--resume=auto"])
     wait_for(lambda: (tmp_path / "run/last.pt").exists() or first.poll() is not None)
     status, output = run_program("train.py", [*arguments, "--resume=auto"])
-    assert status == 1, output
+    assert status == 75, output
     assert re.fullmatch(
         rf"train\.py: {tmp_path}/run is in use by process {first.pid} on {socket.gethostname()}, since .*\n", output
     )
