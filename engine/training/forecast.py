@@ -105,7 +105,7 @@ class Forecast:
     def warning(self, epoch, batch):
         """Return a line if the run will miss its budget, and if that has not been said, or is getting worse; else None."""
         budget, outlook = self._ledger.budget, self.outlook(epoch, batch)
-        if budget is None or outlook is None:
+        if budget is None or outlook is None or epoch == self._config["epochs"]:
             return None
         if epoch == self._start[0] and self._clock() - self._start[2] < SETTLED_SECONDS:
             return None
