@@ -113,6 +113,13 @@ def test_a_budget_that_will_be_missed_is_said_once_with_what_fits(budget, price,
     assert forecast.warning(1, 0) is None
 
 
+@pytest.mark.parametrize(("swa_start_epoch", "said"), [(3, "; 3 epochs would fit: "), (4, "; 3 epochs would fit, but ")])
+def test_epochs_that_the_configuration_refuses_are_not_advised(swa_start_epoch, said):
+    config = QUICK | {"swa_start_epoch": swa_start_epoch, "swa_batch_norm_batches": 1, "swa_anneal_epochs": 1}
+    warning = forecast_for(2.0, {"hours": 4.2, "dollars": None}, config=config).warning(1, 0)
+    assert said in warning and ("swa_start_epoch = 4" in warning) == ("but" in said)
+
+
 def test_a_speed_is_not_trusted_before_it_has_settled():
     forecast = forecast_for(2.0, {"hours": 0.1, "dollars": None})
     forecast._clock.now = 1.0
