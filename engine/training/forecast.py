@@ -132,6 +132,7 @@ class Forecast:
             if left * seconds / 3600 <= hours:
                 problems = config_problems(self._config | {"epochs": epochs})
                 if not problems:
-                    return f"{epochs} epochs would fit: stop it and add --epochs {epochs}"
+                    budget = "--dollars" if self._ledger.budget["dollars"] else "--hours"
+                    return f"{epochs} epochs would fit: stop it and go on with --epochs {epochs} in place of {budget}"
                 most = most or f"{epochs} epochs would fit, but this run has to be longer: {problems[0]}"
         return most or "not even the epoch in progress fits"

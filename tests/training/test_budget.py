@@ -138,6 +138,12 @@ def test_a_budget_survives_in_the_checkpoint_and_a_run_without_one_gets_none(tin
     output = capfd.readouterr().out
     assert "the budget was 0 seconds, now it is 2.0 hours; the epochs stay as planned" in output
     assert re.search(r"budget: 2.0 hours; .* dollars used so far, with 1 earlier session", output)
+    epochs = saved["epoch"]
+    assert run_here([*arguments, "--resume=auto", "--hours=2", "--epochs=5000"]) == 0  # as at the first start
+    assert "note: --epochs 5000 is not used: --hours chooses the epochs; without it" in capfd.readouterr().out
+    assert checkpoint_files.read(tmp_path / "run/last.pt")["config"]["epochs"] == epochs
+    assert run_here([*arguments, "--resume=auto", f"--epochs={epochs + 1}"]) == 0
+    assert checkpoint_files.read(tmp_path / "run/last.pt")["epoch"] == epochs + 1
     (tmp_path / "other").mkdir()
     assert run_here([*arguments, "--epochs=1", f"--checkpoint-dir={tmp_path / 'other'}"]) == 0
     with pytest.raises(ConfigError, match="was begun without a budget"):
