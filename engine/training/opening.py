@@ -30,7 +30,7 @@ from engine.system.lock import folder_lock
 from engine.system.plain_json import to_json
 from engine.system.workers import WorkerDied, available_cores
 from engine.training import frontier
-from engine.training.budget import open_ledger
+from engine.training.budget import for_what_is_left, open_ledger
 from engine.training.check import FAILS, OK, quick_check
 from engine.training.images import open_images, refuse_folders_among_classes
 from engine.training.initial_weights import with_initial_weights
@@ -84,6 +84,7 @@ def _open(stack, command, train_step, build_model, begun):
     of_budget = distributed.run_on_rank0(open_ledger, ledger, command, beginning, folder, mirror)
     initial = None
     if checkpoint is None:
+        command = distributed.run_on_rank0(for_what_is_left, command, ledger)
         command, initial, found = distributed.run_on_rank0(with_initial_weights, command)
         config, remarks = command.config, remarks + found
     device = choose_device(config)

@@ -13,6 +13,7 @@ from engine.cli.keys import ConfigError
 from engine.run import checkpoint_files, ledger
 from engine.run.ledger import HOURS, Ledger, read_hours
 from engine.training.forecast import Forecast
+from engine.training.plan import PlanError
 
 QUICK = CONFIG | {"batch_size": 8, "epochs": 4, "warmup_epochs": 1, "swa_start_epoch": 0, "train_resolution": 32}
 
@@ -148,6 +149,22 @@ def test_a_budget_survives_in_the_checkpoint_and_a_run_without_one_gets_none(tin
     assert run_here([*arguments, "--epochs=1", f"--checkpoint-dir={tmp_path / 'other'}"]) == 0
     with pytest.raises(ConfigError, match="was begun without a budget"):
         run_here(["--hours=2", f"--resume={tmp_path / 'other'}"])
+
+
+def test_a_run_killed_before_its_first_save_is_planned_for_what_is_left_of_the_budget(tiny_arguments, tmp_path, capfd):
+    (tmp_path / "run").mkdir()
+    killed = Ledger(time.perf_counter() - 3600)
+    killed.keep(tmp_path / "run")
+    killed._ended.set()  # nothing more is written
+    arguments = [*(word for word in tiny_arguments if "--epochs" not in word), "--swa-start-epoch=0", "--recipe=seed"]
+    arguments += ["--resume=auto", "--images-per-s=25", "--stop-after-hours=0.01"]
+    with pytest.raises(PlanError, match="--hours 0.5: 1.00 hours are used by 1 earlier session, killed before the first save"):
+        run_here([*arguments, "--hours=0.5"])
+    assert run_here([*arguments, "--hours=1.0002"]) == 0
+    assert "1.0 hours used so far, with 1 earlier session" in capfd.readouterr().out
+    saved = checkpoint_files.read(tmp_path / "run/last.pt")
+    assert saved["epoch"] == saved["config"]["epochs"]  # which are thousands for the whole budget
+    assert saved["ledger"]["budget"]["hours"] == 1.0002 and len(saved["ledger"]["sessions"]) == 2
 
 
 def test_stop_after_hours_saves_and_ends_with_status_0_and_the_run_goes_on(image_tree, tmp_path, capfd):
