@@ -60,24 +60,29 @@ def instance(tmp_path, training="exit 0", fetching=""):
     for name in ("nvme-Amazon_EC2_NVMe_Instance_Storage_AWS1", "nvme-Amazon_Elastic_Block_Store_vol1"):
         (tmp_path / "by-id" / name).touch()
     stand_in(programs, "aws", f'if [ "$1" = s3 ]; then {fetching} mkdir -p "${{@: -1}}" && cp {images}/* "${{@: -1}}"; fi')
-    for name in ("mkfs.ext4", "mount", "shutdown", "sleep"):
+    answers = '*"-X PUT"*/latest/api/token) echo secret;; *"token: secret"*/meta-data/placement/region) echo eu-north-1;;'
+    stand_in(programs, "curl", f'case "$*" in {answers} *) exit 22; esac')
+    stand_in(programs, "mountpoint", "exit 1")
+    for name in ("mkfs.ext4", "mount", "shutdown", "sleep", "apt-get"):
         stand_in(programs, name)
     stand_in(programs, "git", 'mkdir -p "${@: -1}"')
     stand_in(tmp_path / "venv", "pip")
     stand_in(tmp_path / "venv", "python", training)
-    stand_in(programs, "python3", f'mkdir -p "$3/bin" && cp {tmp_path}/venv/* "$3/bin"')
-    return {"DISK": str(disk), "DISKS": str(tmp_path / "by-id"), "MIRROR": "s3://b/run", "IMAGES": "s3://b/images"}
+    stand_in(programs, "python3", f'mkdir -p "${{@: -1}}/bin" && cp {tmp_path}/venv/* "${{@: -1}}/bin"')
+    places = {"DISK": disk, "DISKS": tmp_path / "by-id", "AMI_DISK": tmp_path / "dlami"}
+    return {name: str(place) for name, place in places.items()} | {"MIRROR": "s3://b/run", "IMAGES": "s3://b/images"}
 
 
 @pytest.mark.parametrize(("status", "switched_off"), [(0, True), (1, True), (143, False)])
 def test_an_instance_prepares_itself_trains_and_switches_off_unless_it_was_interrupted(status, switched_off, tmp_path):
     _, asked, output = run_script(LAUNCH / "ec2_user_data.sh", tmp_path, **instance(tmp_path, f"exit {status}"))
     programs = [line.split()[0] for line in asked]
-    assert programs[:7] == ["mkfs.ext4", "mount", "aws", "git", "python3", "pip", "python"], output
-    assert asked[0].endswith("nvme-Amazon_EC2_NVMe_Instance_Storage_AWS1")
-    assert programs[7:] == (["sleep", "aws", "shutdown"] if switched_off else [])
-    assert not switched_off or asked[8].endswith("--auto-scaling-group-name resnet50 --desired-capacity 0")
-    command = parse_command_line(asked[6].split()[2:], OWN_FLAGS)
+    assert programs[:6] == ["curl", "curl", "mountpoint", "mkfs.ext4", "mount", "aws"], output
+    assert programs[6:10] == ["git", "python3", "pip", "python"], output
+    assert asked[3].endswith("nvme-Amazon_EC2_NVMe_Instance_Storage_AWS1")
+    assert programs[10:] == (["sleep", "aws", "shutdown"] if switched_off else [])
+    assert not switched_off or asked[11].endswith("--auto-scaling-group-name resnet50 --desired-capacity 0")
+    command = parse_command_line(asked[9].split()[2:], OWN_FLAGS)
     assert command.options == {"hours": "14", "price_per_hour": "0.30", "resume": "auto"}
     assert command.config["spot_notice"] and command.config["mirror"] == "s3://b/run"
 
@@ -86,11 +91,30 @@ def test_an_instance_with_damaged_images_or_without_a_disk_does_not_train_and_do
     environment = instance(tmp_path)
     (tmp_path / "bucket/train.arrow").write_bytes(b"damaged")
     _, asked, _ = run_script(LAUNCH / "ec2_user_data.sh", tmp_path, **environment)
-    assert [line.split()[0] for line in asked] == ["mkfs.ext4", "mount", "aws", "sleep", "aws", "shutdown"]
+    assert [line.split()[0] for line in asked[3:]] == ["mkfs.ext4", "mount", "aws", "sleep", "aws", "shutdown"]
     (tmp_path / "asked").unlink()
     (tmp_path / "by-id/nvme-Amazon_EC2_NVMe_Instance_Storage_AWS1").unlink()
     _, asked, output = run_script(LAUNCH / "ec2_user_data.sh", tmp_path, **environment)
-    assert [line.split()[0] for line in asked] == ["sleep", "aws", "shutdown"] and "no instance store here" in output
+    assert [line.split()[0] for line in asked[3:]] == ["sleep", "aws", "shutdown"] and "no instance store here" in output
+
+
+def test_an_instance_names_its_region_to_every_program(tmp_path):
+    environment = instance(tmp_path, 'echo "region $AWS_REGION $AWS_DEFAULT_REGION" >>"$ASKED"')
+    assert "region eu-north-1 eu-north-1" in run_script(LAUNCH / "ec2_user_data.sh", tmp_path, **environment)[1]
+
+
+def test_an_instance_takes_the_disk_that_its_image_has_mounted_and_brings_what_its_python_lacks(tmp_path):
+    environment, made = instance(tmp_path), (tmp_path / "bin/python3").read_text().splitlines()[-1]
+    (tmp_path / "dlami").mkdir()
+    stand_in(tmp_path / "bin", "mountpoint", '[ "$(grep -c ^mountpoint "$ASKED")" -gt 1 ]')  # a little later
+    stand_in(tmp_path / "bin", "python3", f'if [ "$3" = --clear ]; then {made}; else exit 1; fi')
+    _, asked, output = run_script(LAUNCH / "ec2_user_data.sh", tmp_path, **environment)
+    programs = [line.split()[0] for line in asked]
+    assert programs[2:8] == ["mountpoint", "sleep", "mountpoint", "mountpoint", "aws", "git"], output
+    assert programs[8:14] == ["python3", "apt-get", "apt-get", "python3", "pip", "python"] and asked[10].endswith(
+        " python3-venv"
+    )
+    assert f"--data-dir {tmp_path / 'dlami'}/imagenet" in asked[13]
 
 
 FOREVER = "exec /bin/sleep 60"
@@ -133,7 +157,7 @@ def test_an_instance_tries_again_while_another_one_holds_the_run_or_the_mirror_h
     tried = tmp_path / "tried"
     once = f"if [ -e {tried} ]; then exit 0; fi; touch {tried}; exit 75"
     _, asked, output = run_script(LAUNCH / "ec2_user_data.sh", tmp_path, **instance(tmp_path, once))
-    assert [line.split()[0] for line in asked[6:]] == ["python", "sleep", "python", "sleep", "aws", "shutdown"], output
+    assert [line.split()[0] for line in asked[9:]] == ["python", "sleep", "python", "sleep", "aws", "shutdown"], output
 
 
 @pytest.mark.slow
