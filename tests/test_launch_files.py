@@ -184,11 +184,21 @@ def test_the_notebooks_run_goes_on_in_the_next_session(image_tree, tmp_path):
         assert done.returncode == 0 and said in done.stdout.decode(), done.stderr
 
 
-def test_the_other_files_start_a_command_that_exists():
+def test_a_skypilot_job_tries_again_while_another_machine_holds_the_run_and_is_recovered_after_a_spot_notice(tmp_path):
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
     task = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
-    words = task["run"].replace("\\\n", " ").split("train.py ")[1].split()
-    assert parse_command_line(words, OWN_FLAGS).config["spot_notice"]
+    tried = tmp_path / "tried"
+    stand_in(tmp_path / "venv/bin", "python", f"if [ -e {tried} ]; then exit 143; fi; touch {tried}; exit 75")
+    stand_in(tmp_path / "bin", "sleep")
+    (tmp_path / "run.sh").write_text(task["run"])
+    status, asked, output = run_script(tmp_path / "run.sh", tmp_path, HOME=str(tmp_path))
+    assert [line.split()[0] for line in asked] == ["python", "sleep", "python"], output
+    assert status == 143 and status in task["resources"]["job_recovery"]["recover_on_exit_codes"]
+    command = parse_command_line(asked[0].split()[2:], OWN_FLAGS)
+    assert command.config["spot_notice"] and command.config["mirror"] == "s3://BUCKET/runs/mild" and task["envs"]["AWS_REGION"]
+
+
+def test_the_other_files_start_a_command_that_exists():
     service = (LAUNCH / "resnet50.service").read_text()
     assert parse_command_line(re.search(r"train\.py (.*)", service)[1].split(), OWN_FLAGS).options == {"resume": "auto"}
     command = json.loads(re.search(r"^CMD (.*)$", (LAUNCH / "Dockerfile").read_text(), re.M)[1])
