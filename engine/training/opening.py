@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import signal
 import traceback
 import types
 
@@ -55,8 +56,9 @@ def open_run(command, train_step, build_model, begun):
         UserError: it cannot begin, or cannot go on.
     """
     require_consistent_flags(command)
-    with contextlib.ExitStack() as stack:
-        run, trials = _open(stack, command, train_step, build_model, begun)
+    stop = StopRequest(interrupting=True)
+    with ending_before_training(stop), contextlib.ExitStack() as stack:
+        run, trials = _open(stack, stop, command, train_step, build_model, begun)
         with saving_on_interruption(run):
             if run.config["learning_rate"] == "auto":
                 run.config = with_found_rate(run.config, trials, run.batches, run.monitor)
@@ -69,8 +71,10 @@ def open_run(command, train_step, build_model, begun):
                 yield run
 
 
-def _open(stack, command, train_step, build_model, begun):
+def _open(stack, stop, command, train_step, build_model, begun):
     """Return the Run and its Trials; the stack closes what they hold."""
+    stack.enter_context(stop)
+    stack.enter_context(stop.after(positive("stop_after_hours", command.options), begun))
     stack.enter_context(distributed.process_group(open_device(command.config)))
     source, folder = distributed.run_on_rank0(source_of_run, command)
     if source in (None, "auto"):  # before they are made
@@ -102,8 +106,7 @@ def _open(stack, command, train_step, build_model, begun):
     else:
         config, compile_choice, lines = settle(command, config, checkpoint, splits, trials, monitor, begun)
     first = frontier.remark_on_default(command) if checkpoint is None else None
-    stop = stack.enter_context(StopRequest())
-    stack.enter_context(stop.after(positive("stop_after_hours", command.options), begun))
+    stop.begin()
     remarks = [
         *lines,
         *([lock.note] if lock.note else []),
@@ -195,6 +198,18 @@ def log_beginning(config, recipe, splits, device, precision, remarks, monitor, f
 
 
 # Leaving a run ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def ending_before_training(stop):
+    """Turn the KeyboardInterrupt of a StopRequest into the run's end; Ctrl-C's is left to run_program."""
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        if stop.cause is None or stop.exit_code == 128 + signal.SIGINT:
+            raise
+        print(f"stopped by {stop.cause}, before the training began", flush=True)
+        raise RunEnded(stop.exit_code) from interruption
 
 
 @contextlib.contextmanager
