@@ -202,15 +202,49 @@ def test_a_slurm_job_ends_in_time_and_asks_for_the_next_until_the_run_has_ended(
         assert status == 0 and (last_asked(tmp_path) == "sbatch") == next_one, output
 
 
+def run_cells(numbers, **environment):
+    """Run code cells of the notebook, counted from 0; return (status, output)."""
+    cells = json.loads((LAUNCH / "notebook.ipynb").read_text())["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    command = [sys.executable, "-c", "\n".join(sources[number] for number in numbers)]
+    everything = os.environ | {name: str(value) for name, value in environment.items()}
+    done = subprocess.run(command, cwd=REPOSITORY, env=everything, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return done.returncode, done.stdout
+
+
 @pytest.mark.slow
 def test_the_notebooks_run_goes_on_in_the_next_session(image_tree, tmp_path):
-    cells = json.loads((LAUNCH / "notebook.ipynb").read_text())["cells"]
-    first, _, last = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    for hours, epochs, said in (("0.003", 4000, "stopped by --stop-after-hours"), ("1", 60, "finished ")):
-        flags = " ".join(tiny_run(image_tree, tmp_path / "run", epochs=epochs))
-        environment = os.environ | {"RUN": str(tmp_path / "run"), "FLAGS": flags, "HOURS": hours}
-        done = subprocess.run([sys.executable, "-c", f"{first}\n{last}"], cwd=REPOSITORY, env=environment, capture_output=True)
-        assert done.returncode == 0 and said in done.stdout.decode(), done.stderr
+    (tmp_path / "input").mkdir()
+    for run, hours, epochs, said in (("first", 0.003, 4000, "stopped by --stop-after-hours"), ("second", 1, 60, "finished ")):
+        flags = " ".join(tiny_run(image_tree, tmp_path / run, epochs=epochs))
+        environment = {"RUN": tmp_path / run, "FLAGS": flags, "HOURS": hours, "KEPT": tmp_path / "input"}
+        status, output = run_cells([0, 2, 3], **environment)
+        assert status == 0 and said in output and ("resumed" in output) == (run == "second"), output
+        (tmp_path / run).rename(tmp_path / "input" / run)  # as Kaggle hands on a saved version's output
+
+
+def test_the_notebook_takes_back_what_one_earlier_session_has_kept_but_not_its_lock(tmp_path):
+    kept = tmp_path / "input/version/run"
+    kept.mkdir(parents=True)
+    for name in ("last.pt", "best.pt", "metrics.jsonl", "run.lock"):
+        (kept / name).write_text(name)
+        (kept / name).chmod(0o444)
+    environment = {"RUN": tmp_path / "deep/run", "KEPT": tmp_path / "input"}
+    assert run_cells([0, 2], **environment) == (0, "")
+    there = sorted((tmp_path / "deep/run").iterdir())
+    assert [path.name for path in there] == ["best.pt", "last.pt", "metrics.jsonl"] and there[1].stat().st_mode & 0o200
+    there[1].write_text("newer")
+    assert run_cells([0, 2], **environment) == (0, "") and there[1].read_text() == "newer"
+    shutil.copytree(kept, tmp_path / "input/other")
+    status, output = run_cells([0, 2], **environment | {"RUN": tmp_path / "new"})
+    assert status == 1 and "several runs: set KEPT to one of" in output and not (tmp_path / "new").exists()
+
+
+def test_the_notebook_mounts_colabs_drive_where_the_run_lies_there(tmp_path):
+    (tmp_path / "google/colab").mkdir(parents=True)
+    (tmp_path / "google/colab/drive.py").write_text("import sys\ndef mount(place): sys.exit(f'mounted {place}')\n")
+    for run, answer in (("/content/drive/MyDrive/run", (1, "mounted /content/drive\n")), (tmp_path / "run", (0, ""))):
+        assert run_cells([0, 2], RUN=run, KEPT=tmp_path / "none", PYTHONPATH=tmp_path) == answer
 
 
 def test_a_skypilot_job_tries_again_while_another_machine_holds_the_run_and_is_recovered_after_a_spot_notice(tmp_path):
