@@ -8,29 +8,54 @@ set -euo pipefail
 : "${GROUP:=resnet50}"                                       # the Auto Scaling group that starts this instance
 : "${FLAGS:=--recipe mild --hours 14 --price-per-hour 0.30}" # the budget counts the hours of all instances together
 : "${DISK:=/mnt/nvme}" "${DISKS:=/dev/disk/by-id}"
+: "${AMI_DISK:=/opt/dlami/nvme}" # where AWS's Deep Learning AMIs mount the instance store by themselves
+: "${METADATA:=http://169.254.169.254/latest}"
 
 switch_off() { # else the group would start another instance in place of this one
+    sleep 10   # where this machine is going away, the programs of this script end before it is told so itself
     aws autoscaling set-desired-capacity --auto-scaling-group-name "$GROUP" --desired-capacity 0 || true
     shutdown -h now
 }
 status=1
-trap 'if [ "$status" -ne 143 ]; then switch_off; fi' EXIT # 143: the spot notice; the group starts the next instance
+trap 'if [ "$status" -ne 143 ]; then switch_off; fi' EXIT # 143: interrupted; the group starts the next instance
+trap 'status=143; exit 143' TERM                          # this machine is going away; bash waits for the program in progress
 
-device=$(find "$DISKS" -name 'nvme-Amazon_EC2_NVMe_Instance_Storage_*' ! -name '*-ns-*' ! -name '*-part*' | sort | head -n 1)
-[ -n "$device" ] || { echo "no instance store here: choose a type that has one, such as g4dn.2xlarge"; exit; }
-mkfs.ext4 -q -F "$device"
-mkdir -p "$DISK"
-mount "$device" "$DISK"
+# The mirror's client takes us-east-1 where nothing names the region, and the AWS CLI may take none.
+token=$(curl -sSf -X PUT -H "X-aws-ec2-metadata-token-ttl-seconds: 300" "$METADATA/api/token")
+AWS_REGION=$(curl -sSf -H "X-aws-ec2-metadata-token: $token" "$METADATA/meta-data/placement/region")
+export AWS_REGION AWS_DEFAULT_REGION="$AWS_REGION"
+
+for _ in {1..12}; do # its service may still be at it
+    if [ ! -d "$AMI_DISK" ] || mountpoint -q "$AMI_DISK"; then break; fi
+    sleep 5
+done
+if mountpoint -q "$AMI_DISK"; then # mkfs would refuse a disk in use
+    DISK=$AMI_DISK
+else
+    device=$(find "$DISKS" -name 'nvme-Amazon_EC2_NVMe_Instance_Storage_*' ! -name '*-ns-*' ! -name '*-part*' | sort | head -n 1)
+    [ -n "$device" ] || { echo "no instance store here: choose a type that has one, such as g4dn.2xlarge"; exit; }
+    mkfs.ext4 -q -F "$device"
+    mkdir -p "$DISK"
+    mount "$device" "$DISK"
+fi
 
 aws s3 sync --only-show-errors "$IMAGES" "$DISK/imagenet"
 (cd "$DISK/imagenet" && sha256sum --check --quiet SHA256SUMS)
 
 git clone --quiet --depth 1 "$REPOSITORY" "$DISK/code"
-python3 -m venv "$DISK/venv"
+if ! python3 -m venv "$DISK/venv"; then # Ubuntu's Python comes without
+    apt-get update --quiet
+    apt-get install --quiet --yes -o DPkg::Lock::Timeout=300 python3-venv
+    python3 -m venv --clear "$DISK/venv"
+fi
 "$DISK/venv/bin/pip" install --quiet -r "$DISK/code/requirements.txt" obstore
 
-status=0
-# shellcheck disable=SC2086 # FLAGS are words
-(cd "$DISK/code" && "$DISK/venv/bin/python" train.py $FLAGS --data-dir "$DISK/imagenet" --checkpoint-dir "$DISK/run" \
-    --log-file "$DISK/training.log" --mirror "$MIRROR" --resume auto --spot-notice true) || status=$?
-echo "train.py ended with status $status"
+cd "$DISK/code"
+while true; do
+    # shellcheck disable=SC2086 # FLAGS are words
+    if "$DISK/venv/bin/python" train.py $FLAGS --data-dir "$DISK/imagenet" --checkpoint-dir "$DISK/run" \
+        --log-file "$DISK/training.log" --mirror "$MIRROR" --resume auto --spot-notice true; then status=0; else status=$?; fi
+    echo "train.py ended with status $status"
+    [ "$status" -eq 75 ] || break # 75: another machine still holds the run, or the mirror has not got the end of it
+    sleep 60
+done

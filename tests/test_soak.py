@@ -65,8 +65,8 @@ class Soak:
         first = self.start()
         second = start_program("train.py", self.arguments)
         status, output = finish(second)
-        if first.poll() is None or status == 1:
-            assert status == 1 and "is in use by process" in output, output
+        if first.poll() is None or status == 75:
+            assert status == 75 and "is in use by process" in output, output
         return self._stopped(first, signal.SIGTERM)
 
     def _stopped(self, process, number):

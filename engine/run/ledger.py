@@ -78,7 +78,11 @@ class Ledger:
 
     def dollars(self):
         """Return what they cost, each at its own price; a session without one costs nothing."""
-        return sum(session["seconds"] / 3600 * (session["price_per_hour"] or 0.0) for session in self.sessions().values())
+        return _dollars(self.sessions())
+
+    def used_before(self):
+        """Return (hours, dollars) of the earlier sessions."""
+        return sum(session["seconds"] for session in self._earlier.values()) / 3600, _dollars(self._earlier)
 
     def keep(self, folder):
         """Write hours.json in the folder from now on, in a thread of its own, until close()."""
@@ -102,6 +106,10 @@ class Ledger:
         with contextlib.suppress(OSError):  # every checkpoint has the ledger, too; a sync every few seconds is not worth it
             temporary.write_text(to_json(self.state()) + "\n", encoding="utf-8")
             os.replace(temporary, self._path)
+
+
+def _dollars(sessions):
+    return sum(session["seconds"] / 3600 * (session["price_per_hour"] or 0.0) for session in sessions.values())
 
 
 def _is_ledger(saved):

@@ -101,9 +101,11 @@ class Mirror:
 
         Args:
             seconds: how long to wait at most where the run has not come to its end; None: STOP_SECONDS.
+        Returns:
+            False where something did not get there.
         """
         if self._thread is None:
-            return
+            return True
         started = time.monotonic()
         deadline = started + (seconds or STOP_SECONDS)
         with self._changed:
@@ -117,7 +119,7 @@ class Mirror:
                     break  # the storage does not answer
         self._given_up = True
         if self.lock.lost_to is not None:  # the run has said so
-            return
+            return True
         self._thread.join(0.1)
         there = position_in_words(self._manifest) if self._manifest else None
         if self._complete:
@@ -127,6 +129,7 @@ class Mirror:
         else:
             there = f"what is there is of {there}" if there else "nothing is there"
             self.log(f"WARNING: mirror: the last save did NOT get to {self.store.url} in time; {there}")
+        return self._complete
 
     def delete_run(self):
         """Delete the run that is there, and nothing else; what cannot be deleted besides run.json costs a warning.

@@ -60,6 +60,9 @@ class Monitor(RunLog):
         self._what = what
         if self._terminal:
             self._bar = tqdm(total=total, initial=done, desc=what, unit="batch", leave=False, dynamic_ncols=True)
+            outlook = self.forecast and epoch is not None and self.forecast.outlook(epoch, done)
+            if outlook:  # an epoch may end before its figures are read
+                self._bar.set_postfix(outlook.as_figures())
 
     def advance(self, metrics=None, learning_rate=None, speed=None):
         """Count one batch; show the TrainingMetrics, the rate and the Throughput where they are given."""
@@ -150,6 +153,8 @@ class Monitor(RunLog):
             return
         outlook = self.forecast.in_words(record["epoch"]) if self.forecast else ""
         self.log(epoch_line(record, self._records.epochs) + outlook)
+        if self.forecast is not None and (warning := self.forecast.warning(record["epoch"], 0)):
+            self.log(warning)  # of short epochs no figures are read within them
         self.event("epoch", epoch=record["epoch"], batch=0)
         if self._verdict is not None:
             self._pronounce(self._verdict.judge_epoch(record))

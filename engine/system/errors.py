@@ -22,6 +22,15 @@ class CheckpointError(UserError):
     """A checkpoint cannot be used, or a folder of checkpoints must not be written to."""
 
 
+TRY_LATER = 75  # exit status: the same command line does it later; EX_TEMPFAIL of sysexits.h
+
+
+class InUse(CheckpointError):
+    """Another process holds what this one needs."""
+
+    exit_code = TRY_LATER
+
+
 class TrainingStopped(UserError):
     """The run cannot go on; what is on disk is good."""
 

@@ -36,9 +36,14 @@ class StopRequest:
     ends it at once. SIGUSR1 raises another flag, which asks for a save alone. A SIGHUP that nohup has switched off stays so.
     `stop.between(items)` yields the items and raises Interrupted once the flag is up; a BatchLoader does so in all processes
     of a job.
+
+    Args:
+        interrupting: until begin() is called the flag is not waited for: the main thread gets a KeyboardInterrupt, too. So
+            ends what takes long and has nothing to save.
     """
 
-    def __init__(self):
+    def __init__(self, interrupting=False):
+        self._interrupting = interrupting
         self.cause = None
         self.exit_code = 0
         self.machine_goes_away = False
@@ -66,16 +71,28 @@ class StopRequest:
                 os.write(2, b"\nstopped at once, on the second Ctrl-C; the last checkpoint on disk is whole\n")
             os._exit(130)
         self.request(signal.Signals(number).name, 128 + number)
+        if self._interrupting:
+            self._interrupting = False  # what it ends is not interrupted in closing what is open
+            raise KeyboardInterrupt
 
     def request(self, cause, exit_code):
         """Ask the run to stop; only the first cause counts."""
         if self.cause is None:
             self.exit_code = exit_code
             self.cause = cause
+            main = threading.main_thread()
+            if self._interrupting and threading.current_thread() is not main:
+                signal.pthread_kill(main.ident, signal.SIGTERM)
+
+    def begin(self):
+        """From now on the run stops between two batches."""
+        self._interrupting = False
 
     @contextlib.contextmanager
     def after(self, hours, begun):
         """Ask the run to stop in time for it to have ended so many hours after it began; None never does.
+
+        Where that is past already, it stops at its first batch.
 
         Args:
             begun: what time.perf_counter() showed then.
@@ -83,9 +100,13 @@ class StopRequest:
         timer = None
         if hours is not None:
             seconds = 3600 * hours - min(SAVING_SECONDS, 3600 * hours / 30) - (time.perf_counter() - begun)
-            timer = threading.Timer(max(seconds, 0.0), self.request, (f"--stop-after-hours {hours:g}", 0))
-            timer.daemon = True
-            timer.start()
+            what = f"--stop-after-hours {hours:g}", 0
+            if seconds <= 0:
+                self.request(*what)
+            else:
+                timer = threading.Timer(seconds, self.request, what)
+                timer.daemon = True
+                timer.start()
         try:
             yield
         finally:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.system.distributed import run_on_rank0
-from engine.system.errors import CheckpointError, TrainingStopped
+from engine.system.errors import CheckpointError, InUse, TrainingStopped
 from engine.system.plain_json import json_object
 
 LOCK = "run.lock"
@@ -85,7 +85,8 @@ def folder_lock(folder, name, log, cure):
         log: called with a text when it takes a while to know whether another holder is gone.
         cure: what somebody can do who is refused, besides waiting.
     Raises:
-        CheckpointError: somebody else holds it, or the folder cannot be written to.
+        InUse: somebody else holds it.
+        CheckpointError: the folder cannot be written to.
     """
     folder = Path(folder)
     lock = FolderLock(folder / LOCK, name, cure)
@@ -127,7 +128,7 @@ class FolderLock:
                 continue
             why_gone = self._why_gone(holder, log)
             if why_gone is None:
-                raise CheckpointError(
+                raise InUse(
                     f"{self.path.parent} is in use by {holder} ({self.path.name}): wait until it has ended, stop it, or "
                     f"{self.cure}"
                 )

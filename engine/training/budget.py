@@ -4,7 +4,7 @@ from engine.cli.keys import ConfigError
 from engine.run.ledger import read_hours
 from engine.system.wording import duration
 from engine.training.mirroring import ledgers_there, require_same_run
-from engine.training.plan import budget_hours, positive
+from engine.training.plan import PlanError, budget_hours, positive
 
 
 def open_ledger(ledger, command, beginning, folder, mirror):
@@ -46,12 +46,34 @@ def _settle_budget(options, ledger, checkpoint):
     remarks = []
     if before not in (None, ledger.budget):
         remarks.append(f"the budget was {in_words(before)}, now it is {in_words(ledger.budget)}; the epochs stay as planned")
-    sessions = f"{ledger.earlier_sessions} earlier session" + ("s" if ledger.earlier_sessions > 1 else "")
     cost = f", {ledger.dollars():.2f} dollars" if ledger.dollars() else ""
-    remarks.append(f"budget: {in_words(ledger.budget)}; {duration(ledger.hours())}{cost} used so far, with {sessions}")
+    remarks.append(f"budget: {in_words(ledger.budget)}; {duration(ledger.hours())}{cost} used so far, with {_sessions(ledger)}")
     return remarks
+
+
+def for_what_is_left(command, ledger):
+    """Return the Command of a new run with what earlier sessions, all killed before the first save, have left of its budget.
+
+    Raises:
+        PlanError: they have left nothing.
+    """
+    for name, used in zip(("hours", "dollars"), ledger.used_before(), strict=True):
+        if name in command.options and used:
+            given = positive(name, command.options)
+            if used >= given:
+                raise PlanError(
+                    f"--{name} {given:g}: {used:.2f} {name} are used by {_sessions(ledger)}, killed before the first save: "
+                    "allow more, or start anew with --overwrite in place of --resume"
+                )
+            command = command._replace(options=command.options | {name: repr(given - used)})
+    return command
+
+
+def _sessions(ledger):
+    return f"{ledger.earlier_sessions} earlier session" + ("s" if ledger.earlier_sessions > 1 else "")
 
 
 def in_words(budget):
     """Return a budget as text."""
-    return f"{budget['dollars']:g} dollars" if budget["dollars"] else duration(budget["hours"])
+    hours = duration(budget["hours"])
+    return f"{budget['dollars']:g} dollars ({hours})" if budget["dollars"] else hours

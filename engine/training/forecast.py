@@ -3,6 +3,7 @@
 import time
 from typing import NamedTuple
 
+from engine.cli.keys import config_problems
 from engine.data.batches import resolution_of_epoch
 from engine.system.micro_batches import network_px
 from engine.system.wording import duration
@@ -105,7 +106,7 @@ class Forecast:
     def warning(self, epoch, batch):
         """Return a line if the run will miss its budget, and if that has not been said, or is getting worse; else None."""
         budget, outlook = self._ledger.budget, self.outlook(epoch, batch)
-        if budget is None or outlook is None:
+        if budget is None or outlook is None or epoch == self._config["epochs"]:
             return None
         if epoch == self._start[0] and self._clock() - self._start[2] < SETTLED_SECONDS:
             return None
@@ -120,16 +121,18 @@ class Forecast:
             return None
         self._said = over / limit + 0.05
         hours_left = outlook.hours_left - (over / self._ledger.price_per_hour if in_dollars else over)
-        fit = self._epochs_that_fit(epoch, batch, hours_left)
-        what = f"{fit} epochs would fit: stop it and add --epochs {fit}" if fit else "not even the epoch in progress fits"
-        return f"WARNING: at this speed the run takes {text}; {what}"
+        return f"WARNING: at this speed the run takes {text}; {self._what_fits(epoch, batch, hours_left)}"
 
-    def _epochs_that_fit(self, epoch, batch, hours):
-        """Return the most epochs of which the rest fits into so many hours, or None."""
-        seconds = self._seconds_per_work(epoch, batch)
+    def _what_fits(self, epoch, batch, hours):
+        """Return, in words, the most epochs of which the rest fits into so many hours and that the configuration admits."""
+        seconds, most = self._seconds_per_work(epoch, batch), None
         for epochs in range(self._config["epochs"] - 1, epoch, -1):
             work = work_of_epochs(self._config | {"epochs": epochs}, self._counts)
             left = sum(map(sum, work[epoch:])) - work[epoch][0] * batch / self._steps_per_epoch
             if left * seconds / 3600 <= hours:
-                return epochs
-        return None
+                problems = config_problems(self._config | {"epochs": epochs})
+                if not problems:
+                    budget = "--dollars" if self._ledger.budget["dollars"] else "--hours"
+                    return f"{epochs} epochs would fit: stop it and go on with --epochs {epochs} in place of {budget}"
+                most = most or f"{epochs} epochs would fit, but this run has to be longer: {problems[0]}"
+        return most or "not even the epoch in progress fits"

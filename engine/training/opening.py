@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import signal
 import traceback
 import types
 
@@ -24,13 +25,13 @@ from engine.system.device import (
     set_up_arithmetic,
 )
 from engine.system.environment import environment
-from engine.system.errors import DataError, UserError, first_line
+from engine.system.errors import TRY_LATER, CheckpointError, DataError, InUse, UserError, first_line
 from engine.system.interruption import Interrupted, RunEnded, StopRequest, watch_spot_notice
 from engine.system.lock import folder_lock
 from engine.system.plain_json import to_json
 from engine.system.workers import WorkerDied, available_cores
 from engine.training import frontier
-from engine.training.budget import open_ledger
+from engine.training.budget import for_what_is_left, open_ledger
 from engine.training.check import FAILS, OK, quick_check
 from engine.training.images import open_images, refuse_folders_among_classes
 from engine.training.initial_weights import remarks_on_share, with_initial_weights
@@ -57,8 +58,9 @@ def open_run(command, train_step, build_model, begun):
         UserError: it cannot begin, or cannot go on.
     """
     require_consistent_flags(command)
-    with contextlib.ExitStack() as stack:
-        run, trials = _open(stack, command, train_step, build_model, begun)
+    stop = StopRequest(interrupting=True)
+    with ending_before_training(stop), contextlib.ExitStack() as stack:
+        run, trials = _open(stack, stop, command, train_step, build_model, begun)
         with saving_on_interruption(run):
             if run.config["learning_rate"] == "auto":
                 run.config = with_found_rate(run.config, trials, run.batches, run.monitor)
@@ -71,8 +73,10 @@ def open_run(command, train_step, build_model, begun):
                 yield run
 
 
-def _open(stack, command, train_step, build_model, begun):
+def _open(stack, stop, command, train_step, build_model, begun):
     """Return the Run and its Trials; the stack closes what they hold."""
+    stack.enter_context(stop)
+    stack.enter_context(stop.after(positive("stop_after_hours", command.options), begun))
     stack.enter_context(distributed.process_group(open_device(command.config)))
     source, folder = distributed.run_on_rank0(source_of_run, command)
     if source in (None, "auto"):  # before they are made
@@ -86,6 +90,7 @@ def _open(stack, command, train_step, build_model, begun):
     of_budget = distributed.run_on_rank0(open_ledger, ledger, command, beginning, folder, mirror)
     initial = None
     if checkpoint is None:
+        command = distributed.run_on_rank0(for_what_is_left, command, ledger)
         command, initial, found = distributed.run_on_rank0(with_initial_weights, command)
         config, remarks = command.config, remarks + found
     device = choose_device(config)
@@ -104,8 +109,7 @@ def _open(stack, command, train_step, build_model, begun):
     else:
         config, compile_choice, lines = settle(command, config, checkpoint, splits, trials, monitor, begun)
     first = frontier.remark_on_default(command) if checkpoint is None else None
-    stop = stack.enter_context(StopRequest())
-    stack.enter_context(stop.after(positive("stop_after_hours", command.options), begun))
+    stop.begin()
     remarks = [
         *lines,
         *([lock.note] if lock.note else []),
@@ -121,7 +125,7 @@ def _open(stack, command, train_step, build_model, begun):
     stack.enter_context(leaving_together(stop, config["mirror"] != "none"))
     if mirror is not None:
         mirror.start(folder, config["log_file"], config["keep_checkpoints"], monitor.log)
-        stack.callback(lambda: mirror.close(seconds_to_upload(stop)))
+        stack.callback(_close_mirror, mirror, stop)
     batches = BatchLoader(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.log)
     stack.callback(batches.close)
     monitor.judge_with(verdict_of(config, recipe, splits, batches), batches)
@@ -134,8 +138,27 @@ def _open(stack, command, train_step, build_model, begun):
 def _open_mirror(stack, command, source, folder, ledger):
     """Return (Mirror or None, lines to log); only the first process has it."""
     opened = []
-    remarks = distributed.run_on_rank0(open_mirror, opened, stack, command, source, folder, ledger)
+
+    def open_or_refuse():
+        try:
+            return open_mirror(opened, stack, command, source, folder, ledger)
+        except CheckpointError as error:
+            if not opened:  # its lock comes before everything else that can be wrong with it
+                raise InUse(str(error)) from error
+            raise
+
+    remarks = distributed.run_on_rank0(open_or_refuse)
     return (opened or [None])[0], remarks
+
+
+def _close_mirror(mirror, stop):
+    """Wait for the mirror's last upload.
+
+    Raises:
+        RunEnded: the run has come to its end, and the mirror has not got it.
+    """
+    if not mirror.close(seconds_to_upload(stop)) and mirror.finished:
+        raise RunEnded(TRY_LATER)
 
 
 def verdict_of(config, recipe, splits, batches):
@@ -181,6 +204,18 @@ def log_beginning(config, recipe, splits, device, precision, remarks, monitor, f
 
 
 @contextlib.contextmanager
+def ending_before_training(stop):
+    """Turn the KeyboardInterrupt of a StopRequest into the run's end; Ctrl-C's is left to run_program."""
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        if stop.cause is None or stop.exit_code == 128 + signal.SIGINT:
+            raise
+        print(f"stopped by {stop.cause}, before the training began", flush=True)
+        raise RunEnded(stop.exit_code) from interruption
+
+
+@contextlib.contextmanager
 def saving_on_interruption(run):
     """Save the run's state where something ends the block early, and log how to go on.
 
@@ -195,6 +230,8 @@ def saving_on_interruption(run):
     except UserError as error:
         run.monitor.log_to_file(f"stopped: {error}")
         run.monitor.event("error", reason=str(error))
+        if run.lock.lost_to is not None or (run.mirror is not None and run.mirror.lock.lost_to is not None):
+            error.exit_code = TRY_LATER
         raise
     except Exception as error:
         run.monitor.log_to_file(traceback.format_exc())

@@ -11,6 +11,7 @@ from engine.cli.resume_rule import RULED_ON_RESUME, resumed_config, with_keys_of
 from engine.run import checkpoint_files
 from engine.system import distributed
 from engine.system.errors import CheckpointError
+from engine.training.plan import overruled
 
 
 class Beginning(NamedTuple):
@@ -79,6 +80,9 @@ def _resumed(command, path, checkpoint, remarks, folder):
     if command.recipe not in (None, checkpoint["recipe"]):
         raise ConfigError([f"--recipe {command.recipe}: {path} is a run of the recipe {checkpoint['recipe']}; leave it out"])
     given = command.given | {"checkpoint_dir": str(folder)}
+    if in_vain := overruled(command):  # as at the first start of the same line
+        remarks += [f"{line}; without it --epochs changes them" for line in in_vain]
+        del given["epochs"]
     config = resumed_config(checkpoint["config"], given, checkpoint["batch"], checkpoint["epoch"])
     checkpoint["path"] = str(path)
     position = f"after epoch {checkpoint['epoch']}" + (f" and {checkpoint['batch']} batches" if checkpoint["batch"] else "")

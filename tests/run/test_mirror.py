@@ -418,6 +418,30 @@ def test_a_run_that_went_back_to_an_earlier_epoch_is_newer_than_a_folder_of_befo
     assert checkpoint_files.read(second / "last.pt")["epoch"] == 2
 
 
+@pytest.mark.slow
+def test_a_finished_run_whose_end_did_not_get_to_the_mirror_says_so_by_its_status(image_tree, tmp_path, monkeypatch, capfd):
+    place, step, taken = tmp_path / "mirror", train.train_step, []
+    arguments = [*tiny_run(image_tree, tmp_path / "run", mirror=place, swa_start_epoch=0, epochs=2), "--resume=auto"]
+    monkeypatch.setattr(mirror, "STOP_SECONDS", 0.2)
+    monkeypatch.setattr(mirror, "RETRY_SECONDS", (0.05, 0.1))
+
+    def broken(*arguments, **options):
+        taken.append(1)
+        if len(taken) == 10:
+            wait_for((place / MANIFEST).exists)
+            shutil.rmtree(place / "checkpoints")
+            (place / "checkpoints").touch()  # a file, where nothing can lie
+        return step(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", broken)
+        assert run_here(arguments) == 75
+    assert "finished 2 epochs" in capfd.readouterr().out
+    (place / "checkpoints").unlink()
+    assert run_here(arguments) == 0
+    assert checkpoint_files.read(place / "last.pt")["epoch"] == 2
+
+
 # A real S3 server ----------------------------------------------------------------------------------------------------
 
 
@@ -568,14 +592,14 @@ def test_of_two_machines_one_is_refused_and_the_lock_of_a_dead_one_is_taken_over
         first = start("first")
         wait_for(lambda: store.head(MANIFEST) is not None)
         status, output = finish(start("second"))
-        assert status == 1 and f"{url} is in use by process {first.pid}" in output, output
+        assert status == 75 and f"{url} is in use by process {first.pid}" in output, output
         first.send_signal(signal.SIGSTOP)  # a machine that hangs, and comes back
         began, second = time.monotonic(), start("second")
         wait_for(lambda: (tmp_path / "second.steps").read_text())
         assert time.monotonic() - began > 3.0
         first.send_signal(signal.SIGCONT)
         wait_for(lambda: first.poll() is not None)
-        assert first.poll() == 1 and f"stopped: {url} was taken over by" in (tmp_path / "first.log").read_text()
+        assert first.poll() == 75 and f"stopped: {url} was taken over by" in (tmp_path / "first.log").read_text()
         second.kill()
         finish(second)
         third = start("second")  # on the same machine it is known at once that the process is gone

@@ -1,6 +1,7 @@
 import fcntl
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -12,9 +13,11 @@ import torch
 from conftest import REPOSITORY, narrow, tiny_run
 
 from config import CONFIG
+from engine.run.ledger import Ledger
 from engine.run.monitor import Monitor
 from engine.run.telemetry import GpuFigures
 from engine.run.throughput import Throughput
+from engine.training.forecast import Forecast
 from engine.training.metrics import TrainingMetrics
 
 CPU = torch.device("cpu")
@@ -43,10 +46,11 @@ def run_on_a_terminal(arguments):
 
 
 def test_a_terminal_gets_a_bar_with_loss_top1_rate_and_speed(image_tree, tmp_path):
-    written = run_on_a_terminal(tiny_run(image_tree, tmp_path / "run", epochs=2))
+    written = run_on_a_terminal([*tiny_run(image_tree, tmp_path / "run", epochs=2), "--price-per-hour=3600"])
     bar = next(line for line in reversed(written.split("\r")) if line.startswith("epoch 2/2") and "loss=" in line)
     for shown in ("loss=", "top1=", "lr=", "img/s=", "/7"):
         assert shown in bar
+    assert re.search(r"ends=\d{4}-\d\d-\d\d \d\d:\d\d, dollars=\d+\.\d\d of \d+\.\d\d", bar)
     assert "epoch 2: validation" in written
     assert "epoch 2/2: train loss" in written.replace("\r", "\n")
 
@@ -109,6 +113,29 @@ def test_the_time_between_asking_for_a_batch_and_getting_it_is_the_waiting(monke
         pass
     assert speed.waited() == (4 - 1) + (12 - 10)
     assert speed.waited() == 5
+
+
+def test_epochs_shorter_than_the_steps_between_figures_show_the_forecast_and_warn_of_the_budget(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr("engine.run.epoch_records.draw_curves", lambda records, path: True)  # a second of drawing
+    figures = {"train_loss": None, "val_loss": 1.0, "val_top1": 1.0, "val_top5": 1.0, "learning_rate": 1.0}
+    figures |= {"images_per_s": 1.0, "seconds": 1.0, "skipped_steps": 0}
+    config = CONFIG | {"batch_size": 8, "epochs": 4, "warmup_epochs": 1, "swa_start_epoch": 0}
+    ledger, now = Ledger(time.perf_counter(), price_per_hour=1.5), [0.0]
+    ledger.budget = {"hours": 2.0, "dollars": None}
+    with Monitor(str(tmp_path / "log"), CPU) as monitor:
+        monitor.forecast = Forecast(config, (80, 0), ledger, lambda: now[0])
+        monitor.open_records(config, tmp_path, 0)
+        for epoch in range(4):
+            monitor.start(f"epoch {epoch + 1}/4", 10, epoch=epoch)
+            for _ in range(10):
+                now[0] += 360.0  # an hour an epoch
+                monitor.advance()
+            monitor.show_epoch(monitor.write_record({"epoch": epoch + 1} | figures))
+    output = capfd.readouterr()
+    assert re.search(r"\repoch 2/4: .*ends=\S+ \S+, dollars=0\.00 of \d\.\d\d", output.err)
+    warnings = [line for line in output.out.splitlines() if line.startswith("WARNING")]
+    assert len(warnings) == 1 and "more than its budget of 2.0 hours; 2 epochs would fit" in warnings[0]
 
 
 def test_curves_are_drawn_at_first_at_last_and_now_and_then(tmp_path, monkeypatch):

@@ -49,7 +49,7 @@ def test_the_second_start_in_a_folder_is_refused_in_one_line_and_the_first_goes_
     first = start_program("train.py", [*arguments, "--resume=auto"])
     wait_for(lambda: (tmp_path / "run/last.pt").exists() or first.poll() is not None)
     status, output = run_program("train.py", [*arguments, "--resume=auto"])
-    assert status == 1, output
+    assert status == 75, output
     assert re.fullmatch(
         rf"train\.py: {tmp_path}/run is in use by process {first.pid} on {socket.gethostname()}, since .*\n", output
     )
@@ -151,6 +151,30 @@ def test_a_holder_elsewhere_is_gone_once_it_has_been_silent(tmp_path, monkeypatc
         ended.set()
         thread.join()
     assert json.loads((tmp_path / "run" / lock.LOCK).read_text())["token"] == "other"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flag", "number", "status", "cause"),
+    [
+        ("--stop-after-hours=1", signal.SIGTERM, 143, "SIGTERM"),
+        ("--stop-after-hours=1", signal.SIGHUP, 129, "SIGHUP"),
+        ("--stop-after-hours=0.003", None, 0, "--stop-after-hours 0.003"),
+    ],
+)
+def test_a_run_that_is_stopped_before_its_training_ends_at_once_and_gives_its_lock_back(
+    flag, number, status, cause, image_tree, tmp_path
+):
+    pytest.importorskip("obstore", reason="obstore is not installed: pip install obstore")
+    write_lock(tmp_path / "mirror", host="node7", machine="another")  # which it waits for, up to 120 s
+    arguments = [*tiny_run(image_tree, tmp_path / "run", mirror=tmp_path / "mirror"), "--resume=auto", flag]
+    process = start_program("train.py", arguments)
+    wait_for((tmp_path / "run" / lock.LOCK).exists)
+    if number is not None:
+        process.send_signal(number)
+    code, output = finish(process, timeout=60)
+    assert code == status and f"stopped by {cause}, before the training began" in output, output
+    assert not (tmp_path / "run").exists() and (tmp_path / "mirror" / lock.LOCK).exists()
 
 
 def test_a_holder_gives_signs_of_life(tmp_path, monkeypatch):

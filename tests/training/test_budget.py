@@ -12,7 +12,9 @@ from config import CONFIG
 from engine.cli.keys import ConfigError
 from engine.run import checkpoint_files, ledger
 from engine.run.ledger import HOURS, Ledger, read_hours
+from engine.training.budget import _settle_budget
 from engine.training.forecast import Forecast
+from engine.training.plan import PlanError
 
 QUICK = CONFIG | {"batch_size": 8, "epochs": 4, "warmup_epochs": 1, "swa_start_epoch": 0, "train_resolution": 32}
 
@@ -113,6 +115,13 @@ def test_a_budget_that_will_be_missed_is_said_once_with_what_fits(budget, price,
     assert forecast.warning(1, 0) is None
 
 
+@pytest.mark.parametrize(("swa_start_epoch", "said"), [(3, "; 3 epochs would fit: "), (4, "; 3 epochs would fit, but ")])
+def test_epochs_that_the_configuration_refuses_are_not_advised(swa_start_epoch, said):
+    config = QUICK | {"swa_start_epoch": swa_start_epoch, "swa_batch_norm_batches": 1, "swa_anneal_epochs": 1}
+    warning = forecast_for(2.0, {"hours": 4.2, "dollars": None}, config=config).warning(1, 0)
+    assert said in warning and ("swa_start_epoch = 4" in warning) == ("but" in said)
+
+
 def test_a_speed_is_not_trusted_before_it_has_settled():
     forecast = forecast_for(2.0, {"hours": 0.1, "dollars": None})
     forecast._clock.now = 1.0
@@ -131,17 +140,46 @@ def test_a_budget_survives_in_the_checkpoint_and_a_run_without_one_gets_none(tin
     output = capfd.readouterr().out
     assert "the budget was 0 seconds, now it is 2.0 hours; the epochs stay as planned" in output
     assert re.search(r"budget: 2.0 hours; .* dollars used so far, with 1 earlier session", output)
+    epochs = saved["epoch"]
+    assert run_here([*arguments, "--resume=auto", "--hours=2", "--epochs=5000"]) == 0  # as at the first start
+    assert "note: --epochs 5000 is not used: --hours chooses the epochs; without it" in capfd.readouterr().out
+    assert checkpoint_files.read(tmp_path / "run/last.pt")["config"]["epochs"] == epochs
+    assert run_here([*arguments, "--resume=auto", f"--epochs={epochs + 1}"]) == 0
+    assert checkpoint_files.read(tmp_path / "run/last.pt")["epoch"] == epochs + 1
     (tmp_path / "other").mkdir()
     assert run_here([*arguments, "--epochs=1", f"--checkpoint-dir={tmp_path / 'other'}"]) == 0
     with pytest.raises(ConfigError, match="was begun without a budget"):
         run_here(["--hours=2", f"--resume={tmp_path / 'other'}"])
 
 
+def test_a_budget_in_dollars_says_the_hours_that_another_price_makes_of_it():
+    ours = ledger_of(2.0, price=0.75)
+    ours.budget = {"hours": 12.0, "dollars": 9.0}
+    lines = _settle_budget({"dollars": "9", "price_per_hour": "0.9"}, ours, {"path": "last.pt"})
+    assert lines[0] == "the budget was 9 dollars (12.0 hours), now it is 9 dollars (10.0 hours); the epochs stay as planned"
+
+
+def test_a_run_killed_before_its_first_save_is_planned_for_what_is_left_of_the_budget(tiny_arguments, tmp_path, capfd):
+    (tmp_path / "run").mkdir()
+    killed = Ledger(time.perf_counter() - 3600)
+    killed.keep(tmp_path / "run")
+    killed._ended.set()  # nothing more is written
+    arguments = [*(word for word in tiny_arguments if "--epochs" not in word), "--swa-start-epoch=0", "--recipe=seed"]
+    arguments += ["--resume=auto", "--images-per-s=25", "--stop-after-hours=0.01"]
+    with pytest.raises(PlanError, match="--hours 0.5: 1.00 hours are used by 1 earlier session, killed before the first save"):
+        run_here([*arguments, "--hours=0.5"])
+    assert run_here([*arguments, "--hours=1.0001"]) == 0
+    assert "1.0 hours used so far, with 1 earlier session" in capfd.readouterr().out
+    saved = checkpoint_files.read(tmp_path / "run/last.pt")
+    assert saved["epoch"] == saved["config"]["epochs"]  # which are thousands for the whole budget
+    assert saved["ledger"]["budget"]["hours"] == 1.0001 and len(saved["ledger"]["sessions"]) == 2
+
+
 def test_stop_after_hours_saves_and_ends_with_status_0_and_the_run_goes_on(image_tree, tmp_path, capfd):
     arguments = tiny_run(image_tree, tmp_path / "run", epochs=400, swa_start_epoch=0)
-    assert run_here([*arguments, "--resume=auto", "--stop-after-hours=0.0003"]) == 0
+    assert run_here([*arguments, "--resume=auto", "--stop-after-hours=0.0006"]) == 0  # 2 s, most of them training
     output = capfd.readouterr().out
-    position = r"stopped by --stop-after-hours 0.0003 in epoch (\d+) after (\d+) batches; saved. Go on with"
+    position = r"stopped by --stop-after-hours 0.0006 in epoch (\d+) after (\d+) batches; saved. Go on with"
     epoch, batch = map(int, re.search(position, output).groups())
     saved = checkpoint_files.read(tmp_path / "run/last.pt")
     assert (saved["epoch"], saved["batch"]) == (epoch - 1, batch)
@@ -160,7 +198,7 @@ def test_the_hours_of_killed_sessions_are_counted(image_tree, tmp_path):
         process.send_signal(signal.SIGKILL)
         finish(process)
         seconds += time.perf_counter() - began
-    status, output = run_program("train.py", [*arguments, "--stop-after-hours=0.0001"])
+    status, output = run_program("train.py", [*arguments, "--stop-after-hours=0.001"])
     assert status == 0, output
     sessions = json.loads((tmp_path / "run" / HOURS).read_text())["sessions"]
     counted = sum(session["seconds"] for session in sessions.values())
