@@ -41,7 +41,8 @@ from engine.training.check import check_run
 from engine.training.loss import main_class, training_loss
 from engine.training.micro_batches import backward, micro_batches
 from engine.training.mixing import build_mixing
-from engine.training.opening import exit_status, open_run
+from engine.training.leaving import exit_status
+from engine.training.opening import open_run
 from engine.training.out_of_memory import cure, retry_on_oom
 from engine.training.preview import write_preview
 from engine.training.settling import print_plan

@@ -11,7 +11,7 @@ import time
 import uuid
 
 from engine.system import lock
-from engine.system.errors import CheckpointError, TrainingStopped
+from engine.system.errors import InUse, TrainingStopped
 from engine.system.lock import LOCK, UNKNOWN, FolderLock, Holder, process_lives, this_process
 from engine.system.object_store import Conflict, StorageError
 from engine.system.plain_json import json_object
@@ -48,7 +48,7 @@ class StoreLock:
         Args:
             log: called with a text when it takes a while to know whether another holder is gone.
         Raises:
-            CheckpointError: somebody else holds it.
+            InUse: somebody else holds it.
             StorageError: the storage cannot be reached.
         """
         while not self._try(create=True):
@@ -58,7 +58,7 @@ class StoreLock:
             holder = _holder_in(content)
             why_gone = self._why_gone(holder, found, log)
             if why_gone is None:
-                raise CheckpointError(
+                raise InUse(
                     f"{self.store.url} is in use by {holder} ({LOCK}): wait until it has ended, stop it, or {self.cure}"
                 )
             if self._try(version=found.version):

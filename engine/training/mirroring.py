@@ -34,7 +34,7 @@ def open_mirror(opened, stack, command, source, folder, ledger):
         source, folder: as source_of_run returns them.
     Raises:
         UserError: the mirror cannot be reached or used, or holds another run.
-        CheckpointError: another machine uses it.
+        InUse: another machine uses it.
     """
     url = _url_of(command, source, folder)
     if url == "none":

@@ -1,17 +1,13 @@
-"""Opening and closing a run: everything that training works with is built once here, from a configuration that is final."""
+"""Opening a run: everything that training works with is built once here, from a configuration that is final."""
 
 import contextlib
-import functools
-import signal
-import traceback
-import types
 
 import numpy as np
 import torch
 
 from engine.data.loader import BatchLoader
 from engine.preparation.packed import PackedSplit
-from engine.run.checkpoint_files import LAST, delete_run
+from engine.run.checkpoint_files import delete_run
 from engine.run.ledger import Ledger
 from engine.run.monitor import Monitor
 from engine.run.verdict import Data, Verdict
@@ -25,24 +21,22 @@ from engine.system.device import (
     set_up_arithmetic,
 )
 from engine.system.environment import environment
-from engine.system.errors import TRY_LATER, CheckpointError, DataError, InUse, UserError, first_line
-from engine.system.interruption import Interrupted, RunEnded, StopRequest, watch_spot_notice
+from engine.system.interruption import StopRequest, watch_spot_notice
 from engine.system.lock import folder_lock
 from engine.system.plain_json import to_json
-from engine.system.workers import WorkerDied, available_cores
+from engine.system.workers import available_cores
 from engine.training import frontier
 from engine.training.budget import for_what_is_left, open_ledger
 from engine.training.check import FAILS, OK, quick_check
 from engine.training.images import open_images, refuse_folders_among_classes
 from engine.training.initial_weights import remarks_on_share, with_initial_weights
+from engine.training.leaving import close_mirror, ending_before_training, leaving_together, saving_on_interruption
 from engine.training.mirroring import clear_mirror, open_mirror
 from engine.training.plan import positive
 from engine.training.resuming import beginning_of_run, source_of_run
 from engine.training.run import Run
 from engine.training.settling import open_device, require_consistent_flags, settle, settle_by_budget, with_found_rate
 from engine.training.trials import Trials
-
-TORCHRUN_SECONDS = 20.0  # for the last upload: torchrun kills 30 s after it was asked to stop
 
 
 @contextlib.contextmanager
@@ -125,7 +119,7 @@ def _open(stack, stop, command, train_step, build_model, begun):
     stack.enter_context(leaving_together(stop, config["mirror"] != "none"))
     if mirror is not None:
         mirror.start(folder, config["log_file"], config["keep_checkpoints"], monitor.log)
-        stack.callback(_close_mirror, mirror, stop)
+        stack.callback(close_mirror, mirror, stop)
     batches = BatchLoader(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.log)
     stack.callback(batches.close)
     monitor.judge_with(verdict_of(config, recipe, splits, batches), batches)
@@ -138,27 +132,8 @@ def _open(stack, stop, command, train_step, build_model, begun):
 def _open_mirror(stack, command, source, folder, ledger):
     """Return (Mirror or None, lines to log); only the first process has it."""
     opened = []
-
-    def open_or_refuse():
-        try:
-            return open_mirror(opened, stack, command, source, folder, ledger)
-        except CheckpointError as error:
-            if not opened:  # its lock comes before everything else that can be wrong with it
-                raise InUse(str(error)) from error
-            raise
-
-    remarks = distributed.run_on_rank0(open_or_refuse)
+    remarks = distributed.run_on_rank0(open_mirror, opened, stack, command, source, folder, ledger)
     return (opened or [None])[0], remarks
-
-
-def _close_mirror(mirror, stop):
-    """Wait for the mirror's last upload.
-
-    Raises:
-        RunEnded: the run has come to its end, and the mirror has not got it.
-    """
-    if not mirror.close(seconds_to_upload(stop)) and mirror.finished:
-        raise RunEnded(TRY_LATER)
 
 
 def verdict_of(config, recipe, splits, batches):
@@ -198,104 +173,3 @@ def log_beginning(config, recipe, splits, device, precision, remarks, monitor, f
         monitor.log(f"{distributed.describe()}; batches of {config['batch_size']} over all of them")
     for remark in remarks:
         monitor.log(remark)
-
-
-# Leaving a run ---------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def ending_before_training(stop):
-    """Turn the KeyboardInterrupt of a StopRequest into the run's end; Ctrl-C's is left to run_program."""
-    try:
-        yield
-    except KeyboardInterrupt as interruption:
-        if stop.cause is None or stop.exit_code == 128 + signal.SIGINT:
-            raise
-        print(f"stopped by {stop.cause}, before the training began", flush=True)
-        raise RunEnded(stop.exit_code) from interruption
-
-
-@contextlib.contextmanager
-def saving_on_interruption(run):
-    """Save the run's state where something ends the block early, and log how to go on.
-
-    Raises:
-        RunEnded: it was asked to stop, or cannot go on for a reason that has been logged.
-    """
-    try:
-        yield
-    except (Interrupted, WorkerDied, DataError) as cause:
-        exit_code = save_and_leave(cause, run)
-        raise RunEnded(exit_code) from cause
-    except UserError as error:
-        run.monitor.log_to_file(f"stopped: {error}")
-        run.monitor.event("error", reason=str(error))
-        if run.lock.lost_to is not None or (run.mirror is not None and run.mirror.lock.lost_to is not None):
-            error.exit_code = TRY_LATER
-        raise
-    except Exception as error:
-        run.monitor.log_to_file(traceback.format_exc())
-        with contextlib.suppress(Exception):  # the first error is the one to show
-            save_and_leave(f"{type(error).__name__}: {first_line(error)}", run)
-        raise
-
-
-@contextlib.contextmanager
-def leaving_together(stop, mirrored):
-    """Let the processes of a run that was asked to stop leave once the first has uploaded what it saved.
-
-    As soon as one has ended, or has asked this machine's torchrun to end, torchrun gives the others 30 s.
-    """
-    try:
-        yield
-    except RunEnded:
-        if mirrored:
-            with contextlib.suppress(RuntimeError):  # another one is gone
-                distributed.any_process(False)
-        if stop.machine_goes_away:
-            distributed.end_launcher()
-        raise
-
-
-def seconds_to_upload(stop):
-    """Return how long the last upload may take, or None: as long as the mirror has it."""
-    torchrun_was_asked = distributed.launched() and stop.exit_code > 128 and not stop.machine_goes_away
-    return TORCHRUN_SECONDS if torchrun_was_asked else None
-
-
-def save_and_leave(cause, run):
-    """Save the state of a run that is asked to stop, log how to go on, and return the exit status."""
-    exit_code, state, log = getattr(cause, "exit_code", 1), run.state, run.monitor.log
-    if state is None:
-        log(f"stopped by {cause}, before the training began")
-        return exit_code
-    folder = run.checkpoints.folder
-    stopped = functools.partial(run.monitor.event, "interruption", reason=str(cause), epoch=state.epoch, batch=state.batch)
-    where = f"in epoch {state.epoch + 1} after {state.batch} batches"
-    program = "torchrun ... train.py" if distributed.launched() else "python train.py"
-    alone = isinstance(cause, str) and distributed.size() > 1  # an error of this process: the others do not save with it
-    if not state.is_whole or alone:
-        exit_code = exit_code or 1
-        stopped(saved=False)
-        log(
-            f"stopped by {cause} {where}; NOT saved, {'alone with it' if alone else 'in the middle of a step'}. "
-            f"Go on from the last save with: {program} --resume {folder / LAST}"
-        )
-    elif run.checkpoints.save(state):
-        stopped(saved=True)
-        log(f"stopped by {cause} {where}; saved. Go on with: {program} --resume {folder / LAST}")
-    else:
-        exit_code = exit_code or 1
-        stopped(saved=False)
-        log(f"stopped by {cause} {where}; NOT saved, an earlier checkpoint may be in {folder}")
-    return exit_code
-
-
-@contextlib.contextmanager
-def exit_status():
-    """Give an object whose `code` is 0, or once a RunEnded has ended the block its exit status."""
-    status = types.SimpleNamespace(code=0)
-    try:
-        yield status
-    except RunEnded as end:
-        status.code = end.exit_code

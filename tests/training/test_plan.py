@@ -117,6 +117,7 @@ def test_a_plan_counts_statistics_saves_first_steps_and_start_up():
 
 # Measuring -----------------------------------------------------------------------------------------------------------
 
+
 def test_the_steps_that_look_for_a_learning_rate_are_counted(capsys, tmp_path):
     config = CONFIG | {"epochs": 4, "swa_start_epoch": 0, "start_resolution": 112, "resolution_step": 112}
     rates = rates_stated(100, config)  # 400 at 112 px
@@ -125,7 +126,6 @@ def test_the_steps_that_look_for_a_learning_rate_are_counted(capsys, tmp_path):
     flags = ["--plan", "--images-per-s=100", f"--data-dir={tmp_path / 'none'}", "--recipe=seed"]
     assert run_here([*flags, "--learning-rate=auto"]) == 0
     assert "  finding the learning rate: at most 100 steps, 4.3 minutes" in capsys.readouterr().out
-
 
 
 class Simulation:
