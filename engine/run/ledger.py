@@ -30,6 +30,7 @@ class Ledger:
         self.run = self.session = uuid.uuid4().hex  # the run is called after its first session
         self.price_per_hour = price_per_hour
         self.budget = None  # or {"hours": h, "dollars": d or None}
+        self.rates = None  # of the machine that it was planned on, as Rates.as_plain() has them
         self.saves = 0  # of the whole run: the larger number is the newer state
         self._begun, self._earlier = begun, {}
         self._ended = threading.Event()
@@ -41,6 +42,7 @@ class Ledger:
             "session": self.session,
             "saves": self.saves,
             "budget": self.budget,
+            "rates": self.rates,
             "sessions": self.sessions(),
         }
 
@@ -53,7 +55,7 @@ class Ledger:
         """Go on with a run whose ledger was state(); None, of a checkpoint of old, is passed over."""
         if not saved:
             return
-        self.run, self.budget = saved["run"], saved["budget"]
+        self.run, self.budget, self.rates = saved["run"], saved["budget"], saved.get("rates")
         self.saves = max(self.saves, saved["saves"])
         self.merge(saved)
 

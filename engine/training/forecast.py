@@ -8,7 +8,7 @@ from engine.data.batches import resolution_of_epoch
 from engine.system.micro_batches import network_px
 from engine.system.wording import duration
 from engine.training import averaging
-from engine.training.plan import passes_of_a_step, rates_stated, validation_seconds
+from engine.training.plan import Rates, passes_of_a_step, rates_stated, validation_seconds
 
 SETTLED_SECONDS = 300.0  # of a session, after which its speed is trusted, if no epoch has ended before
 TOLERANCE = 0.02  # share of the budget that is nothing to speak of
@@ -32,19 +32,20 @@ class Outlook(NamedTuple):
         return figures | ({"dollars": f"{self.dollars_so_far:.2f} of {self.dollars:.2f}"} if self.dollars else {})
 
 
-def work_of_epochs(config, counts):
-    """Return [(training, afterwards)] of a run's epochs: relative seconds, by pixels and passes.
+def work_of_epochs(config, counts, rates):
+    """Return [(training, afterwards)] of a run's epochs: seconds at these Rates.
 
     Args:
         counts: of the images for training and for validation.
     """
-    rates, work = rates_stated(1000.0, config), []
-    images = counts[0] // config["batch_size"] * config["batch_size"]
+    work, images = [], counts[0] // config["batch_size"] * config["batch_size"]
+    at_largest = rates.training_at(network_px(config, config["train_resolution"])) / passes_of_a_step(config)
     for epoch in range(config["epochs"]):
         rate = rates.training_at(network_px(config, resolution_of_epoch(config, epoch))) / passes_of_a_step(config)
-        afterwards = validation_seconds(config, rates, epoch + 1, counts[1])
+        afterwards = validation_seconds(config, rates, epoch + 1, counts[1]) + rates.passes_seconds + rates.save_seconds
         if averaging.epochs_to_average(config, epoch + 1):
-            afterwards += min(config["swa_batch_norm_batches"] * config["batch_size"], images) / (3 * rate)
+            batches = min(config["swa_batch_norm_batches"] * config["batch_size"], images)
+            afterwards += batches / (rates.statistics * rate / at_largest)
         work.append((images / rate, afterwards))
     return work
 
@@ -62,7 +63,9 @@ class Forecast:
     def __init__(self, config, counts, ledger, clock=time.perf_counter):
         self._config, self._counts, self._ledger, self._clock = config, counts, ledger, clock
         self._steps_per_epoch = counts[0] // config["batch_size"]
-        self._work = work_of_epochs(config, counts)
+        # How long its parts are beside each other: as measured for the plan; where there is none, by pixels and passes.
+        self._rates = Rates.from_plain(ledger.rates) if ledger.rates else rates_stated(1000.0, config)
+        self._work = work_of_epochs(config, counts, self._rates)
         self._start = None  # (epoch, work done, instant)
         self._said = TOLERANCE
 
@@ -127,7 +130,7 @@ class Forecast:
         """Return, in words, the most epochs of which the rest fits into so many hours and that the configuration admits."""
         seconds, most = self._seconds_per_work(epoch, batch), None
         for epochs in range(self._config["epochs"] - 1, epoch, -1):
-            work = work_of_epochs(self._config | {"epochs": epochs}, self._counts)
+            work = work_of_epochs(self._config | {"epochs": epochs}, self._counts, self._rates)
             left = sum(map(sum, work[epoch:])) - work[epoch][0] * batch / self._steps_per_epoch
             if left * seconds / 3600 <= hours:
                 problems = config_problems(self._config | {"epochs": epochs})

@@ -102,6 +102,8 @@ def _open(stack, stop, command, train_step, build_model, begun):
         recipe, config, compile_choice, lines = settle_by_budget(command, splits, trials, monitor, begun)
     else:
         config, compile_choice, lines = settle(command, config, checkpoint, splits, trials, monitor, begun)
+    if trials.rates is not None:
+        ledger.rates = trials.rates.as_plain()
     first = frontier.remark_on_default(command) if checkpoint is None else None
     stop.begin()
     remarks = [

@@ -38,6 +38,15 @@ class Rates(NamedTuple):
     save_seconds: float = 0.0  # of a checkpoint
     drawing_seconds: float = 0.0  # of the curves
 
+    def as_plain(self):
+        """Return the Rates as what a checkpoint and JSON can hold."""
+        return self._asdict() | {"training": list(self.training.items()), "validation": list(self.validation.items())}
+
+    @classmethod
+    def from_plain(cls, plain):
+        """Return the Rates that as_plain() was of."""
+        return cls(**plain | {name: dict(plain[name]) for name in ("training", "validation")})
+
     def training_at(self, resolution):
         """Return images/s at a resolution: seconds per image are taken to be linear in the number of pixels."""
         known = sorted(self.training)

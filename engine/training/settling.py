@@ -67,7 +67,8 @@ def measure_rates(command, config, compile_choice, splits, trials, monitor, begu
     step = lambda state, *batch: trials.step(state, *batch, config)  # noqa: E731
     rates = measure_machine(config, splits, state, step, monitor, begun)
     measuring = 0.0 if "plan" in command.options else time.perf_counter() - started
-    return rates._replace(start_seconds=rates.start_seconds + measuring)
+    trials.rates = rates._replace(start_seconds=rates.start_seconds + measuring)
+    return trials.rates
 
 
 def counts_of(splits):
@@ -103,6 +104,7 @@ def settle_by_budget(command, splits, trials, monitor, begun):
     """Return (recipe, config, compile_choice, lines): those that the hours or dollars of a command are best spent on."""
     prospects, remarks, choice, lines = prospects_here(command, splits, trials, monitor, begun)
     chosen, said = frontier.choose(command, prospects, counts_of(splits), remarks)
+    trials.rates = chosen.rates
     return chosen.recipe, chosen.config, choice, said + lines + trials.remarks
 
 

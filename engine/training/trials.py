@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from engine.inference.weight_files import FoundWeights, load_weights
 from engine.training.class_balance import class_weights
 from engine.training.out_of_memory import take_step
+from engine.training.plan import Rates
 from engine.training.state import new_state
 
 STEPS_PER_EPOCH = 10  # of a schedule that is not followed
@@ -25,6 +26,7 @@ class Trials:
     precision: str
     initial: FoundWeights | None = None  # that the run begins with
     images: object = None  # the run's for training, which initial weights and class weights depend on
+    rates: Rates | None = None  # that the machine was measured to have, or is said to have
     remarks: list = field(default_factory=list)  # lines on what the steps had to adapt to, to be logged
 
     def scratch_state(self, config, learning_rate=1e-6, compiled=False):

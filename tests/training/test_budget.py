@@ -1,5 +1,6 @@
 """A run's hours and budget: counted over all sessions, kept in the checkpoint, said when they will be missed."""
 
+import functools
 import json
 import re
 import signal
@@ -12,9 +13,10 @@ from config import CONFIG
 from engine.cli.keys import ConfigError
 from engine.run import checkpoint_files, ledger
 from engine.run.ledger import HOURS, Ledger, read_hours
+from engine.training import settling
 from engine.training.budget import _settle_budget
 from engine.training.forecast import Forecast
-from engine.training.plan import PlanError
+from engine.training.plan import PlanError, Rates
 
 QUICK = CONFIG | {"batch_size": 8, "epochs": 4, "warmup_epochs": 1, "swa_start_epoch": 0, "train_resolution": 32}
 
@@ -68,10 +70,10 @@ def test_hours_json_tells_what_a_killed_session_did_after_its_last_save(tmp_path
     assert read_hours(tmp_path) is None
 
 
-def forecast_for(hours, budget, price=None, config=QUICK):
+def forecast_for(hours, budget, price=None, config=QUICK, rates=None):
     """A Forecast after the first of 4 epochs, which took an hour, in a session that follows one of so many hours."""
     clock, book = Clock(), ledger_of(hours, price)
-    book.budget = budget
+    book.budget, book.rates = budget, rates
     forecast = Forecast(config, (80, 0), book, clock)
     forecast.note(0, 0)
     clock.now = 3600.0
@@ -93,6 +95,16 @@ def test_a_growing_resolution_makes_later_epochs_longer():
     growing = QUICK | {"start_resolution": 32, "train_resolution": 64, "resolution_ramp_start": 0.5, "resolution_ramp_end": 0.5}
     outlook = forecast_for(0.0, None, config=growing).outlook(1, 0)
     assert outlook.hours_left == pytest.approx(3 * 4)  # the first one is the only small one
+
+
+def test_where_larger_images_are_not_slower_as_the_data_are_the_limit_no_budget_is_said_to_be_missed():
+    growing = QUICK | {"start_resolution": 32, "train_resolution": 64, "resolution_ramp_start": 0.5, "resolution_ramp_end": 0.5}
+    rates = Rates({32: 100.0, 64: 100.0}, {1: 100.0}, 0.0, "measured").as_plain()
+    budget = {"hours": 4.1, "dollars": None}
+    forecast = forecast_for(0.0, budget, config=growing, rates=json.loads(json.dumps(rates)))
+    assert forecast.outlook(1, 0).hours_left == pytest.approx(3.0)
+    assert forecast.warning(1, 0) is None
+    assert "more than its budget" in forecast_for(0.0, budget, config=growing).warning(1, 0)  # nothing known of the machine
 
 
 @pytest.mark.parametrize(
@@ -128,12 +140,24 @@ def test_a_speed_is_not_trusted_before_it_has_settled():
     assert forecast.warning(0, 1) is None
 
 
+@pytest.mark.slow
+def test_what_was_measured_for_the_plan_is_kept_for_the_forecast(tiny_arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(settling, "measure_machine", functools.partial(settling.measure_machine, seconds=0.1))
+    arguments = [word for word in tiny_arguments if "--epochs" not in word]
+    flags = ["--swa-start-epoch=0", "--recipe=seed", "--warmup-epochs=0", "--hours=0.01"]
+    assert run_here([*arguments, *flags, "--start-resolution=32", "--train-resolution=64", "--batch-size=4"]) == 0
+    rates = Rates.from_plain(checkpoint_files.read(tmp_path / "run/last.pt")["ledger"]["rates"])
+    assert set(rates.training) == {32, 64} and min(rates.training.values()) > 0
+    assert rates.save_seconds > 0 and rates == Rates.from_plain(read_hours(tmp_path / "run")["rates"])
+
+
 def test_a_budget_survives_in_the_checkpoint_and_a_run_without_one_gets_none(tiny_arguments, tmp_path, capfd):
     arguments = [*(word for word in tiny_arguments if "--epochs" not in word), "--swa-start-epoch=0", "--recipe=seed"]
     budget = ["--hours=0.0001", "--images-per-s=25", "--price-per-hour=3600"]
     assert run_here([*arguments, *budget]) == 0
     saved = checkpoint_files.read(tmp_path / "run/last.pt")
     assert saved["ledger"]["budget"] == {"hours": 0.0001, "dollars": None}
+    assert saved["ledger"]["rates"] is None  # nothing was measured
     assert saved["ledger"]["saves"] == saved["epoch"] == saved["config"]["epochs"]
     assert re.search(r"epoch 1/\d+: .*; ends \S+ \S+, \d+\.\d\d of \d+\.\d\d dollars", capfd.readouterr().out)
     assert run_here([*arguments, "--resume=auto", "--hours=2"]) == 0  # the plan stays, the budget is the new one
