@@ -131,6 +131,10 @@ class BatchLoader:
                 "Out of memory? Fewer --num-workers need less; so does a smaller --batch-size"
             ) from error
 
+    def wait_for_workers(self):
+        """Return once the workers run and are done with what a pass that was broken off has asked for."""
+        collections.deque(self.iterate(()), maxlen=0)  # a pass over nothing
+
     def worker_states(self):
         """Return {process id: letter of its state in /proc, such as R, S, D or T} of the worker processes."""
         states = {}

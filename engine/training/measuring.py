@@ -72,7 +72,7 @@ def steady_pace(batches, work, workers, queued, seconds, clock=time.perf_counter
         laps += 1
     took, steps = clock() - started, laps * lap
     counted = int(all_reduce_sum(torch.tensor(counted)))
-    first_batch = max(there - asked - waited / steps, 0.0)  # the steady waiting is in the rate
+    first_batch = max(there - asked - lap * waited / steps, 0.0)  # the steady waiting for a batch of each worker is in the rate
     return Pace(counted / took, first_batch, max(first_work - (took - waited) / steps, 0.0))
 
 
@@ -96,9 +96,11 @@ def measure_machine(config, splits, state, step, monitor, begun, seconds=20.0, c
 
 def measure_with(batches, config, state, step, monitor, begun, seconds, clock):
     """Return measure_machine's Rates, with a BatchLoader."""
+    batches.wait_for_workers()
     start_seconds, work = clock() - begun, Work(config, state, step)
 
     def pace(of_a_batch, of_batches, repeats=1):
+        batches.wait_for_workers()
         monitor.start("measuring this machine", None)
         workers, queued = batches.workers, batches.queued
         measured = steady_pace(monitor.watch(of_batches), of_a_batch, workers, queued, seconds, clock, repeats)

@@ -15,9 +15,11 @@ from engine.cli.command_line import parse_command_line
 from engine.cli.keys import config_problems
 from engine.data.demo import make_demo_data
 from engine.data.splits import open_splits
+from engine.preparation.finding import ImageFolder
 from engine.run.monitor import Monitor
 from engine.run.records import read_records
 from engine.training import measuring
+from engine.training.images import open_images
 from engine.training.measuring import measure_machine, steady_pace
 from engine.training.out_of_memory import take_step
 from engine.training.plan import PlanError, Rates, epochs_within, plan_run, rates_stated
@@ -115,9 +117,6 @@ def test_a_plan_counts_statistics_saves_first_steps_and_start_up():
     assert plan.hours * 3600 == pytest.approx(108 + 24 + 16 + 22, abs=0.1)
 
 
-# Measuring -----------------------------------------------------------------------------------------------------------
-
-
 def test_the_steps_that_look_for_a_learning_rate_are_counted(capsys, tmp_path):
     config = CONFIG | {"epochs": 4, "swa_start_epoch": 0, "start_resolution": 112, "resolution_step": 112}
     rates = rates_stated(100, config)  # 400 at 112 px
@@ -126,6 +125,9 @@ def test_the_steps_that_look_for_a_learning_rate_are_counted(capsys, tmp_path):
     flags = ["--plan", "--images-per-s=100", f"--data-dir={tmp_path / 'none'}", "--recipe=seed"]
     assert run_here([*flags, "--learning-rate=auto"]) == 0
     assert "  finding the learning rate: at most 100 steps, 4.3 minutes" in capsys.readouterr().out
+
+
+# Measuring -----------------------------------------------------------------------------------------------------------
 
 
 class Simulation:
@@ -172,6 +174,11 @@ def test_a_machine_is_measured_at_the_speed_that_it_keeps_up(workers, working, f
     kept_up = 10 / (0.1 + working) if not workers else 10 / max(0.1, working)
     assert pace.images_per_s == pytest.approx(kept_up, rel=0.02)
     assert pace.first_work == pytest.approx(max(first_step - working, 0), abs=0.01)
+
+    a_pass, count = Simulation(workers, machine.making, working, 0.0), 4 * max(workers, 1)
+    for batch in itertools.islice(a_pass.batches(), count):
+        a_pass.work(*batch)
+    assert a_pass.now == pytest.approx(10 * count / pace.images_per_s + pace.first_batch, rel=0.03)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3, 8])
@@ -255,34 +262,60 @@ def test_rates_are_kept_without_sam_and_by_the_size_that_the_network_sees(image_
     assert {phase.images_per_s for phase in plan_run(config, rates, 60, 20).phases} == {100.0}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"sam_rho": 0.05, "sam_every_steps": 3, "colout": 0.1}])
-def test_a_plan_is_right_when_held_against_the_run_that_follows(changes, tmp_path):
-    """In seconds of CPU time, which other processes disturb little: a plan, a run, a plan and so on, beside each other."""
-    make_demo_data(tmp_path / "images", 480, 160)
-    growing = {"start_resolution": 64, "train_resolution": 96, "val_resolution": 96, "val_flip": "true"}
-    averaged = {"epochs": 5, "swa_start_epoch": 3, "swa_batch_norm_batches": 10, "batch_size": 16}
-    arguments = tiny_run(tmp_path / "images", tmp_path / "run", **growing, **averaged, **changes)
+def plans_and_runs(arguments, times, seconds, clock):
+    """Return the seconds of plans and of the runs that they are of, beside each other: a plan, a run, a plan and so on."""
     config = parse_command_line(arguments).config
-    splits, cpu = open_splits(config["data_dir"]), torch.device("cpu")
+    cpu = torch.device("cpu")
 
     def step(state, *batch):
         return take_step(train.train_step, state, *batch, config, print)
 
     def planned():
-        begun = time.process_time()
+        begun = clock()
+        splits = open_images(config, None, print)
         state = Trials(train.train_step, train.build_model, 10, cpu, "fp32").scratch_state(config)
         with Monitor(None, cpu) as monitor:
-            rates = measure_machine(config, splits, state, step, monitor, begun, seconds=4, clock=time.process_time)
-        return 3600 * plan_run(config, rates, 480, 160).hours
+            rates = measure_machine(config, splits, state, step, monitor, begun, seconds, clock)
+        return 3600 * plan_run(config, rates, len(splits["train"]), len(splits["val"])).hours
 
     plans, runs = [planned()], []
-    for number in range(3):
-        begun = time.process_time()
-        assert run_here([*arguments, f"--checkpoint-dir={tmp_path / str(number)}"]) == 0
-        runs.append(time.process_time() - begun)
+    for number in range(times):
+        begun = clock()
+        assert run_here([*arguments, f"--checkpoint-dir={config['checkpoint_dir']}/{number}"]) == 0
+        runs.append(clock() - begun)
         plans.append(planned())
+    return plans, runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"sam_rho": 0.05, "sam_every_steps": 3, "colout": 0.1}])
+def test_a_plan_is_right_when_held_against_the_run_that_follows(changes, tmp_path):
+    """In seconds of CPU time, which other processes disturb little."""
+    make_demo_data(tmp_path / "images", 480, 160)
+    growing = {"start_resolution": 64, "train_resolution": 96, "val_resolution": 96, "val_flip": "true"}
+    averaged = {"epochs": 5, "swa_start_epoch": 3, "swa_batch_norm_batches": 10, "batch_size": 16}
+    arguments = tiny_run(tmp_path / "images", tmp_path / "run", **growing, **averaged, **changes)
+    plans, runs = plans_and_runs(arguments, 3, 4, time.process_time)
     assert statistics.median(plans) / statistics.median(runs) == pytest.approx(1, abs=0.07), (plans, runs)
+
+
+@pytest.mark.slow
+def test_a_plan_is_right_where_the_workers_are_the_limit(tmp_path, monkeypatch):
+    """By the clock; the images lie on a disk so slow that other processes, which take cores and no disk, disturb little."""
+    read = ImageFolder.read
+
+    def slow_read(split, index):
+        time.sleep(0.015)
+        return read(split, index)
+
+    monkeypatch.setattr(ImageFolder, "read", slow_read)  # before the workers are forked
+    make_demo_data(tmp_path / "images", 160, 80)
+    averaged = {"epochs": 4, "swa_start_epoch": 3, "swa_batch_norm_batches": 6}
+    arguments = tiny_run(tmp_path / "images", tmp_path / "run", num_workers=2, **averaged)
+    plans, runs = plans_and_runs(arguments, 2, 1, time.perf_counter)
+    images_read = 4 * (160 + 80) + 2 * 6 * 8
+    assert min(runs) > images_read * 0.015 / 2  # the disk alone
+    assert statistics.median(plans) / statistics.median(runs) == pytest.approx(1, abs=0.1), (plans, runs)
 
 
 @pytest.mark.slow
