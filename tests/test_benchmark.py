@@ -421,3 +421,5 @@ if __name__ == "__main__":
         begin, end = marks(name)
         before, rest = PAGES[name].read_text().split(begin)
         PAGES[name].write_text(f"{before}{begin}\n\n" + "\n".join(table()) + f"\n\n{end}{rest.split(end)[1]}")
+    RUNS = recorded("optimizers")
+    draw_optimizers([run for run in RUNS if run["study"] == RUNS[0]["study"]], REPOSITORY / "docs/optimizers.png")
