@@ -242,7 +242,7 @@ class Mirror:
         except OSError as error:
             raise DamagedFile(f"{error}; it was not uploaded") from error
         for known in files_in(self._manifest).values():
-            if (known.bytes, known.checksum) == (size, checksum):
+            if (known.bytes, known.checksum) == (size, checksum) and known.object in self._there:
                 return known
         epochs, batches = generation.place
         target = f"{OBJECTS}epoch_{epochs:03d}+{batches:05d}-{checksum[:12]}.pt"
