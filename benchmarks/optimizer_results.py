@@ -60,14 +60,16 @@ def _study_lines(runs):
         for name in OPTIMIZERS:
             cells = ", ".join(f"{rate:g}: {top1:.1f}" for rate, top1 in sorted(scores_of(runs, kind, name, scanned).items()))
             lines += [f"| {kind} | {name} | {cells} |"] if cells else []
-    lines += ["", "At the best rate of the scan, mean and standard deviation over the seeds:", ""]
-    lines += [f"| pictures | optimizer | {' | '.join(f'{n} epochs' for n in lengths)} |", "|---" * (2 + len(lengths)) + "|"]
+    rows = []
     for kind in kinds:
         for name in (*OPTIMIZERS, *VARIANTS):
             scores = scores_by_length(runs, kind, name)
             cells = [f"{mean_and_spread(scores[n])} (n = {len(scores[n])})" if n in scores else "" for n in lengths]
-            lines += [f"| {kind} | {name} | {' | '.join(cells)} |"] if any(cells) else []
-    return lines + _gain_lines(runs, kinds)
+            rows += [f"| {kind} | {name} | {' | '.join(cells)} |"] if any(cells) else []
+    if rows:  # no scan is complete yet otherwise
+        lines += ["", "At the best rate of the scan, mean and standard deviation over the seeds:", ""]
+        lines += [f"| pictures | optimizer | {' | '.join(f'{n} epochs' for n in lengths)} |", "|---" * (2 + len(lengths)) + "|"]
+    return lines + rows + _gain_lines(runs, kinds)
 
 
 def _gain_lines(runs, kinds):
