@@ -20,7 +20,7 @@ from engine.report.one_run import report_of_run
 from engine.report.serving import serve
 from engine.report.side_by_side import report_of_runs
 from engine.report.writing import REPORT, write_report
-from engine.run.checkpoint_files import REPORT_MARK
+from engine.run.checkpoint_files import is_report
 from engine.system.console import protect_output
 from engine.system.errors import UserError, run_program
 from engine.system.files import path_argument, path_text
@@ -34,7 +34,7 @@ def main(arguments):
         return 0
     output = named_prefix("output", arguments.output or arguments.folders[0] / REPORT)
     if arguments.output or arguments.folders[0].is_dir():  # else there is no run, which is said below
-        claim("output", dict.fromkeys((f"{output}.html", f"{output}.md"), REPORT_MARK), [arguments.log_file or ""])
+        claim("output", dict.fromkeys((f"{output}.html", f"{output}.md"), is_report), [arguments.log_file or ""])
     title, blocks = report_of(arguments)
     with user_error_on_failure("output", output):
         write_report(output, title, blocks)

@@ -22,7 +22,7 @@ EPOCH_PATTERN = re.compile(r"epoch_(\d{3,})\.pt")
 RECORDS = "metrics.jsonl"
 CURVES = "curves.png"
 REPORTS = ("report.html", "report.md")
-REPORT_MARK = re.compile(rb"(\A# |<title>)(Training report: |\d+ runs compared)")  # in a report's head: it is no other file
+_REPORT_MARK = re.compile(rb"(\A# |<title>)(Training report: |\d+ runs compared)")  # in a report's head: it is no other file
 
 _COMMENT = re.compile(rb"sha256:([0-9a-f]{64})")
 _COMMENT_BYTES = 7 + 64
@@ -282,7 +282,7 @@ def refuse_to_overwrite(folder):
 def is_report(path):
     """Return whether the file at a path is a report of a run."""
     with open(path, "rb") as file:
-        return REPORT_MARK.search(file.read(1 << 16)) is not None
+        return _REPORT_MARK.search(file.read(1 << 16)) is not None
 
 
 def delete_run(folder):
