@@ -45,7 +45,8 @@ def work_of_epochs(config, counts, rates):
         afterwards = validation_seconds(config, rates, epoch + 1, counts[1]) + rates.passes_seconds + rates.save_seconds
         if averaging.epochs_to_average(config, epoch + 1):
             batches = min(config["swa_batch_norm_batches"] * config["batch_size"], images)
-            afterwards += batches / (rates.statistics * rate / at_largest)
+            statistics = rates.statistics or 3 * at_largest  # 0: not measured; a forward pass is a third of a step
+            afterwards += batches / (statistics * rate / at_largest)
         work.append((images / rate, afterwards))
     return work
 

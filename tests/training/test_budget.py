@@ -107,6 +107,13 @@ def test_where_larger_images_are_not_slower_as_the_data_are_the_limit_no_budget_
     assert "more than its budget" in forecast_for(0.0, budget, config=growing).warning(1, 0)  # nothing known of the machine
 
 
+def test_averages_that_the_plan_did_not_know_are_counted_as_forward_passes():
+    averaged = QUICK | {"swa_start_epoch": 2, "swa_batch_norm_batches": 10}
+    rates = Rates({32: 100.0}, {1: 100.0}, 0.0, "measured without averages").as_plain()
+    # Of 80 images 3 epochs are left, and in each the 80 images' forward pass, a third of a step's work.
+    assert forecast_for(0.0, None, config=averaged, rates=rates).outlook(1, 0).hours_left == pytest.approx(3 * (1 + 1 / 3))
+
+
 @pytest.mark.parametrize(
     ("budget", "price", "said"),
     [
