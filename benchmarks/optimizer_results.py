@@ -11,7 +11,7 @@ from benchmarks.optimizer_evidence import CLASSES, KINDS, OPTIMIZERS, SHARED, VA
 from benchmarks.recipe_evidence import mean_and_spread
 from config import CONFIG
 from engine.run.curves import AVERAGED, EMA, MUTED, RAW, new_figure, save_figure
-from engine.training.muon import NEWTON_SCHULZ_STEPS, split_groups
+from engine.training.muon import orthogonalize, split_groups
 from model import build_model
 
 AT_WORK = ("resnet50", 176, 256)  # architecture, px and batch size of a run on ImageNet with `mild`, on average
@@ -138,11 +138,10 @@ def newton_schulz_share(architecture, px, batch_size):
         with FlopCounterMode(display=False) as counted:
             model(torch.empty(1, 3, px, px)).sum().backward()
     filters, _ = split_groups([{"params": list(model.parameters())}])
-    products = 0
-    for weight in filters:
-        short, long = sorted((weight.shape[0], weight[0].numel()))
-        products += NEWTON_SCHULZ_STEPS * (4 * short**2 * long + 2 * short**3)
-    return products / (batch_size * counted.get_total_flops())
+    with torch.no_grad(), FlopCounterMode(display=False) as steps:
+        for weight in filters:
+            orthogonalize(weight.flatten(1)[None], torch.float16)
+    return steps.get_total_flops() / (batch_size * counted.get_total_flops())
 
 
 def draw_optimizers(runs, path):

@@ -402,7 +402,7 @@ def test_the_gain_is_the_epochs_that_another_optimizer_needs_for_muons_top1(tmp_
 
 
 def test_newton_schulz_takes_the_share_of_a_step_that_its_products_amount_to():
-    assert newton_schulz_share("resnet50", 224, 256) == pytest.approx(0.039, abs=0.001)  # 0.245 of 6.2 TFLOP
+    assert newton_schulz_share("resnet50", 224, 256) == pytest.approx(0.0264, abs=0.0005)  # 0.164 of 6.2 TFLOP
     assert newton_schulz_share("resnet50", 224, 2048) == pytest.approx(newton_schulz_share("resnet50", 224, 256) / 8)
 
 

@@ -9,7 +9,7 @@ import math
 import torch
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the post's quintic: steep at 0, so that five steps suffice
-NEWTON_SCHULZ_STEPS = 5
+NEWTON_SCHULZ_STEPS = (2, 3)  # with a new Gram matrix after two, which bounds what rounding adds to its eigenvalues
 EPSILON = 1e-7  # the least that a matrix is divided by
 
 
@@ -26,11 +26,30 @@ def orthogonalize(matrices, dtype):
     tall = x.shape[1] > x.shape[2]
     if tall:  # the products are cheapest on the shorter side
         x = x.mT
-    a, b, c = COEFFICIENTS
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    for steps in NEWTON_SCHULZ_STEPS:
+        x = torch.bmm(_product_of_steps(torch.bmm(x, x.mT), steps), x)
     return x.mT if tall else x
+
+
+def _product_of_steps(gram, steps):
+    """Return Q, by which so many Newton-Schulz steps multiply X of the Gram matrix X X^T, all of them on its short side.
+
+    A step multiplies X by P = aI + b G + c G^2, and so G by P^2. P commutes with G: there is no transpose to mind. Source:
+    dao-lab.ai/blog/2026/gram-newton-schulz, which also shows why half precision needs a new Gram matrix after a few steps.
+    """
+    a, b, c = COEFFICIENTS
+    product = None
+    for step in range(steps):
+        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # without aI, which would cost it digits
+        if product is None:
+            product = p.clone()
+            product.diagonal(dim1=1, dim2=2).add_(a)
+        else:
+            product = torch.baddbmm(product, p, product, beta=a)
+        if step < steps - 1:
+            for _ in range(2):
+                gram = torch.baddbmm(gram, p, gram, beta=a)
+    return product
 
 
 def split_groups(groups):

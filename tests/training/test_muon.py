@@ -104,16 +104,30 @@ def test_no_precision_overflows_however_tiny_or_huge_the_gradient(rows, columns,
     assert not orthogonalize(torch.zeros_like(matrix), AUTOCAST_DTYPES[precision]).any()
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(("rows", "columns"), [(64, 64), (64, 576), (512, 128)])
+def test_rounding_lets_no_singular_value_grow_however_many_are_near_nothing(rows, columns, precision, monkeypatch):
+    values = torch.full((min(rows, columns),), 1e-4)
+    values[:8] = 1.0
+    matrix = with_singular_values(rows, columns, values)[0][None]
+    # 8 equal values of 1 / sqrt(8) come to about 1, and exact arithmetic takes none beyond 1.2.
+    assert torch.linalg.svdvals(orthogonalize(matrix, AUTOCAST_DTYPES[precision]).float()).max() < 1.3
+    monkeypatch.setattr(muon, "NEWTON_SCHULZ_STEPS", (5,))  # with no new Gram matrix
+    assert torch.linalg.svdvals(orthogonalize(matrix, AUTOCAST_DTYPES["bf16"]).float()).max() > 1.5
+
+
 def newton_schulz_flop(shapes):
-    """Return what the steps take for filters of the shapes: three products a step, one of them of the short side alone."""
+    """Return what the steps take for filters of the shapes: products on the short side alone, but for the first and last."""
     flop = 0
     for shape in shapes:
         short, long = sorted((shape[0], math.prod(shape[1:])))
-        flop += NEWTON_SCHULZ_STEPS * (2 * (2 * short**2 * long) + 2 * short**3)
+        for steps in NEWTON_SCHULZ_STEPS:  # a step squares the Gram matrix, multiplies it by P twice, and the product by P
+            on_short_side = steps + 2 * (steps - 1) + (steps - 1)
+            flop += 2 * 2 * short**2 * long + on_short_side * 2 * short**3
     return flop
 
 
-def test_the_steps_of_resnet50_take_a_quarter_of_a_tflop_for_52_filters_in_19_shapes():
+def test_the_steps_of_resnet50_take_a_sixth_of_a_tflop_for_52_filters_in_19_shapes():
     model = build_model(MUON | {"architecture": "resnet50"}, 1000, "meta")
     filters, _ = split_groups(parameter_groups(model, 0.1, False))
     assert len(filters) == 52 and len({filter.shape for filter in filters}) == 19
@@ -122,7 +136,7 @@ def test_the_steps_of_resnet50_take_a_quarter_of_a_tflop_for_52_filters_in_19_sh
             orthogonalize(filter.detach().flatten(1)[None], torch.float16)
     calculated = newton_schulz_flop([filter.shape for filter in filters])
     assert counter.get_total_flops() == calculated
-    assert calculated == pytest.approx(0.245e12, rel=0.01)
+    assert calculated == pytest.approx(0.164e12, rel=0.01)
 
 
 # Which weights, which rates ------------------------------------------------------------------------------------------
