@@ -21,7 +21,8 @@ import sys
 from pathlib import Path
 
 from benchmarks.flags import FLAGS, fill_in_step_flags
-from benchmarks.gpu_sitting import gpu_tables, sit
+from benchmarks.gpu_results import gpu_tables
+from benchmarks.gpu_sitting import sit
 from benchmarks.input_speed import input_benchmark, input_tables
 from benchmarks.measuring import record
 from benchmarks.mirror_cost import mirror_benchmark, mirror_tables

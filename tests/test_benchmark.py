@@ -17,7 +17,8 @@ import torch
 from conftest import REPOSITORY, children_of, finish, run_program, start_program
 
 import benchmark
-from benchmarks.gpu_sitting import ON_A_GPU, REHEARSED, gpu_tables, in_a_process, newest_sitting, parts_of, parts_to_do
+from benchmarks.gpu_results import gpu_tables
+from benchmarks.gpu_sitting import ON_A_GPU, REHEARSED, in_a_process, newest_sitting, parts_of, parts_to_do
 from benchmarks.input_speed import input_tables, read_originals
 from benchmarks.measuring import last_words, recorded
 from benchmarks.optimizer_evidence import OPTIMIZERS, best_rate, missing_runs

@@ -10,7 +10,7 @@ import tarfile
 import numpy as np
 import pytest
 from conftest import encoded, photo
-from test_prepare_data import WNIDS, add_to_tar, official, prepare
+from published_forms import WNIDS, add_to_tar, official, prepare
 
 from engine.data.images import decode_rgb
 from engine.preparation import forms

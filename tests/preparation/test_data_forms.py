@@ -2,10 +2,10 @@
 
 import re
 
+import published_forms as built
 import pytest
-import test_prepare_data as built
 from conftest import REPOSITORY, run_here, tiny_run
-from test_prepare_data import FORMS, originals  # noqa: F401 - a fixture
+from published_forms import FORMS, ORIGINALS
 from torchvision.datasets.imagenet import ARCHIVE_META
 
 from engine.data.splits import open_splits
@@ -77,14 +77,14 @@ def test_the_page_is_what_the_code_knows():
     assert PAGE.read_text() == page(), "run PYTHONPATH=.:tests python tests/preparation/test_data_forms.py"
 
 
-def test_every_form_has_a_small_real_instance_in_the_tests_and_is_recognised(originals, tmp_path):  # noqa: F811
+def test_every_form_has_a_small_real_instance_in_the_tests_and_is_recognised(tmp_path):
     assert list(INSTANCES) == [form.name for form in forms.FORMS]
     assert {builder for builders in INSTANCES.values() for builder in builders} == set(FORMS)
     for form in forms.FORMS:
         for builder in INSTANCES[form.name]:
             folder = tmp_path / builder.__name__ / "source"
             folder.mkdir(parents=True)
-            path = builder(folder, originals)
+            path = builder(folder, ORIGINALS)
             assert forms.form_at(path) is form, builder.__name__
             if form.trains:
                 assert len(open_splits(path)["train"]) == 15
@@ -103,11 +103,11 @@ def test_the_message_lists_what_is_known(tmp_path):
 
 
 @pytest.mark.parametrize("builder", [built.kaggle_tree, built.tiny_imagenet_tree, built.flat_val_with_devkit])
-def test_a_flat_val_on_disk_gives_the_images_and_labels_of_one_in_class_folders(builder, originals, tmp_path):  # noqa: F811
+def test_a_flat_val_on_disk_gives_the_images_and_labels_of_one_in_class_folders(builder, tmp_path):
     (tmp_path / "sorted").mkdir()
     (tmp_path / "flat").mkdir()
-    expected = open_splits(built.image_folder(tmp_path / "sorted", originals))
-    splits = open_splits(builder(tmp_path / "flat", originals))
+    expected = open_splits(built.image_folder(tmp_path / "sorted", ORIGINALS))
+    splits = open_splits(builder(tmp_path / "flat", ORIGINALS))
     for name, split in splits.items():
         assert split.classes == expected[name].classes
         assert split.labels.tolist() == expected[name].labels.tolist()
@@ -116,9 +116,9 @@ def test_a_flat_val_on_disk_gives_the_images_and_labels_of_one_in_class_folders(
             assert split.class_names == built.ENGLISH
 
 
-def test_training_goes_on_kaggles_tree_as_it_lies_and_says_what_packing_would_gain(originals, tmp_path, capsys):  # noqa: F811
+def test_training_goes_on_kaggles_tree_as_it_lies_and_says_what_packing_would_gain(tmp_path, capsys):
     (tmp_path / "tree").mkdir()
-    built.kaggle_tree(tmp_path / "tree", originals)
+    built.kaggle_tree(tmp_path / "tree", ORIGINALS)
     arguments = tiny_run(tmp_path / "tree", tmp_path / "run", epochs=1, swa_start_epoch=0, batch_size=5)
     assert run_here(arguments) == 0
     said = capsys.readouterr().out
