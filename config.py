@@ -111,7 +111,7 @@ CONFIG = HYPERPARAMETERS | SETTINGS
 
 # FFCV's ResNet-50 schedule, stretched by --epochs. Published for 8 A100s at batch 4,096, 256 px with flip: 73.76 % in 16
 # epochs, 75.56 in 24, 76.59 in 32, 77.24 in 40, 78.43 in 88 (libffcv/ffcv-imagenet, assets/agg.csv); without flip none.
-# 16 epochs are 9.1 epochs' worth of 224 px: 8.1 T4 hours at 400 images/s, 11.4 at 282 (calculated).
+# 16 epochs are 9.1 epochs' worth of 224 px: with validation 12.1 T4 hours at 282 images/s (calculated).
 FFCV = {
     "batch_size": 256,
     "learning_rate": 0.10625,  # 1.7 at batch 4,096
@@ -135,8 +135,8 @@ FFCV = {
 
 # MosaicML's three recipes for ever longer runs (mosaicml/examples, blogs/resnet/recipes/*.yaml; Composer 0.7.1), written for
 # batches of 2,048 on 8 GPUs: 76.19 % published for mild at 28.8 epochs, 75 to 78.1 below 60 epochs, 78.1 to 79.5 for medium
-# from 60 to 240. What differs from them is in docs/recipes.md. mild's 29 epochs are 9.8 epochs' worth of 224 px: 8.7 T4 hours
-# at 400 images/s, 12.4 at 282 (calculated).
+# from 60 to 240. What differs from them is in docs/recipes.md. mild's 29 epochs are 9.8 epochs' worth of 224 px: with
+# validation 13.3 T4 hours at 282 images/s (calculated).
 MILD = {
     "batch_size": 256,
     "learning_rate": 0.256,  # 2.048 at batch 2,048
@@ -194,8 +194,8 @@ RECIPES = {
     # The run that this project set out to beat: 59.21 % top-1 after about 65 hours on a T4.
     "seed": {},
     "fast": FFCV,
-    # The same for 88 epochs: 78.43 % published; 48.9 epochs' worth of 224 px: 44 T4 hours at 400 images/s, 62 at 282
-    # (calculated).
+    # The same for 88 epochs: 78.43 % published; 48.9 epochs' worth of 224 px: with validation 65.2 T4 hours at 282
+    # images/s (calculated).
     "long": FFCV | {"epochs": 88},
     "mild": MILD,
     "medium": MEDIUM,
