@@ -5,7 +5,7 @@ python report.py checkpoints/demo --price-per-hour 0.752
 python report.py runs/a runs/b --output compared  several runs on one page
 python report.py checkpoints --serve              in a browser, renewed as epochs end
 
-Reads metrics.jsonl and training.log alone; the run may still be going on.
+Reads metrics.jsonl and events.jsonl, of runs from before these the log; the run may still be going on.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def parse_arguments(arguments=None):
     )
     folders = {"nargs": "*", "type": path_argument, "default": [Path("checkpoints")], "metavar": "FOLDER"}
     parser.add_argument("folders", help="a run's checkpoint_dir; default checkpoints", **folders)
-    where = "the log of the runs; default training.log in the folder, above it or here"
+    where = "a log to read in place of events.jsonl; default without events: training.log in the folder, above it or here"
     parser.add_argument("--log-file", type=path_argument, metavar="FILE", help=where)
     parser.add_argument("--log", dest="log_file", type=path_argument, help=argparse.SUPPRESS)  # its former name
     parser.add_argument("--price-per-hour", type=positive_number, help="what an hour of the machine costs")
