@@ -10,22 +10,22 @@ HYPERPARAMETERS = {
     "batch_size": 256,  # images per optimizer step, of all GPUs together; 256 at 224 px fits the 16 GB of a T4
     "learning_rate": 0.0005,  # peak rate, reached after warmup_epochs; "auto" asks lr_finder.py first
     "epochs": 100,  # passes over the training images; warm-up and averaging keep their share of it unless they are given
-    "weight_decay": 1e-4,  # per step, as the optimizer defines it; norms and biases get none
+    "weight_decay": 1e-4,  # per step, as the optimizer defines it; norms and biases get none unless decay_norms_and_biases
     "warmup_epochs": 10,  # epochs in which the rate rises to its peak; parts of epochs count
     "grad_clip_value": 1.0,  # largest global L2 norm of the true gradient; inf never clips
     # Model.
     "architecture": "resnet50",  # resnet50 is the subject; the smaller ones try an idea quickly
     "blur_pool": False,  # blurs before each strided convolution of 16 or more channels: arXiv:1904.11486
     "blur_max_pool": False,  # the first pooling takes the largest of every 3 x 3 px and blurs before its stride; same source
-    "stochastic_depth": 0.0,  # probability that an image passes by the last block, less for earlier ones: arXiv:1603.09382
-    "sync_batch_norm": False,  # of several GPUs: true normalises over all their images, false each one over its own
+    "stochastic_depth": 0.0,  # probability that an image skips the last residual block, less for earlier ones: arXiv:1603.09382
+    "sync_batch_norm": False,  # true: batch norm over the images of all GPUs; false: each GPU normalises over its own
     "initialization": "fan_out",  # Kaiming normal by fan_out, norms at 1; or by fan_in, norms from 0 to 1 (arXiv:1502.01852)
     "zero_init_residual": True,  # each block starts as the identity: arXiv:1706.02677, section 5.1
     "initial_weights": "none",  # file of weights (checkpoint.pt:ema chooses a kind) or torchvision:NAME; none begins at random
     "freeze": "none",  # not trained: none; stem, layer1, layer2 or layer3 and all before it; layer4: all but the last layer
     "size_rule": "none",  # bit: epochs, warm-up, mixup, resolution follow the images unless given (arXiv:1912.11370)
     # Data.
-    "val_share": 0.0,  # of each class's images that validate where data_dir has no validation images of its own
+    "val_share": 0.0,  # share of each class's images that validates where data_dir has no validation images of its own
     "train_resolution": 224,  # px; side of the random crop that the network sees in training
     "start_resolution": 0,  # px; of the first epochs, growing to train_resolution; 0 never grows
     "resolution_step": 32,  # px by which a growing resolution grows; convolutions on a GPU like sizes that are multiples of 32
@@ -35,34 +35,34 @@ HYPERPARAMETERS = {
     "val_flip": False,  # true also reports the accuracy of image plus mirror image, beside the plain one
     "min_crop_area": 0.08,  # smallest share of the image's area in a training crop; torchvision's default
     "val_crop_ratio": 0.875,  # centre crop's side over the resized shorter side; 224/256 is the custom
-    "loss": "cross_entropy",  # cross_entropy, or bce: a yes-or-no question for each class (arXiv:2110.00476)
+    "loss": "cross_entropy",  # cross_entropy, or bce: binary cross-entropy per class (arXiv:2110.00476)
     "class_weights": "none",  # balanced: in the loss all classes count the same, however many images each has
     "label_smoothing": 0.0,  # share of each label spread evenly over all classes
-    "mixup_alpha": 0.0,  # of the Beta distribution of shares in which two images are blended; 0 never blends (arXiv:1710.09412)
-    "cutmix_alpha": 0.0,  # of the Beta distribution of the area pasted from another image; 0 never pastes (arXiv:1905.04899)
+    "mixup_alpha": 0.0,  # mixup blends two images by a share from Beta(alpha, alpha); 0 never blends (arXiv:1710.09412)
+    "cutmix_alpha": 0.0,  # cutmix pastes a box, its area from Beta(alpha, alpha), of another image; 0 never (arXiv:1905.04899)
     "augmentation": "none",  # randaugment (arXiv:1909.13719), composer_randaugment, trivialaugment (arXiv:2103.10158)
-    "randaugment_ops": 2,  # of both randaugments: changes to each image
-    "randaugment_magnitude": 9,  # of both: strength of each, from 0 to 30; composer_randaugment draws it up to this
+    "randaugment_ops": 2,  # changes that randaugment or composer_randaugment makes to each image
+    "randaugment_magnitude": 9,  # strength of each of these changes, from 0 to 30; composer_randaugment draws it up to this
     "color_jitter": 0.0,  # largest relative change of brightness, contrast and saturation
     "random_erasing": 0.0,  # probability that a box of an image is painted over (arXiv:1708.04896)
     "colout": 0.0,  # share of the rows and of the columns that a batch loses, the same in all its images (MosaicML's ColOut)
     # Optimizer. The seed's notes name SGD and AdamW as not yet tried, so its run probably used Adam; adamw is our choice.
-    "optimizer": "adamw",  # adamw, adam (decay in the gradient), sgd (likewise), sgdw (decay apart, as rate over peak), muon
-    "adamw_learning_rate": 0.001,  # of muon: peak rate of what AdamW trains: first convolution, last layer, norms, biases
+    "optimizer": "adamw",  # adamw, sgdw (decoupled decay, sgdw's as rate over peak), adam, sgd (L2 in the gradient), muon
+    "adamw_learning_rate": 0.001,  # with muon: peak rate of what AdamW trains: first convolution, last layer, norms, biases
     "backbone_rate_factor": 1.0,  # rate of all but the last layer, as a share of the last layer's
-    "momentum": 0.9,  # of sgd, sgdw and muon (0.95 is usual there); Adam's betas are torch's defaults
+    "momentum": 0.9,  # momentum of sgd, sgdw and muon (0.95 is usual there); Adam's betas are torch's defaults
     "nesterov": False,  # true looks ahead along sgd's momentum; muon always does
     "scale_learning_rate": False,  # true multiplies the rates, and sgdw's weight_decay, by batch_size / 256
     "decay_norms_and_biases": False,  # true also decays the parameters of one dimension
-    "sam_rho": 0.0,  # how far the gradient is taken uphill of the weights (SAM, arXiv:2010.01412); 0 takes it at the weights
-    "sam_every_steps": 10,  # of SAM: steps between those that do so; each costs a second forward and backward pass
+    "sam_rho": 0.0,  # radius of SAM's ascent step (arXiv:2010.01412); 0: no SAM
+    "sam_every_steps": 10,  # steps between those with SAM, each of which costs a second forward and backward pass
     # Learning-rate schedule, stepped once per optimizer step.
-    "schedule": "onecycle",  # onecycle; or after a straight warm-up cosine (to 0), step (drops) or constant
-    "step_epochs": 30,  # of schedule step: epochs between drops, counted from the start of the run
-    "step_factor": 0.1,  # of schedule step: what a drop multiplies the rate by
+    "schedule": "onecycle",  # onecycle; or after a linear warm-up cosine (to 0), step (drops) or constant
+    "step_epochs": 30,  # epochs between the drops of schedule step, counted from the start of the run
+    "step_factor": 0.1,  # what a drop of schedule step multiplies the rate by
     "onecycle_anneal": "cos",  # cos or linear: the shape of rise and fall
     "onecycle_div_factor": 25.0,  # the rate starts at learning_rate / this
-    "onecycle_final_div_factor": 1e4,  # and ends at its start / this
+    "onecycle_final_div_factor": 1e4,  # the rate ends at its start / this
     # Weight averaging (SWA, arXiv:1803.05407).
     "swa_start_epoch": 32,  # first epoch, counted from 1, whose final weights enter the average; 0 never averages
     "swa_learning_rate": 0.00025,  # rate while averaging; 0 leaves OneCycleLR untouched
@@ -71,15 +71,15 @@ HYPERPARAMETERS = {
     "ema_half_life_images": 0,  # images after which weights count half in a running average (EMA); 0 keeps none
     "ema_every_images": 5120,  # images between the weights that enter it, in whole batches
     # Random numbers.
-    "seed": 0,  # of weights, order and augmentation; the same seed on the same CPU gives the same bits
+    "seed": 0,  # seeds weights, order and augmentation; the same seed on the same CPU gives the same bits
 }
 
 # Where and how it runs: none of these can bend the run, so a resumed run may change them.
 SETTINGS = {
     # Data and workers.
     "data_dir": "data/imagenet",  # folder of train.arrow and val.arrow (or its URL), or of train/<class>/* and val/<class>/*
-    "local_data_dir": "data/fetched",  # of a URL (s3://, gs://, az://): folder on this machine that the images are copied to
-    "make_demo_data": False,  # true makes the demo's pictures in data_dir on first use
+    "local_data_dir": "data/fetched",  # folder that the images are copied to where data_dir is a URL (s3://, gs://, az://)
+    "make_demo_data": False,  # true makes the demo's synthetic images in data_dir on first use
     "num_workers": "auto",  # processes that decode images, for each GPU; "auto" shares out the cores, 0 is the main process
     "max_bad_images": 100,  # unreadable training images replaced before the run stops; in validation the first one stops it
     # Numbers and device.
@@ -96,7 +96,7 @@ SETTINGS = {
     "checkpoint_every_epochs": 5,  # epochs between the kept epoch_NNN.pt; 0 keeps none
     "checkpoint_minutes": 10.0,  # minutes between saves of last.pt inside an epoch; the most that a kill can cost
     "keep_checkpoints": 0,  # newest epoch_NNN.pt to keep; 0 keeps all (about 0.4 GB each with AdamW and SWA)
-    "log_file": "training.log",  # time-stamped record of everything said, appended to
+    "log_file": "training.log",  # time-stamped record of everything logged, appended to
     "log_every_steps": 50,  # steps between readings of the loss; each one waits for the device
     "report": True,  # writes report.html and report.md to checkpoint_dir when the run has come to its end
     "tensorboard": False,  # true also writes every epoch's figures for TensorBoard, to checkpoint_dir/tensorboard

@@ -371,7 +371,7 @@ def test_a_finished_run_says_so_when_it_is_resumed(finished, capfd):
 
 def test_epochs_may_be_raised_and_the_rate_plan_is_rebuilt(finished, image_tree, capfd):
     assert run_here([f"--resume={finished}/last.pt", "--epochs=4"]) == 0
-    assert "changed on resume: epochs = 4, was 3 (the rate plan is rebuilt" in capfd.readouterr().out
+    assert "changed on resume: epochs = 4, was 3 (the learning-rate schedule is rebuilt" in capfd.readouterr().out
     assert [record["epoch"] for record in figures(finished)] == [1, 2, 3, 4]
     assert checkpoint_files.read(finished / "last.pt")["schedule"]["step"] == 28
 

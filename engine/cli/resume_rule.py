@@ -6,7 +6,7 @@ from engine.cli.keys import ALLOWED, ConfigError, config_problems
 # A resumed run goes on with the checkpoint's configuration. SETTINGS may change, hyperparameters are kept, and these follow a
 # rule, which the run carries out and logs:
 RULED_ON_RESUME = {
-    "epochs": "the rate plan is rebuilt over the new length; the steps done keep their place in it",
+    "epochs": "the learning-rate schedule is rebuilt over the new length; the steps done keep their place in it",
     "batch_size": "only between epochs, since a position inside one is counted in batches",
 }
 
