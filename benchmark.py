@@ -7,9 +7,9 @@ python benchmark.py train      images/s from JPEG files to trained weights, and 
 python benchmark.py mirror     images/s of training with and without a mirror
 python benchmark.py scaling    what several GPUs can give, calculated from the bytes that they exchange
 python benchmark.py gpu        all that is worth knowing of a GPU in 25 minutes, to paste as a report; goes on when called again
-python benchmark.py transfer   top-1 of finetune from half of a made data set's classes to the other half; minutes to hours
-python benchmark.py recipes    top-1 of the recipes on a made data set, each block left out, several seeds; takes hours
-python benchmark.py optimizers top-1 of Muon, AdamW and SGD at the best of their rates on three kinds of made pictures; hours
+python benchmark.py transfer   top-1 of finetune from half of a synthetic data set's classes to the other half; minutes to hours
+python benchmark.py recipes    top-1 of the recipes on a synthetic data set, each block left out, several seeds; takes hours
+python benchmark.py optimizers top-1 of Muon, AdamW and SGD at the best of their rates on three kinds of synthetic images; hours
 
 Contenders take turns in rounds, so that a busy machine slows all alike; the figures are medians over the rounds, and the
 ratios are what to compare between machines. Results are appended to benchmarks/*.jsonl.

@@ -15,7 +15,7 @@ from engine.system.device import choose_device
 from engine.system.files import path_argument
 from engine.system.workers import available_cores
 
-OWN_IMAGES = "prepared or plain images to measure with; default: made ones"
+OWN_IMAGES = "prepared or plain images to measure with; default: synthetic ones"
 
 
 def input_flags(flag):

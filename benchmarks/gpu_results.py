@@ -59,7 +59,7 @@ def _recipe_lines(results):
         return []
     one = next(iter(recipes.values()))
     return [
-        f"| recipe, {one['images']:,} made images, {one['resolution']} px in place of 224 | epochs | top-1 | minutes |",
+        f"| recipe, {one['images']:,} synthetic images, {one['resolution']} px in place of 224 | epochs | top-1 | minutes |",
         "|---|---|---|---|",
         *(f"| {name} | {r['epochs']} | {r['top1']:.2f} % | {r['seconds'] / 60:.1f} |" for name, r in recipes.items()),
         "",

@@ -209,7 +209,7 @@ def loader_contenders(folder, resolution, workers):
 
 def input_tables(results):
     """Return the results as lines of Markdown: images/s, and the ratio to torchvision's pipeline in the same run."""
-    kind = "made images of ImageNet's commonest sizes" if results["made_images"] else "images"
+    kind = "synthetic images of ImageNet's commonest sizes" if results["made_images"] else "images"
     lines = [
         f"{results['images']} {kind} (originals {results['bytes_per_original'] / 1000:.0f} kB on average, packed to a shorter "
         f"side of {results['packed_side']} px {results['bytes_per_packed'] / 1000:.0f} kB), {results['cpu']}, "

@@ -205,7 +205,7 @@ def recipe_tables(runs):
     study, first = runs[0]["study"], runs[0]
     where = first["gpu"] or f"{first['cpu']}, {first['cores']} cores"
     lines = [
-        f"{study['architecture']}, {study['train_images']:,} made training images of {study['classes']} classes, "
+        f"{study['architecture']}, {study['train_images']:,} synthetic training images of {study['classes']} classes, "
         f"{study['val_images']:,} for validation, {study['resolution']} px in place of 224, batches of {study['batch_size']}, "
         f"{where}, PyTorch {first['versions']['torch']}, {first['date']}; top-1 in % after the last epoch, mean and standard "
         "deviation over n seeds, and the mean difference to fast with the same seed. Compute is the sum of the squared "

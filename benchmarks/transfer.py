@@ -173,7 +173,7 @@ def transfer_tables(runs):
         of.setdefault(run["contender"], {})[run["seed"]] = run["top1"]
     ours = of.get("finetune", {})
     lines = [
-        f"{study['architecture']}, trained on {study['pretrain_images']:,} made images of {study['classes']} hard classes "
+        f"{study['architecture']}, trained on {study['pretrain_images']:,} synthetic images of {study['classes']} hard classes "
         f"for {study['pretrain_epochs']} epochs, then on {study['images']:,} of {study['classes']} others for "
         f"{study['epochs']} epochs of batches of {study['batch_size']}; {study['resolution']} px, {first['val_images']:,} "
         f"validation images, {where}, PyTorch {first['versions']['torch']}, {first['date']}. Top-1 in % after the last epoch, "

@@ -400,7 +400,7 @@ def evidence():
     )
     return "\n".join(
         [
-            f"{len(rows)} runs of a narrow ResNet-18 on made pictures of 10 classes, each once; {where}; "
+            f"{len(rows)} runs of a narrow ResNet-18 on synthetic images of 10 classes, each once; {where}; "
             "`benchmarks/verdict_evidence.py`. Windows were 10 s and 10 samples instead of a minute.",
             "",
             *lines,
