@@ -6,7 +6,7 @@ set -euo pipefail
 : "${IMAGES:=s3://BUCKET/imagenet}"                          # train.arrow, val.arrow and SHA256SUMS, as prepare_data.py writes them
 : "${MIRROR:=s3://BUCKET/runs/mild}"                         # where the run is kept
 : "${GROUP:=resnet50}"                                       # the Auto Scaling group that starts this instance
-: "${FLAGS:=--recipe mild --hours 14 --price-per-hour 0.30}" # the budget counts the hours of all instances together
+: "${FLAGS:=--recipe mild --hours 14 --price-per-hour 0.30}" # 0.30: your spot price; the budget counts the hours of all instances
 : "${DISK:=/mnt/nvme}" "${DISKS:=/dev/disk/by-id}"
 : "${AMI_DISK:=/opt/dlami/nvme}" # where AWS's Deep Learning AMIs mount the instance store by themselves
 : "${METADATA:=http://169.254.169.254/latest}"

@@ -216,10 +216,11 @@ def run_cells(numbers, **environment):
 def test_the_notebooks_run_goes_on_in_the_next_session(image_tree, tmp_path):
     (tmp_path / "input").mkdir()
     for run, hours, epochs, said in (("first", 0.003, 4000, "stopped by --stop-after-hours"), ("second", 1, 60, "finished ")):
-        flags = " ".join(tiny_run(image_tree, tmp_path / run, epochs=epochs))
+        flags = " ".join(flag for flag in tiny_run(image_tree, tmp_path / run, epochs=epochs) if not flag.startswith("--log_file"))
         environment = {"RUN": tmp_path / run, "FLAGS": flags, "HOURS": hours, "KEPT": tmp_path / "input"}
         status, output = run_cells([0, 2, 3], **environment)
         assert status == 0 and said in output and ("resumed" in output) == (run == "second"), output
+        assert said in (tmp_path / run / "training.log").read_text()
         (tmp_path / run).rename(tmp_path / "input" / run)  # as Kaggle hands on a saved version's output
 
 
@@ -264,8 +265,12 @@ def test_a_skypilot_job_tries_again_while_another_machine_holds_the_run_and_is_r
 def test_the_other_files_start_a_command_that_exists():
     service = (LAUNCH / "resnet50.service").read_text()
     assert parse_command_line(re.search(r"train\.py (.*)", service)[1].split(), OWN_FLAGS).options == {"resume": "auto"}
-    command = json.loads(re.search(r"^CMD (.*)$", (LAUNCH / "Dockerfile").read_text(), re.M)[1])
-    assert parse_command_line(command, OWN_FLAGS).recipe == "demo"
+    dockerfile = (LAUNCH / "Dockerfile").read_text()
+    (_, program, *own), command = (json.loads(re.search(rf"^{word} (.*)$", dockerfile, re.M)[1]) for word in ("ENTRYPOINT", "CMD"))
+    parsed = parse_command_line([*own, *command], OWN_FLAGS)
+    assert program == "train.py" and parsed.recipe == "demo"
+    for path in (parsed.config["checkpoint_dir"], parsed.config["log_file"]):  # what is mounted outlives the container
+        assert path.startswith("checkpoints/"), path
 
 
 def test_a_machine_of_ones_own_starts_a_run_again_unless_it_was_stopped_or_has_come_to_its_end(tmp_path):
