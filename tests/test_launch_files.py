@@ -216,7 +216,8 @@ def run_cells(numbers, **environment):
 def test_the_notebooks_run_goes_on_in_the_next_session(image_tree, tmp_path):
     (tmp_path / "input").mkdir()
     for run, hours, epochs, said in (("first", 0.003, 4000, "stopped by --stop-after-hours"), ("second", 1, 60, "finished ")):
-        flags = " ".join(flag for flag in tiny_run(image_tree, tmp_path / run, epochs=epochs) if not flag.startswith("--log_file"))
+        flags = tiny_run(image_tree, tmp_path / run, epochs=epochs)
+        flags = " ".join(flag for flag in flags if not flag.startswith("--log_file"))
         environment = {"RUN": tmp_path / run, "FLAGS": flags, "HOURS": hours, "KEPT": tmp_path / "input"}
         status, output = run_cells([0, 2, 3], **environment)
         assert status == 0 and said in output and ("resumed" in output) == (run == "second"), output
@@ -266,7 +267,8 @@ def test_the_other_files_start_a_command_that_exists():
     service = (LAUNCH / "resnet50.service").read_text()
     assert parse_command_line(re.search(r"train\.py (.*)", service)[1].split(), OWN_FLAGS).options == {"resume": "auto"}
     dockerfile = (LAUNCH / "Dockerfile").read_text()
-    (_, program, *own), command = (json.loads(re.search(rf"^{word} (.*)$", dockerfile, re.M)[1]) for word in ("ENTRYPOINT", "CMD"))
+    words = [json.loads(re.search(rf"^{name} (.*)$", dockerfile, re.M)[1]) for name in ("ENTRYPOINT", "CMD")]
+    (_, program, *own), command = words
     parsed = parse_command_line([*own, *command], OWN_FLAGS)
     assert program == "train.py" and parsed.recipe == "demo"
     for path in (parsed.config["checkpoint_dir"], parsed.config["log_file"]):  # what is mounted outlives the container
