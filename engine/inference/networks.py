@@ -1,13 +1,13 @@
 """Networks from files: a run's checkpoints, or weights alone with torchvision's keys."""
 
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from engine.inference.class_matching import read_class_file
-from engine.inference.weight_files import chosen_kinds, read_weights, without_prefix
-from engine.run import checkpoint_files
+from engine.inference.weight_files import chosen_kinds, read_checkpoint, read_weights, without_prefix
 from engine.run.weights import WEIGHTS
 from engine.system.device import choose_precision
 from engine.system.errors import CheckpointError
@@ -48,9 +48,12 @@ def load_networks(path, kinds, defaults, build):
     """
     path = Path(path)
     try:
-        checkpoint = checkpoint_files.read(path)
+        checkpoint, remarks = read_checkpoint(path)
     except CheckpointError as error:
-        return [_network_of_weights(read_weights(path, error), path, defaults, build)]
+        found = read_weights(path, error)
+        _print_remarks(found.remarks)
+        return [_network_of_weights(found, path, defaults, build)]
+    _print_remarks(remarks)
     kinds = chosen_kinds(checkpoint, kinds, path)
     config = defaults | checkpoint["config"]
     tensors = {weights.checkpoint_key for weights in WEIGHTS.values()} | {"optimizer", "sums", "rng"}
@@ -63,6 +66,11 @@ def load_networks(path, kinds, defaults, build):
         names = checkpoint.get("class_names", {})
         networks.append(Network(name, path, kind, model, config, checkpoint["classes"], names, facts))
     return networks
+
+
+def _print_remarks(lines):
+    for line in lines:
+        print(line, file=sys.stderr)  # beside the results, whatever they are
 
 
 def _network_of_weights(found, path, defaults, build):

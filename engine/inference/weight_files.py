@@ -18,6 +18,7 @@ from engine.system.plain_json import parse_json
 TORCHVISION = "torchvision:"
 NESTED = ("state_dict", "model")  # where timm's and torchvision's training scripts keep the weights in their checkpoints
 PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")  # of averages and DistributedDataParallel, and of torch.compile
+NEEDED = ("config", "classes", "epoch", "batch", "best", "train_images")  # of a checkpoint, to use its weights
 BLURS = {"blur_pool": "BlurPool", "blur_max_pool": "blurred max-pool"}  # key: its name in exports
 
 
@@ -30,6 +31,7 @@ class FoundWeights(NamedTuple):
     classes: list | None
     facts: dict = {}  # an export's
     share_digests: dict | None = None  # of the images of a run with val_share
+    remarks: tuple = ()  # lines for the user
 
 
 def find_weights(source, architecture):
@@ -47,7 +49,7 @@ def find_weights(source, architecture):
     if not path or kind not in WEIGHTS:
         path, kind = source, "auto"
     try:
-        checkpoint = checkpoint_files.read(path)
+        checkpoint, remarks = read_checkpoint(path)
     except CheckpointError as error:
         if kind != "auto":
             raise
@@ -56,7 +58,46 @@ def find_weights(source, architecture):
     network = {key: checkpoint["config"][key] for key in ("architecture", *BLURS) if key in checkpoint["config"]}
     weights = without_prefix(checkpoint[WEIGHTS[kind].checkpoint_key])
     in_words, digests = f"{path}, {WEIGHTS[kind].in_words}", checkpoint.get("share_digests")
-    return FoundWeights(in_words, weights, network, checkpoint["classes"], share_digests=digests)
+    return FoundWeights(in_words, weights, network, checkpoint["classes"], share_digests=digests, remarks=remarks)
+
+
+def read_checkpoint(path):
+    """Return (contents, remarks) of a run's checkpoint, also of one that was saved again with torch.save, unsealed.
+
+    People do that to share a smaller file, without the optimizer's state.
+
+    Raises:
+        CheckpointError: as of checkpoint_files.read; or what its weights cannot be used without is no longer there.
+    """
+    path = Path(path)
+    try:
+        return checkpoint_files.read(path), ()
+    except checkpoint_files.NotSealedError as error:
+        contents = _contents_or_none(path)
+        if not _is_checkpoint(contents) or (zipfile.is_zipfile(path) and zipfile.ZipFile(path).comment):
+            raise  # something else, or a seal that is damaged
+        checkpoint_files.require_known_version(contents, path)
+        _require_undamaged(path)
+        kinds = [weights.checkpoint_key for weights in WEIGHTS.values()]
+        missing = [key for key in NEEDED if key not in contents] + ["weights"] * (not any(map(contents.get, kinds)))
+        if missing:
+            raise CheckpointError(
+                f"{path} is a checkpoint of this program that was saved again without its {', '.join(missing)}: take the "
+                "original, or what evaluate.py --export makes of it"
+            ) from error
+    return contents, (f"WARNING: {path} was saved again by something else: what it says of its run and network is believed",)
+
+
+def _contents_or_none(path):
+    """Return what torch has saved in a file, None where that cannot be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # whatever is wrong with it, others say
+        return None
+
+
+def _is_checkpoint(contents):
+    return isinstance(contents, dict) and contents.get("format") == checkpoint_files.FORMAT
 
 
 def chosen_kinds(checkpoint, kinds, path):
@@ -89,9 +130,9 @@ def read_weights(path, no_checkpoint=None):
     """
     path = Path(path)
     try:
-        weights = _read_tensors(path)
+        weights = _read_tensors(path, no_checkpoint)
     except CheckpointError as error:
-        if no_checkpoint is None or (path.suffix == ".safetensors" and path.exists()):
+        if error is no_checkpoint or no_checkpoint is None or (path.suffix == ".safetensors" and path.exists()):
             raise
         if isinstance(no_checkpoint, checkpoint_files.NotSealedError):
             raise CheckpointError(
@@ -110,8 +151,8 @@ def read_weights(path, no_checkpoint=None):
     return FoundWeights(str(path), weights, network, facts.get("classes"), facts)
 
 
-def _read_tensors(path):
-    """Return the state dict that a file holds, by itself or nested."""
+def _read_tensors(path, no_checkpoint=None):
+    """Return the state dict that a file holds, by itself or nested; arguments as of read_weights."""
     if path.suffix == ".safetensors":
         return checkpoint_files.read_plain_weights(path)
     try:
@@ -123,6 +164,8 @@ def _read_tensors(path):
                 f"{path} holds pickled objects, which could run any code and are not loaded: save the network's state_dict()"
             ) from error
         raise CheckpointError(f"{path} holds no weights: {first_line(error)}") from error
+    if _is_checkpoint(contents):
+        raise no_checkpoint or CheckpointError(f"{path} is a checkpoint of this program")
     _require_undamaged(path)
     for key in NESTED:
         if isinstance(contents, dict) and isinstance(contents.get(key), dict):
