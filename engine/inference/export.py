@@ -41,7 +41,8 @@ def export_network(network, members, path, price_per_hour=None):
         "weights": words.get(network.kind, "as in the file"),
         "made_with": f"PyTorch {torch.__version__}, commit {commit()}",
     } | facts_of_runs([member for member in members if member.checkpoint])
-    facts = model_facts(config, class_labels(network), network.class_names, accuracy, run)
+    share = next((member.share for member in members if member.share), {})
+    facts = model_facts(config, class_labels(network), network.class_names, accuracy, run, share)
     folder, (*_, card) = is_folder(path), export_files(path)
     with user_error_on_failure("export", path):
         print(export(network.model.cpu().float(), path, facts))

@@ -9,12 +9,13 @@ from engine.run import checkpoint_files
 from engine.run.records import read_records
 
 
-def model_facts(config, classes, class_names, accuracy, run):
+def model_facts(config, classes, class_names, accuracy, run, share):
     """Return what whoever uses the weights must know, as a dict of plain values.
 
     Args:
         accuracy: in words, with resolution and test-time augmentation, or None where it was not measured.
         run: dict of what is known of the training run.
+        share: of a Network: so that nobody scores the weights on images that they were trained on.
     """
     blurs = [name for key, name in BLURS.items() if config[key]]
     return {
@@ -28,6 +29,7 @@ def model_facts(config, classes, class_names, accuracy, run):
         "class_names": class_names,
         "accuracy": accuracy,
         "run": run,
+        "share": share,
     }
 
 

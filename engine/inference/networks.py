@@ -24,6 +24,7 @@ class Network(NamedTuple):
     classes: list | None  # None: weights alone do not tell
     class_names: dict  # {class: what people call it}, as far as known
     checkpoint: dict  # without its tensors; empty for weights alone
+    share: dict  # of a run whose validation images were a share of its folder: what they are known by; else empty
 
 
 def class_labels(network):
@@ -64,8 +65,18 @@ def load_networks(path, kinds, defaults, build):
         model.load_state_dict(without_prefix(checkpoint[WEIGHTS[kind].checkpoint_key]))
         name = f"{path}, {WEIGHTS[kind].in_words}"
         names = checkpoint.get("class_names", {})
-        networks.append(Network(name, path, kind, model, config, checkpoint["classes"], names, facts))
+        share = _share_of_run(checkpoint)
+        networks.append(Network(name, path, kind, model, config, checkpoint["classes"], names, facts, share))
     return networks
+
+
+def _share_of_run(checkpoint):
+    """Return the `share` of a checkpoint's Network; an older checkpoint does not tell for certain that there was one."""
+    share, digests = checkpoint["config"].get("val_share"), checkpoint.get("share_digests", "not told")
+    if not share or digests is None:
+        return {}
+    facts = {key: checkpoint.get(key) for key in ("train_images", "val_images", "share_digests", "classes")}
+    return {"val_share": share} | facts
 
 
 def _print_remarks(lines):
@@ -83,7 +94,8 @@ def _network_of_weights(found, path, defaults, build):
         model.load_state_dict(found.weights)
     except RuntimeError as error:
         raise CheckpointError(f"{path} holds no weights of a {config['architecture']}; --architecture names another") from error
-    return Network(found.name, path, "file", model, config, found.classes, facts.get("class_names", {}), {})
+    names, share = facts.get("class_names", {}), facts.get("share", {})
+    return Network(found.name, path, "file", model, config, found.classes, names, {}, share)
 
 
 def shared_precision(configs, device):

@@ -148,7 +148,7 @@ def read_weights(path, no_checkpoint=None):
         raise CheckpointError(f"{path} holds no weights of a ResNet with torchvision's keys: {some(list(weights), 3)}")
     if bad := [key for key, tensor in weights.items() if not all_finite(tensor)]:
         raise CheckpointError(f"{path} holds numbers that are not finite: {some(bad, 3)}; damaged, or of a run that diverged")
-    return FoundWeights(str(path), weights, network, facts.get("classes"), facts)
+    return FoundWeights(str(path), weights, network, facts.get("classes"), facts, facts.get("share", {}).get("share_digests"))
 
 
 def _read_tensors(path, no_checkpoint=None):
