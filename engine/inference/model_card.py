@@ -4,9 +4,10 @@ from pathlib import Path
 
 from engine.data.loader import IMAGENET_MEAN, IMAGENET_STD
 from engine.inference.class_names import class_in_short
-from engine.inference.weight_files import BLURS
+from engine.inference.weight_files import BLURS, has_best_weights
 from engine.run import checkpoint_files
 from engine.run.records import read_records
+from engine.run.weights import WEIGHTS
 
 
 def model_facts(config, classes, class_names, accuracy, run, share):
@@ -33,6 +34,28 @@ def model_facts(config, classes, class_names, accuracy, run, share):
     }
 
 
+def accuracy_in_words(network):
+    """Return how well a Network scored when its run validated these very weights, with resolution; None if it did not."""
+    top1, config = _measured_top1(network), network.config
+    if top1 is None:
+        return None
+    crop = f"{config['val_resolution']} px centre crop (ratio {config['val_crop_ratio']:.4g}), no test-time augmentation"
+    return f"top-1 {top1:.2f} %, {crop}"
+
+
+def _measured_top1(network):
+    checkpoint = network.checkpoint
+    if network.kind not in WEIGHTS or not checkpoint or checkpoint["batch"] > 0:  # trained on since
+        return None
+    best = checkpoint["best"]
+    if has_best_weights(checkpoint) and best["weights"] == network.kind:
+        return best["top1"]
+    for record in read_records(network.path.parent / checkpoint_files.RECORDS):
+        if record["epoch"] == checkpoint["epoch"] and record.get("best_top1") == best["top1"]:  # of this run, not of another
+            return record.get(f"{WEIGHTS[network.kind].column}_top1")
+    return None
+
+
 def facts_of_runs(networks):
     """Return what the model card says of the runs that gave the networks of checkpoints: all that they took together."""
     if not networks:
@@ -42,7 +65,8 @@ def facts_of_runs(networks):
         return ", ".join(dict.fromkeys(map(str, values)))
 
     facts = {key: listed(network.checkpoint.get(key) for network in networks) for key in ("recipe", "hardware")}
-    facts |= {"epochs": listed(n.checkpoint["epoch"] for n in networks), "seed": listed(n.config["seed"] for n in networks)}
+    epochs = listed(_epochs_in_words(network.checkpoint) for network in networks)
+    facts |= {"epochs": epochs, "seed": listed(network.config["seed"] for network in networks)}
     if len(images := {network.checkpoint["train_images"] for network in networks}) == 1:
         facts["train_images"] = images.pop()
     records = []
@@ -53,6 +77,11 @@ def facts_of_runs(networks):
         facts["hours"] = sum(record["seconds"] for record in records) / 3600
         facts["energy_wh"] = sum(record.get("gpu_energy_wh", 0) for record in records)
     return facts
+
+
+def _epochs_in_words(checkpoint):
+    epochs, batches = checkpoint["epoch"], checkpoint["batch"]
+    return f"{epochs} epoch{'s' * (epochs != 1)} and {batches} batches" if batches else str(epochs)
 
 
 def model_card(path, facts, price_per_hour=None):

@@ -104,7 +104,7 @@ def chosen_kinds(checkpoint, kinds, path):
     """Return the list of the kinds of weights to take from a checkpoint.
 
     Args:
-        kinds: 'all', 'auto' (the ones that scored best, if they are of the checkpoint's epoch; else averaged before raw ones),
+        kinds: 'all', 'auto' (the ones that scored best, if the checkpoint has those; else averaged before raw ones),
             or one of WEIGHTS.
         path: of the checkpoint, for messages.
     """
@@ -113,13 +113,18 @@ def chosen_kinds(checkpoint, kinds, path):
     if kinds == "all":
         return there
     if kinds == "auto":
-        best = checkpoint["best"]
-        if best["epoch"] == checkpoint["epoch"] and best["weights"] in there:
-            return [best["weights"]]
+        best = checkpoint["best"]["weights"]
+        if has_best_weights(checkpoint) and best in there:
+            return [best]
         return [next(kind for kind in PREFERENCE if kind in there)]
     if kinds not in there:
         raise CheckpointError(f"{path} holds no {WEIGHTS[kinds].in_words}; there are: {', '.join(there)}")
     return [kinds]
+
+
+def has_best_weights(checkpoint):
+    """Return whether a checkpoint's weights are of the epoch that scored best, and were not trained on since."""
+    return 0 < checkpoint["best"]["epoch"] == checkpoint["epoch"] and checkpoint["batch"] == 0
 
 
 def read_weights(path, no_checkpoint=None):
