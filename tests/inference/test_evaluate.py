@@ -478,3 +478,10 @@ def test_an_unknown_form_and_flags_that_do_not_go_together_are_refused(runs, tmp
         with pytest.raises(SystemExit) as ended:
             evaluate.parse_arguments(flags)
         assert ended.value.code == 2
+
+
+def test_all_kinds_of_weights_at_once_are_for_scores_alone(capsys):
+    for flags in (["--export=m.pt"], ["--classify", "a.jpg"], ["a.pt", "b.pt", "--average", "--export=m.pt"]):
+        with pytest.raises(SystemExit):
+            evaluate.parse_arguments(["--weights=all", *flags])
+        assert "--weights all: belongs to scores, not to --classify or --export" in capsys.readouterr().err
