@@ -51,7 +51,7 @@ def load_networks(path, kinds, defaults, build):
     try:
         checkpoint, remarks = read_checkpoint(path)
     except CheckpointError as error:
-        found = read_weights(path, error)
+        found = read_weights(path, error, kinds)
         _print_remarks(found.remarks)
         return [_network_of_weights(found, path, defaults, build)]
     _print_remarks(remarks)
@@ -95,7 +95,7 @@ def _network_of_weights(found, path, defaults, build):
     except RuntimeError as error:
         raise CheckpointError(f"{path} holds no weights of a {config['architecture']}; --architecture names another") from error
     names, share = facts.get("class_names", {}), facts.get("share", {})
-    return Network(found.name, path, "file", model, config, found.classes, names, {}, share)
+    return Network(found.name, path, found.kind, model, config, found.classes, names, {}, share)
 
 
 def shared_precision(configs, device):

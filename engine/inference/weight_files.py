@@ -17,6 +17,7 @@ from engine.system.plain_json import parse_json
 
 TORCHVISION = "torchvision:"
 NESTED = ("state_dict", "model")  # where timm's and torchvision's training scripts keep the weights in their checkpoints
+NESTED_AVERAGES = ("model_ema", "state_dict_ema")  # and the running average of them
 PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")  # of averages and DistributedDataParallel, and of torch.compile
 NEEDED = ("config", "classes", "epoch", "batch", "best", "train_images")  # of a checkpoint, to use its weights
 BLURS = {"blur_pool": "BlurPool", "blur_max_pool": "blurred max-pool"}  # key: its name in exports
@@ -32,13 +33,15 @@ class FoundWeights(NamedTuple):
     facts: dict = {}  # an export's
     share_digests: dict | None = None  # of the images of a run with val_share
     remarks: tuple = ()  # lines for the user
+    kind: str = "file"  # or 'ema', the running average in another program's checkpoint
 
 
 def find_weights(source, architecture):
     """Return the FoundWeights that config['initial_weights'] names.
 
     Args:
-        source: path of a file, with :raw, :averaged or :ema behind that of a checkpoint; or torchvision:NAME.
+        source: path of a file, with :raw, :averaged or :ema behind that of a checkpoint, or :ema behind that of another
+            program's; or torchvision:NAME.
         architecture: of the network that they are for.
     Raises:
         UserError: there are no such weights.
@@ -51,9 +54,12 @@ def find_weights(source, architecture):
     try:
         checkpoint, remarks = read_checkpoint(path)
     except CheckpointError as error:
-        if kind != "auto":
+        if kind not in ("auto", "ema"):
             raise
-        return read_weights(path, error)
+        found = read_weights(path, error, kind)
+        if kind == "ema" and found.kind != "ema":
+            raise CheckpointError(f"{path} holds no running average ({' or '.join(NESTED_AVERAGES)})") from error
+        return found
     (kind,) = chosen_kinds(checkpoint, kind, path)
     network = {key: checkpoint["config"][key] for key in ("architecture", *BLURS) if key in checkpoint["config"]}
     weights = without_prefix(checkpoint[WEIGHTS[kind].checkpoint_key])
@@ -127,15 +133,16 @@ def has_best_weights(checkpoint):
     return 0 < checkpoint["best"]["epoch"] == checkpoint["epoch"] and checkpoint["batch"] == 0
 
 
-def read_weights(path, no_checkpoint=None):
+def read_weights(path, no_checkpoint=None, kind="auto"):
     """Return the FoundWeights of a file with weights alone, or of another program's checkpoint.
 
     Args:
         no_checkpoint: the error to raise, where it says more, if the file holds no weights either.
+        kind: 'ema' takes the running average out of another program's checkpoint, if that has one.
     """
     path = Path(path)
     try:
-        weights = _read_tensors(path, no_checkpoint)
+        weights, average = _read_tensors(path, kind == "ema", no_checkpoint)
     except CheckpointError as error:
         if error is no_checkpoint or no_checkpoint is None or (path.suffix == ".safetensors" and path.exists()):
             raise
@@ -153,13 +160,23 @@ def read_weights(path, no_checkpoint=None):
         raise CheckpointError(f"{path} holds no weights of a ResNet with torchvision's keys: {some(list(weights), 3)}")
     if bad := [key for key, tensor in weights.items() if not all_finite(tensor)]:
         raise CheckpointError(f"{path} holds numbers that are not finite: {some(bad, 3)}; damaged, or of a run that diverged")
-    return FoundWeights(str(path), weights, network, facts.get("classes"), facts, facts.get("share", {}).get("share_digests"))
+    digests = facts.get("share", {}).get("share_digests")
+    found = FoundWeights(str(path), weights, network, facts.get("classes"), facts, digests)
+    if average and kind == "ema":
+        return found._replace(name=f"{path}, {WEIGHTS['ema'].in_words}", kind="ema")
+    note = f"note: {path} also holds a running average ({average}): evaluate.py --weights ema or initial_weights {path}:ema"
+    return found._replace(remarks=(note,)) if average else found
 
 
-def _read_tensors(path, no_checkpoint=None):
-    """Return the state dict that a file holds, by itself or nested; arguments as of read_weights."""
+def _read_tensors(path, take_average=False, no_checkpoint=None):
+    """Return the state dict that a file holds, by itself or nested, and the key of the running average beside it, or None.
+
+    Args:
+        take_average: return the running average, where there is one.
+        no_checkpoint: as of read_weights.
+    """
     if path.suffix == ".safetensors":
-        return checkpoint_files.read_plain_weights(path)
+        return checkpoint_files.read_plain_weights(path), None
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments that training scripts save beside them
             contents = torch.load(path, map_location="cpu", weights_only=True)
@@ -172,14 +189,16 @@ def _read_tensors(path, no_checkpoint=None):
     if _is_checkpoint(contents):
         raise no_checkpoint or CheckpointError(f"{path} is a checkpoint of this program")
     _require_undamaged(path)
-    for key in NESTED:
+    nested = contents if isinstance(contents, dict) else {}
+    average = next((key for key in NESTED_AVERAGES if isinstance(nested.get(key), dict)), None)
+    for key in [average] if average and take_average else NESTED:
         if isinstance(contents, dict) and isinstance(contents.get(key), dict):
             contents = contents[key]
     if not isinstance(contents, dict) or not all(
         isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in contents.items()
     ):
         raise CheckpointError(f"{path} holds something else than weights")
-    return contents
+    return contents, average
 
 
 def _require_undamaged(path):

@@ -5,8 +5,10 @@ import torch
 from conftest import run_here, tiny_run
 from test_evaluate import evaluated, figures
 
+import evaluate
 from config import CONFIG
 from engine.cli.command_line import parse_command_line
+from engine.data.splits import open_splits
 from engine.inference.networks import load_networks
 from engine.inference.weight_files import find_weights
 from engine.run import checkpoint_files
@@ -22,6 +24,39 @@ def checkpoint(image_tree, tmp_path_factory):
     changes = {"epochs": 1, "warmup_epochs": 0, "swa_start_epoch": 0, "ema_half_life_images": 16, "ema_every_images": 8}
     assert run_here(tiny_run(image_tree, folder, blur_pool=True, val_resolution=64, **changes)) == 0
     return folder / "last.pt"
+
+
+def test_the_running_average_in_another_programs_checkpoint_is_told_and_can_be_taken(image_tree, tmp_path, capsys):
+    raw, average = (evaluate.build_model(CONFIG | {"architecture": "resnet18"}, 10).state_dict() for _ in range(2))
+    average["fc.bias"] = torch.arange(10.0)
+    torchvisions = {f"module.{key}": tensor for key, tensor in average.items()} | {"n_averaged": torch.tensor(7)}
+    files = {name: tmp_path / name for name in ("torchvision.pth", "timm.pth.tar", "without.pth")}
+    torch.save({"model": raw, "model_ema": torchvisions, "optimizer": {}, "epoch": 3}, files["torchvision.pth"])
+    torch.save({"state_dict": raw, "state_dict_ema": average, "arch": "resnet18"}, files["timm.pth.tar"])
+    torch.save({"model": raw}, files["without.pth"])
+    (tmp_path / "classes.txt").write_text("\n".join(open_splits(image_tree)["val"].classes))
+    flags = [f"--data-dir={image_tree}", f"--classes={tmp_path / 'classes.txt'}", "--architecture=resnet18", "--resolution=32"]
+    torch.save(average, tmp_path / "average.pth")
+    scores = {}
+    for name, kind, noted in (
+        ("torchvision.pth", "auto", True),
+        ("torchvision.pth", "ema", False),
+        ("without.pth", "ema", False),
+        ("average.pth", "auto", False),
+    ):
+        assert evaluated(tmp_path / name, *flags, f"--weights={kind}") == 0
+        said = capsys.readouterr()
+        assert [line.startswith("note: ") and "--weights ema" in line for line in said.err.splitlines()] == [True] * noted
+        scores[name, kind] = figures(said.out)
+    assert scores["torchvision.pth", "ema"] == scores["average.pth", "auto"] != scores["torchvision.pth", "auto"]
+    assert scores["without.pth", "ema"] == scores["torchvision.pth", "auto"]
+    for name in ("torchvision.pth", "timm.pth.tar"):
+        found = find_weights(f"{files[name]}:ema", "resnet18")
+        assert found.weights.keys() == average.keys() and torch.equal(found.weights["fc.bias"], average["fc.bias"])
+        assert found.name == f"{files[name]}, running average"
+        assert ":ema" in find_weights(str(files[name]), "resnet18").remarks[0]
+    with pytest.raises(CheckpointError, match=r"without.pth holds no running average \(model_ema or state_dict_ema\)"):
+        find_weights(f"{files['without.pth']}:ema", "resnet18")
 
 
 def saved_again(checkpoint, path, without=(), **changes):
