@@ -9,7 +9,7 @@ import torch
 
 from engine.inference.model_card import accuracy_in_words, facts_of_runs, hub_card, hub_config, model_card, model_facts
 from engine.inference.networks import class_labels
-from engine.inference.outputs import CARD_MARK, TIMM_CONFIG_MARK, is_export, user_error_on_failure
+from engine.inference.outputs import CARD_MARK, TIMM_CONFIG_MARK, is_export, mark_in, user_error_on_failure
 from engine.run.weights import WEIGHTS
 from engine.system.environment import commit
 from engine.system.errors import UserError
@@ -91,7 +91,14 @@ def export_files(path):
     """Return {file: its mark for claim()} of an export, the model card last."""
     if is_folder(path):
         return {Path(path, HUB_WEIGHTS): is_export, Path(path, HUB_CONFIG): TIMM_CONFIG_MARK, Path(path, HUB_CARD): CARD_MARK}
-    return {Path(path): is_export, Path(path).with_suffix(".md"): CARD_MARK}
+    return {Path(path): is_export, _card_beside(Path(path)): CARD_MARK}
+
+
+def _card_beside(path):
+    """Return the path of an export's model card: model.md, or model.onnx.md where that is the card of model.pt."""
+    card = path.with_suffix(".md")
+    described = mark_in(card, CARD_MARK) if card.is_file() and os.access(card, os.R_OK) else None
+    return path.with_name(f"{path.name}.md") if described and described[1] != os.fsencode(path.name) else card
 
 
 def _export_folder(model, folder, facts):

@@ -5,6 +5,7 @@ from pathlib import Path
 from engine.data.loader import IMAGENET_MEAN, IMAGENET_STD
 from engine.inference.class_names import class_in_short
 from engine.inference.weight_files import BLURS, has_best_weights
+from engine.preparation.finding import are_numbers, class_order
 from engine.run import checkpoint_files
 from engine.run.records import read_records
 from engine.run.weights import WEIGHTS
@@ -84,6 +85,12 @@ def _epochs_in_words(checkpoint):
     return f"{epochs} epoch{'s' * (epochs != 1)} and {batches} batches" if batches else str(epochs)
 
 
+def _order_in_words(classes):
+    if classes != class_order(classes):
+        return "of the classes below, as the file names them"
+    return "of the classes' numbers" if are_numbers(classes) else "of the classes' sorted names"
+
+
 def model_card(path, facts, price_per_hour=None):
     """Return the model card of an exported file, in Markdown."""
     run, resolution = facts["run"], facts["resolution"]
@@ -100,7 +107,7 @@ def model_card(path, facts, price_per_hour=None):
     row("mean, std", f"{tuple(facts['mean'])}, {tuple(facts['std'])}")
     resized = round(resolution / facts["crop_ratio"])
     row("preparation", f"shorter side resized to {resized} px with antialiasing, centre crop of {resolution} px")
-    row("output", "logits, one a class, in the order of the classes' sorted names")
+    row("output", f"logits, one a class, in the order {_order_in_words(facts['classes'])}")
     row("training data", f"{run['train_images']:,} images" if "train_images" in run else None)
     row("epochs", run.get("epochs"))
     row("weights", run.get("weights"))

@@ -59,3 +59,27 @@ def test_weights_that_were_trained_on_since_or_whose_records_are_anothers_have_n
     assert row_of(alone, "validation accuracy", "--weights=raw") == "not measured"
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 2, "val_top1": 99.0, "best_top1": 99.0, "seconds": 1.0}\n')
     assert row_of(alone, "validation accuracy", "--weights=raw") == "not measured"  # another run's records
+
+
+def test_the_card_says_in_which_order_the_outputs_are(run, tmp_path):
+    classes = checkpoint_files.read(run / "last.pt")["classes"]
+    assert row_of(run / "last.pt", "output") == "logits, one a class, in the order of the classes' sorted names"
+    for names, order in (
+        (classes[::-1], "of the classes below, as the file names them"),
+        ([str(number) for number in range(10)], "of the classes' numbers"),
+    ):
+        (tmp_path / "classes.txt").write_text("\n".join(names))
+        said = row_of(run / "last.pt", "output", f"--classes={tmp_path / 'classes.txt'}")
+        assert said == f"logits, one a class, in the order {order}"
+
+
+def test_each_of_two_exports_of_one_stem_has_a_card_of_its_own(run, tmp_path):
+    pytest.importorskip("safetensors")
+    first, second = tmp_path / "model.pt", tmp_path / "model.safetensors"
+    for _ in range(2):  # each replaces its own
+        assert evaluated(run / "last.pt", "--weights=raw", "--export", first) == 0
+        assert evaluated(run / "last.pt", "--weights=ema", "--export", second) == 0
+        for card, path, weights in (("model.md", first, "raw weights"), ("model.safetensors.md", second, "running average")):
+            text = (tmp_path / card).read_text()
+            assert f"Weights in `{path.name}`" in text and f"| weights | {weights} |" in text
+    assert len(list(tmp_path.iterdir())) == 4
