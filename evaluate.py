@@ -152,6 +152,8 @@ def flag_problems(parsed):
             yield f"--{flag.replace('_', '-')} belongs to --{owner}"
     if parsed.split == "train" and not parsed.scores:
         yield "--split: belongs to scores, not to --classify or --export"
+    if parsed.weights == "all" and not parsed.scores:
+        yield "--weights all: belongs to scores, not to --classify or --export: name one kind"
     if parsed.classify and parsed.export:
         yield "--classify and --export: one at a time"
     if parsed.average and (parsed.classify or len(parsed.checkpoints) < 2):

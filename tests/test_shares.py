@@ -49,7 +49,47 @@ def test_networks_of_different_shares_are_not_scored_together(shares, tmp_path, 
     assert both.count("never trained on") == 1 and "on 20 images" in both
     evaluated(capsys, runs[0.4] / "last.pt", f"--export={tmp_path / 'w.pt'}")
     first = evaluated(capsys, tmp_path / "w.pt", runs[0.4] / "last.pt", f"--data-dir={images}")
-    assert "on 20 images" in first  # those of the share, though the first file tells of none
+    assert "on 20 images" in first
+
+
+def test_an_exported_network_is_scored_on_the_images_that_its_run_split_off_and_warns_a_run_with_another_share(
+    shares, tmp_path, capsys
+):
+    pytest.importorskip("safetensors")
+    images, runs = shares
+    splits = {share: open_shares(images, share)[0] for share in runs}
+    for name in ("w.pt", "w.safetensors"):
+        evaluated(capsys, runs[0.4] / "last.pt", f"--export={tmp_path / name}")
+        said = evaluated(capsys, tmp_path / name, f"--data-dir={images}")
+        assert "never trained on" in said and "on 20 images" in said
+        assert "on 40 images" in evaluated(capsys, tmp_path / name, f"--data-dir={images}", "--split=train")
+        with pytest.raises(DataError, match="other images for validation"):
+            evaluated(capsys, tmp_path / name, runs[0.2] / "last.pt", f"--data-dir={images}")
+        found = find_weights(str(tmp_path / name), "resnet18")
+        assert remarks_on_share(found, splits[0.4]) == []
+        assert len(remarks_on_share(found, splits[0.2])) == 1
+    with pytest.raises(DataError, match="as many images .* under other names"):
+        evaluated(capsys, tmp_path / "w.pt", f"--data-dir={renamed(images, tmp_path / 'moved')}")
+    evaluated(capsys, tmp_path / "w.pt", f"--export={tmp_path / 'again.pt'}")
+    assert "on 20 images" in evaluated(capsys, tmp_path / "again.pt", f"--data-dir={images}")
+    both = [runs[0.4] / "last.pt", runs[0.4] / "best.pt"]
+    evaluated(capsys, *both, "--average", f"--export={tmp_path / 'mean.pt'}")
+    assert "on 20 images" in evaluated(capsys, tmp_path / "mean.pt", f"--data-dir={images}")
+
+
+def test_a_folder_that_is_no_longer_the_runs_own_is_scored_with_a_warning_that_it_may_have_been_trained_on(
+    shares, tmp_path, capsys
+):
+    images, runs = shares
+    moved = shutil.copytree(images, tmp_path / "moved")
+    next(moved.glob("*/*.jpg")).unlink()
+    evaluated(capsys, runs[0.2] / "last.pt", f"--export={tmp_path / 'w.pt'}")
+    fewer = shutil.copytree(images, tmp_path / "fewer")
+    shutil.rmtree(min(fewer.iterdir()))
+    for path in (runs[0.2] / "last.pt", tmp_path / "w.pt"):
+        for folder in (moved, fewer):
+            warning, *rest = evaluated(capsys, path, f"--data-dir={folder}").splitlines()
+            assert warning.startswith("WARNING: ") and "the accuracy is too high" in warning, rest
 
 
 def test_renamed_images_make_another_share_and_are_refused(shares, tmp_path, capsys):

@@ -44,12 +44,11 @@ def print_classes(networks, paths, device, resolution=None, contact_sheet=None):
     Returns:
         1 if a file could not be read, else 0.
     Raises:
-        UserError: the networks know different classes, or no image was classified.
+        UserError: the networks know different classes, or some do not name theirs; or no image was classified.
     """
     first = networks[0]
     precision, classes = first.config["precision"], class_labels(first)
-    if any((network.classes or classes) != classes for network in networks):
-        raise UserError("these checkpoints were trained on different classes: classify with one at a time")
+    _require_same_classes(networks)
     skipped, seen = [], []
 
     def probabilities(images):
@@ -72,6 +71,21 @@ def print_classes(networks, paths, device, resolution=None, contact_sheet=None):
     if not seen:
         raise UserError(f"no image was classified in {', '.join(paths)}")
     return 1 if skipped else 0
+
+
+def _require_same_classes(networks):
+    """Raise UserError unless the outputs of all networks are known to be the same classes, in the same order."""
+    first = networks[0]
+    for other in networks[1:]:
+        if class_labels(other) == class_labels(first):
+            continue
+        unnamed = [network for network in (first, other) if network.classes is None]
+        if len(unnamed) == 1:
+            raise UserError(
+                f"{unnamed[0].path} does not name its classes: classify with one at a time, or name a file with one class per "
+                "line, in the order of the outputs of all: --classes FILE"
+            )
+        raise UserError("these checkpoints were trained on different classes: classify with one at a time")
 
 
 def image_files(paths, skip, log):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from engine.inference.model_card import facts_of_runs, hub_card, hub_config, model_card, model_facts
+from engine.inference.model_card import accuracy_in_words, facts_of_runs, hub_card, hub_config, model_card, model_facts
 from engine.inference.networks import class_labels
-from engine.inference.outputs import CARD_MARK, TIMM_CONFIG_MARK, is_export, user_error_on_failure
+from engine.inference.outputs import CARD_MARK, TIMM_CONFIG_MARK, is_export, mark_in, user_error_on_failure
 from engine.run.weights import WEIGHTS
 from engine.system.environment import commit
 from engine.system.errors import UserError
@@ -31,17 +31,14 @@ def export_network(network, members, path, price_per_hour=None):
         path: as for export(); a folder gets its model card as README.md.
         price_per_hour: of the machine, for the model card; or None.
     """
-    checkpoint, config, best = network.checkpoint, network.config, network.checkpoint.get("best", {})
-    accuracy = None
-    if best and best["epoch"] == checkpoint["epoch"] and best["weights"] == network.kind:
-        crop = f"{config['val_resolution']} px centre crop (ratio {config['val_crop_ratio']:.4g}), no test-time augmentation"
-        accuracy = f"top-1 {best['top1']:.2f} %, {crop}"
     words = {kind: weights.in_words for kind, weights in WEIGHTS.items()} | {"mean": network.name}
     run = {
         "weights": words.get(network.kind, "as in the file"),
         "made_with": f"PyTorch {torch.__version__}, commit {commit()}",
     } | facts_of_runs([member for member in members if member.checkpoint])
-    facts = model_facts(config, class_labels(network), network.class_names, accuracy, run)
+    share = next((member.share for member in members if member.share), {})
+    names, accuracy = network.class_names, accuracy_in_words(network)
+    facts = model_facts(network.config, class_labels(network), names, accuracy, run, share)
     folder, (*_, card) = is_folder(path), export_files(path)
     with user_error_on_failure("export", path):
         print(export(network.model.cpu().float(), path, facts))
@@ -94,7 +91,14 @@ def export_files(path):
     """Return {file: its mark for claim()} of an export, the model card last."""
     if is_folder(path):
         return {Path(path, HUB_WEIGHTS): is_export, Path(path, HUB_CONFIG): TIMM_CONFIG_MARK, Path(path, HUB_CARD): CARD_MARK}
-    return {Path(path): is_export, Path(path).with_suffix(".md"): CARD_MARK}
+    return {Path(path): is_export, _card_beside(Path(path)): CARD_MARK}
+
+
+def _card_beside(path):
+    """Return the path of an export's model card: model.md, or model.onnx.md where that is the card of model.pt."""
+    card = path.with_suffix(".md")
+    described = mark_in(card, CARD_MARK) if card.is_file() and os.access(card, os.R_OK) else None
+    return path.with_name(f"{path.name}.md") if described and described[1] != os.fsencode(path.name) else card
 
 
 def _export_folder(model, folder, facts):

@@ -47,24 +47,28 @@ def open_matching_splits(networks, data_dir, needed):
 def _shares_of_run(network, data_dir, remark):
     """Return the splits of a run whose validation images are a share of its folder, if that is what data_dir holds.
 
-    They are told by their numbers, classes and names: another folder of class folders is a test set, and scored whole.
+    They are told by their numbers, classes and names: another folder of class folders is a test set, and scored whole. Which
+    of its images the run was trained on cannot be told.
 
     Args:
         remark: called with each line for the user.
     """
-    run, share = network.checkpoint, network.config["val_share"]
-    opened = open_shares(data_dir, share) if run and share and Path(data_dir).is_dir() else None
+    run = network.share
+    opened = open_shares(data_dir, run["val_share"]) if run and Path(data_dir).is_dir() else None
     if opened is None:
         return None
     splits, remarks = opened
     here = len(splits["train"]), len(splits["val"]), splits["train"].classes
     if here != (run["train_images"], run["val_images"], run["classes"]):
-        if Path(data_dir).resolve() == Path(run["config"]["data_dir"]).resolve():
+        if network.checkpoint and Path(data_dir).resolve() == Path(network.checkpoint["config"]["data_dir"]).resolve():
             raise DataError(
                 f"{data_dir} holds other images than when {network.path} was trained: which of them it has not seen cannot be "
                 "told; name other ones with --data-dir"
             )
-        remark(f"note: all images in {data_dir} are scored; the run's own validation images were a share of another folder")
+        remark(
+            f"WARNING: the images in {data_dir} are scored, but the run's own validation images were a share of another folder "
+            "or of this one as it was: if it was trained on some of these, the accuracy is too high"
+        )
         return None
     if run.get("share_digests") not in (None, share_digests(splits)):  # None: an older run
         raise DataError(

@@ -4,17 +4,20 @@ from pathlib import Path
 
 from engine.data.loader import IMAGENET_MEAN, IMAGENET_STD
 from engine.inference.class_names import class_in_short
-from engine.inference.weight_files import BLURS
+from engine.inference.weight_files import BLURS, has_best_weights
+from engine.preparation.finding import are_numbers, class_order
 from engine.run import checkpoint_files
 from engine.run.records import read_records
+from engine.run.weights import WEIGHTS
 
 
-def model_facts(config, classes, class_names, accuracy, run):
+def model_facts(config, classes, class_names, accuracy, run, share):
     """Return what whoever uses the weights must know, as a dict of plain values.
 
     Args:
         accuracy: in words, with resolution and test-time augmentation, or None where it was not measured.
         run: dict of what is known of the training run.
+        share: of a Network: so that nobody scores the weights on images that they were trained on.
     """
     blurs = [name for key, name in BLURS.items() if config[key]]
     return {
@@ -28,7 +31,30 @@ def model_facts(config, classes, class_names, accuracy, run):
         "class_names": class_names,
         "accuracy": accuracy,
         "run": run,
+        "share": share,
     }
+
+
+def accuracy_in_words(network):
+    """Return how well a Network scored when its run validated these very weights, with resolution; None if it did not."""
+    top1, config = _measured_top1(network), network.config
+    if top1 is None:
+        return None
+    crop = f"{config['val_resolution']} px centre crop (ratio {config['val_crop_ratio']:.4g}), no test-time augmentation"
+    return f"top-1 {top1:.2f} %, {crop}"
+
+
+def _measured_top1(network):
+    checkpoint = network.checkpoint
+    if network.kind not in WEIGHTS or not checkpoint or checkpoint["batch"] > 0:  # trained on since
+        return None
+    best = checkpoint["best"]
+    if has_best_weights(checkpoint) and best["weights"] == network.kind:
+        return best["top1"]
+    for record in read_records(network.path.parent / checkpoint_files.RECORDS):
+        if record["epoch"] == checkpoint["epoch"] and record.get("best_top1") == best["top1"]:  # of this run, not of another
+            return record.get(f"{WEIGHTS[network.kind].column}_top1")
+    return None
 
 
 def facts_of_runs(networks):
@@ -40,7 +66,8 @@ def facts_of_runs(networks):
         return ", ".join(dict.fromkeys(map(str, values)))
 
     facts = {key: listed(network.checkpoint.get(key) for network in networks) for key in ("recipe", "hardware")}
-    facts |= {"epochs": listed(n.checkpoint["epoch"] for n in networks), "seed": listed(n.config["seed"] for n in networks)}
+    epochs = listed(_epochs_in_words(network.checkpoint) for network in networks)
+    facts |= {"epochs": epochs, "seed": listed(network.config["seed"] for network in networks)}
     if len(images := {network.checkpoint["train_images"] for network in networks}) == 1:
         facts["train_images"] = images.pop()
     records = []
@@ -51,6 +78,17 @@ def facts_of_runs(networks):
         facts["hours"] = sum(record["seconds"] for record in records) / 3600
         facts["energy_wh"] = sum(record.get("gpu_energy_wh", 0) for record in records)
     return facts
+
+
+def _epochs_in_words(checkpoint):
+    epochs, batches = checkpoint["epoch"], checkpoint["batch"]
+    return f"{epochs} epoch{'s' * (epochs != 1)} and {batches} batches" if batches else str(epochs)
+
+
+def _order_in_words(classes):
+    if classes != class_order(classes):
+        return "of the classes below, as the file names them"
+    return "of the classes' numbers" if are_numbers(classes) else "of the classes' sorted names"
 
 
 def model_card(path, facts, price_per_hour=None):
@@ -69,7 +107,7 @@ def model_card(path, facts, price_per_hour=None):
     row("mean, std", f"{tuple(facts['mean'])}, {tuple(facts['std'])}")
     resized = round(resolution / facts["crop_ratio"])
     row("preparation", f"shorter side resized to {resized} px with antialiasing, centre crop of {resolution} px")
-    row("output", "logits, one a class, in the order of the classes' sorted names")
+    row("output", f"logits, one a class, in the order {_order_in_words(facts['classes'])}")
     row("training data", f"{run['train_images']:,} images" if "train_images" in run else None)
     row("epochs", run.get("epochs"))
     row("weights", run.get("weights"))

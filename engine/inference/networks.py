@@ -1,13 +1,13 @@
 """Networks from files: a run's checkpoints, or weights alone with torchvision's keys."""
 
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from engine.inference.class_matching import read_class_file
-from engine.inference.weight_files import chosen_kinds, read_weights, without_prefix
-from engine.run import checkpoint_files
+from engine.inference.weight_files import chosen_kinds, read_checkpoint, read_weights, without_prefix
 from engine.run.weights import WEIGHTS
 from engine.system.device import choose_precision
 from engine.system.errors import CheckpointError
@@ -24,6 +24,7 @@ class Network(NamedTuple):
     classes: list | None  # None: weights alone do not tell
     class_names: dict  # {class: what people call it}, as far as known
     checkpoint: dict  # without its tensors; empty for weights alone
+    share: dict  # of a run whose validation images were a share of its folder: what they are known by; else empty
 
 
 def class_labels(network):
@@ -48,9 +49,12 @@ def load_networks(path, kinds, defaults, build):
     """
     path = Path(path)
     try:
-        checkpoint = checkpoint_files.read(path)
+        checkpoint, remarks = read_checkpoint(path)
     except CheckpointError as error:
-        return [_network_of_weights(read_weights(path, error), path, defaults, build)]
+        found = read_weights(path, error, kinds)
+        _print_remarks(found.remarks)
+        return [_network_of_weights(found, path, defaults, build)]
+    _print_remarks(remarks)
     kinds = chosen_kinds(checkpoint, kinds, path)
     config = defaults | checkpoint["config"]
     tensors = {weights.checkpoint_key for weights in WEIGHTS.values()} | {"optimizer", "sums", "rng"}
@@ -61,8 +65,23 @@ def load_networks(path, kinds, defaults, build):
         model.load_state_dict(without_prefix(checkpoint[WEIGHTS[kind].checkpoint_key]))
         name = f"{path}, {WEIGHTS[kind].in_words}"
         names = checkpoint.get("class_names", {})
-        networks.append(Network(name, path, kind, model, config, checkpoint["classes"], names, facts))
+        share = _share_of_run(checkpoint)
+        networks.append(Network(name, path, kind, model, config, checkpoint["classes"], names, facts, share))
     return networks
+
+
+def _share_of_run(checkpoint):
+    """Return the `share` of a checkpoint's Network; an older checkpoint does not tell for certain that there was one."""
+    share, digests = checkpoint["config"].get("val_share"), checkpoint.get("share_digests", "not told")
+    if not share or digests is None:
+        return {}
+    facts = {key: checkpoint.get(key) for key in ("train_images", "val_images", "share_digests", "classes")}
+    return {"val_share": share} | facts
+
+
+def _print_remarks(lines):
+    for line in lines:
+        print(line, file=sys.stderr)  # beside the results, whatever they are
 
 
 def _network_of_weights(found, path, defaults, build):
@@ -75,7 +94,8 @@ def _network_of_weights(found, path, defaults, build):
         model.load_state_dict(found.weights)
     except RuntimeError as error:
         raise CheckpointError(f"{path} holds no weights of a {config['architecture']}; --architecture names another") from error
-    return Network(found.name, path, "file", model, config, found.classes, facts.get("class_names", {}), {})
+    names, share = facts.get("class_names", {}), facts.get("share", {})
+    return Network(found.name, path, found.kind, model, config, found.classes, names, {}, share)
 
 
 def shared_precision(configs, device):

@@ -35,7 +35,7 @@ def picture_mark(source):
 
 SHEET_SOURCE, DETAILS_SOURCE = "evaluate.py --contact-sheet", "evaluate.py --details"
 PREVIEW_SOURCE, RANGE_TEST_SOURCE = "train.py --preview", "lr_finder.py"
-CARD_MARK = re.compile(rb"^# .+, \d+ classes\n\nWeights in `.+`, trained with the recipe `", re.MULTILINE)
+CARD_MARK = re.compile(rb"^# .+, \d+ classes\n\nWeights in `(.+)`, trained with the recipe `", re.MULTILINE)
 TIMM_CONFIG_MARK = re.compile(rb'"classifier": "fc"\s*\},\s*"label_names": \[')
 CLASSES_MARK = re.compile(rb"\Aclass,name,images,correct,top1,most_taken_for,times\n")
 CONFUSIONS_MARK = re.compile(rb"\Aclass,name,taken_for,taken_for_name,times,percent_of_class\n")
@@ -86,10 +86,13 @@ def _problem(path, mark, inputs):
 
 
 def _has_mark(path, mark):
-    if callable(mark):
-        return mark(path)
+    return mark(path) if callable(mark) else mark_in(path, mark) is not None
+
+
+def mark_in(path, mark):
+    """Return the match of a pattern of bytes in a file's head, or None."""
     with open(path, "rb") as file:
-        return mark.search(file.read(HEAD_BYTES)) is not None
+        return mark.search(file.read(HEAD_BYTES))
 
 
 def named_prefix(flag, prefix):

@@ -17,7 +17,9 @@ from engine.system.plain_json import parse_json
 
 TORCHVISION = "torchvision:"
 NESTED = ("state_dict", "model")  # where timm's and torchvision's training scripts keep the weights in their checkpoints
+NESTED_AVERAGES = ("model_ema", "state_dict_ema")  # and the running average of them
 PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")  # of averages and DistributedDataParallel, and of torch.compile
+NEEDED = ("config", "classes", "epoch", "batch", "best", "train_images")  # of a checkpoint, to use its weights
 BLURS = {"blur_pool": "BlurPool", "blur_max_pool": "blurred max-pool"}  # key: its name in exports
 
 
@@ -30,13 +32,16 @@ class FoundWeights(NamedTuple):
     classes: list | None
     facts: dict = {}  # an export's
     share_digests: dict | None = None  # of the images of a run with val_share
+    remarks: tuple = ()  # lines for the user
+    kind: str = "file"  # or 'ema', the running average in another program's checkpoint
 
 
 def find_weights(source, architecture):
     """Return the FoundWeights that config['initial_weights'] names.
 
     Args:
-        source: path of a file, with :raw, :averaged or :ema behind that of a checkpoint; or torchvision:NAME.
+        source: path of a file, with :raw, :averaged or :ema behind that of a checkpoint, or :ema behind that of another
+            program's; or torchvision:NAME.
         architecture: of the network that they are for.
     Raises:
         UserError: there are no such weights.
@@ -47,23 +52,65 @@ def find_weights(source, architecture):
     if not path or kind not in WEIGHTS:
         path, kind = source, "auto"
     try:
-        checkpoint = checkpoint_files.read(path)
+        checkpoint, remarks = read_checkpoint(path)
     except CheckpointError as error:
-        if kind != "auto":
+        if kind not in ("auto", "ema"):
             raise
-        return read_weights(path, error)
+        found = read_weights(path, error, kind)
+        if kind == "ema" and found.kind != "ema":
+            raise CheckpointError(f"{path} holds no running average ({' or '.join(NESTED_AVERAGES)})") from error
+        return found
     (kind,) = chosen_kinds(checkpoint, kind, path)
     network = {key: checkpoint["config"][key] for key in ("architecture", *BLURS) if key in checkpoint["config"]}
     weights = without_prefix(checkpoint[WEIGHTS[kind].checkpoint_key])
     in_words, digests = f"{path}, {WEIGHTS[kind].in_words}", checkpoint.get("share_digests")
-    return FoundWeights(in_words, weights, network, checkpoint["classes"], share_digests=digests)
+    return FoundWeights(in_words, weights, network, checkpoint["classes"], share_digests=digests, remarks=remarks)
+
+
+def read_checkpoint(path):
+    """Return (contents, remarks) of a run's checkpoint, also of one that was saved again with torch.save, unsealed.
+
+    People do that to share a smaller file, without the optimizer's state.
+
+    Raises:
+        CheckpointError: as of checkpoint_files.read; or what its weights cannot be used without is no longer there.
+    """
+    path = Path(path)
+    try:
+        return checkpoint_files.read(path), ()
+    except checkpoint_files.NotSealedError as error:
+        contents = _contents_or_none(path)
+        if not _is_checkpoint(contents) or (zipfile.is_zipfile(path) and zipfile.ZipFile(path).comment):
+            raise  # something else, or a seal that is damaged
+        checkpoint_files.require_known_version(contents, path)
+        _require_undamaged(path)
+        kinds = [weights.checkpoint_key for weights in WEIGHTS.values()]
+        missing = [key for key in NEEDED if key not in contents] + ["weights"] * (not any(map(contents.get, kinds)))
+        if missing:
+            raise CheckpointError(
+                f"{path} is a checkpoint of this program that was saved again without its {', '.join(missing)}: take the "
+                "original, or what evaluate.py --export makes of it"
+            ) from error
+    return contents, (f"WARNING: {path} was saved again by something else: what it says of its run and network is believed",)
+
+
+def _contents_or_none(path):
+    """Return what torch has saved in a file, None where that cannot be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # whatever is wrong with it, others say
+        return None
+
+
+def _is_checkpoint(contents):
+    return isinstance(contents, dict) and contents.get("format") == checkpoint_files.FORMAT
 
 
 def chosen_kinds(checkpoint, kinds, path):
     """Return the list of the kinds of weights to take from a checkpoint.
 
     Args:
-        kinds: 'all', 'auto' (the ones that scored best, if they are of the checkpoint's epoch; else averaged before raw ones),
+        kinds: 'all', 'auto' (the ones that scored best, if the checkpoint has those; else averaged before raw ones),
             or one of WEIGHTS.
         path: of the checkpoint, for messages.
     """
@@ -72,26 +119,32 @@ def chosen_kinds(checkpoint, kinds, path):
     if kinds == "all":
         return there
     if kinds == "auto":
-        best = checkpoint["best"]
-        if best["epoch"] == checkpoint["epoch"] and best["weights"] in there:
-            return [best["weights"]]
+        best = checkpoint["best"]["weights"]
+        if has_best_weights(checkpoint) and best in there:
+            return [best]
         return [next(kind for kind in PREFERENCE if kind in there)]
     if kinds not in there:
         raise CheckpointError(f"{path} holds no {WEIGHTS[kinds].in_words}; there are: {', '.join(there)}")
     return [kinds]
 
 
-def read_weights(path, no_checkpoint=None):
+def has_best_weights(checkpoint):
+    """Return whether a checkpoint's weights are of the epoch that scored best, and were not trained on since."""
+    return 0 < checkpoint["best"]["epoch"] == checkpoint["epoch"] and checkpoint["batch"] == 0
+
+
+def read_weights(path, no_checkpoint=None, kind="auto"):
     """Return the FoundWeights of a file with weights alone, or of another program's checkpoint.
 
     Args:
         no_checkpoint: the error to raise, where it says more, if the file holds no weights either.
+        kind: 'ema' takes the running average out of another program's checkpoint, if that has one.
     """
     path = Path(path)
     try:
-        weights = _read_tensors(path)
+        weights, average = _read_tensors(path, kind == "ema", no_checkpoint)
     except CheckpointError as error:
-        if no_checkpoint is None or (path.suffix == ".safetensors" and path.exists()):
+        if error is no_checkpoint or no_checkpoint is None or (path.suffix == ".safetensors" and path.exists()):
             raise
         if isinstance(no_checkpoint, checkpoint_files.NotSealedError):
             raise CheckpointError(
@@ -107,13 +160,23 @@ def read_weights(path, no_checkpoint=None):
         raise CheckpointError(f"{path} holds no weights of a ResNet with torchvision's keys: {some(list(weights), 3)}")
     if bad := [key for key, tensor in weights.items() if not all_finite(tensor)]:
         raise CheckpointError(f"{path} holds numbers that are not finite: {some(bad, 3)}; damaged, or of a run that diverged")
-    return FoundWeights(str(path), weights, network, facts.get("classes"), facts)
+    digests = facts.get("share", {}).get("share_digests")
+    found = FoundWeights(str(path), weights, network, facts.get("classes"), facts, digests)
+    if average and kind == "ema":
+        return found._replace(name=f"{path}, {WEIGHTS['ema'].in_words}", kind="ema")
+    note = f"note: {path} also holds a running average ({average}): evaluate.py --weights ema or initial_weights {path}:ema"
+    return found._replace(remarks=(note,)) if average else found
 
 
-def _read_tensors(path):
-    """Return the state dict that a file holds, by itself or nested."""
+def _read_tensors(path, take_average=False, no_checkpoint=None):
+    """Return the state dict that a file holds, by itself or nested, and the key of the running average beside it, or None.
+
+    Args:
+        take_average: return the running average, where there is one.
+        no_checkpoint: as of read_weights.
+    """
     if path.suffix == ".safetensors":
-        return checkpoint_files.read_plain_weights(path)
+        return checkpoint_files.read_plain_weights(path), None
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments that training scripts save beside them
             contents = torch.load(path, map_location="cpu", weights_only=True)
@@ -123,15 +186,19 @@ def _read_tensors(path):
                 f"{path} holds pickled objects, which could run any code and are not loaded: save the network's state_dict()"
             ) from error
         raise CheckpointError(f"{path} holds no weights: {first_line(error)}") from error
+    if _is_checkpoint(contents):
+        raise no_checkpoint or CheckpointError(f"{path} is a checkpoint of this program")
     _require_undamaged(path)
-    for key in NESTED:
+    nested = contents if isinstance(contents, dict) else {}
+    average = next((key for key in NESTED_AVERAGES if isinstance(nested.get(key), dict)), None)
+    for key in [average] if average and take_average else NESTED:
         if isinstance(contents, dict) and isinstance(contents.get(key), dict):
             contents = contents[key]
     if not isinstance(contents, dict) or not all(
         isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in contents.items()
     ):
         raise CheckpointError(f"{path} holds something else than weights")
-    return contents
+    return contents, average
 
 
 def _require_undamaged(path):

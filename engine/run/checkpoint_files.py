@@ -95,12 +95,17 @@ def read(path):
         raise CheckpointError(f"{path} is not a checkpoint of this program: {first_line(error)}") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of a training run")
+    require_known_version(checkpoint, path)
+    return checkpoint
+
+
+def require_known_version(checkpoint, path):
+    """Raise CheckpointError if a newer version of this program has written the checkpoint."""
     if checkpoint.get("version", VERSION) > VERSION:
         raise CheckpointError(
             f"{path} was written by a newer version of this program (its format is {checkpoint['version']}, this one reads "
             f"up to {VERSION}): update the program"
         )
-    return checkpoint
 
 
 def position(path):

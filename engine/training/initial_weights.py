@@ -21,7 +21,8 @@ def with_initial_weights(command):
         freeze = command.config["freeze"]
         warning = f"WARNING: freeze = {freeze!r} without initial_weights: what is frozen are random weights, and stay random"
         return command, None, [warning] if freeze != "none" else []
-    found, lines, followed = find_weights(source, command.config["architecture"]), [], {}
+    found, followed = find_weights(source, command.config["architecture"]), {}
+    lines = list(found.remarks)
     for key, value in found.network.items():
         present = command.config[key]
         if key in command.given and value != present:

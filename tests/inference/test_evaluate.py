@@ -373,6 +373,28 @@ def test_classify_says_what_the_network_says(runs, image_tree, capsys):
     assert best == f"{100 * shares.max().item():.1f} % {classes[int(shares.argmax())]}"
 
 
+def test_several_networks_classify_together_only_where_their_classes_are_known_to_be_the_same(
+    runs, image_tree, tmp_path, capsys
+):
+    ours, picture = runs / "a/last.pt", next((image_tree / "val").rglob("*.jpg"))
+    torch.save(checkpoint_files.read(runs / "a/last.pt")["model"], tmp_path / "unnamed.pt")
+    more = evaluate.build_model(CONFIG | {"architecture": "resnet18"}, 12)
+    torch.save(more.state_dict(), tmp_path / "more.pt")
+    flags = ["--architecture=resnet18", "--resolution=32", "--weights=raw", "--classify", picture]
+    for other in ("unnamed.pt", "more.pt"):
+        for paths in ((ours, tmp_path / other), (tmp_path / other, ours)):
+            with pytest.raises(UserError, match=rf"{other} does not name its classes.* --classes FILE"):
+                evaluated(*paths, *flags)
+    with pytest.raises(UserError, match="different classes"):
+        evaluated(tmp_path / "unnamed.pt", tmp_path / "more.pt", *flags)
+    (tmp_path / "classes.txt").write_text("\n".join(checkpoint_files.read(ours)["classes"]))
+    assert evaluated(ours, *flags) == 0
+    alone = capsys.readouterr().out
+    assert evaluated(ours, tmp_path / "unnamed.pt", *flags, f"--classes={tmp_path / 'classes.txt'}") == 0
+    assert capsys.readouterr().out == alone
+    assert evaluated(tmp_path / "unnamed.pt", tmp_path / "unnamed.pt", *flags) == 0
+
+
 # Weights for other programs ------------------------------------------------------------------------------------------
 
 
@@ -456,3 +478,10 @@ def test_an_unknown_form_and_flags_that_do_not_go_together_are_refused(runs, tmp
         with pytest.raises(SystemExit) as ended:
             evaluate.parse_arguments(flags)
         assert ended.value.code == 2
+
+
+def test_all_kinds_of_weights_at_once_are_for_scores_alone(capsys):
+    for flags in (["--export=m.pt"], ["--classify", "a.jpg"], ["a.pt", "b.pt", "--average", "--export=m.pt"]):
+        with pytest.raises(SystemExit):
+            evaluate.parse_arguments(["--weights=all", *flags])
+        assert "--weights all: belongs to scores, not to --classify or --export" in capsys.readouterr().err

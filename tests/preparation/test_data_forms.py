@@ -46,6 +46,9 @@ WHOLE_OR_REFUSED = """
 A compressed tar cannot be read from the middle: it is uncompressed to a file in DESTINATION first, which is deleted at the end.
 Everything else is read where it lies.
 
+EXIF rotation is ignored, in training, validation and `evaluate.py --classify` alike, as in torchvision's ImageFolder: images
+are seen as their pixels are stored.
+
 ## Whole or refused
 
 A tar must end as tars do, with blocks of zeros and nothing behind them, the outer one and each inner one; a bad header anywhere
