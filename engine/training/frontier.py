@@ -24,6 +24,7 @@ CANDIDATES = ("fast", "mild", "medium", "hot")
 LIKELIEST = "mild"  # what a machine is measured with; chosen, too, where nothing is published: the best at the shortest length
 MENU_HOURS = (6, 12, 25, 65)
 HALF = 0.5
+UNPROVEN = "  below them, as nobody has published it: recipe muon, mild with another optimizer (docs/recipes.md#muon)"
 IMAGENET_LIKE = (1_000, 1_000_000)  # classes, and training images at least
 
 
@@ -250,7 +251,7 @@ def menu(command, prospects, counts, remarks=()):
             for place, (text, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append(("  " + "  ".join(cells)).rstrip())
-    return [*lines, *remarks, "start one: python train.py --hours 12"]
+    return [*lines, UNPROVEN, *remarks, "start one: python train.py --hours 12"]
 
 
 # A plain run -----------------------------------------------------------------------------------------------------------

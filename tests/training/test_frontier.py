@@ -112,7 +112,8 @@ def test_a_plan_without_a_recipe_is_a_menu(tmp_path):
     flags = ["--plan", "--images-per-s=282", "--price-per-hour=0.752"]
     status, output = run_program("train.py", flags, cwd=tmp_path)
     assert status == 0, output
-    rows = [re.split(r" {2,}", line.strip()) for line in output.splitlines() if line.startswith("  ")]
+    *rows, unproven = [re.split(r" {2,}", line.strip()) for line in output.splitlines() if line.startswith("  ")]
+    assert "nobody has published it: recipe muon" in unproven[0]
     assert rows[0] == ["budget", "recipe", "epochs", "hours", "dollars", "top-1 on ImageNet-1K"]
     assert [row[:3] for row in rows[1:]] == [
         ["6 hours", "mild", "12"],

@@ -10,6 +10,7 @@ import torch
 from conftest import REPOSITORY, run_here, run_program, tiny_run
 
 import train
+from benchmarks.optimizer_results import newton_schulz_share
 from config import CONFIG, RECIPES
 from engine.cli.command_line import parse_command_line
 from engine.cli.keys import config_problems
@@ -195,6 +196,12 @@ def test_a_machine_is_measured_over_whole_periods_of_steps_that_take_longer(work
     pace = steady_pace(machine.batches(), work, workers, 2 * workers, 1.1, machine.clock, repeats=every)
     step = 0.05 * (1 + 1 / every) + (0.001 if not workers else 0.0)
     assert pace.images_per_s == pytest.approx(10 / step, rel=1e-6)
+
+
+@pytest.mark.parametrize("px", [128, 176, 224])
+def test_a_step_of_muon_takes_its_matrix_products_beside_what_the_stated_speed_says(px):
+    muon, mild = (rates_stated(282, CONFIG | RECIPES[name]).training_at(px) for name in ("muon", "mild"))
+    assert mild / muon - 1 == pytest.approx(newton_schulz_share("resnet50", px, 256), rel=0.04)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -8,6 +8,7 @@ import torch
 from conftest import run_here, run_program, tiny_run
 
 import train
+from benchmarks.optimizer_evidence import MUON as MUON_IN_STUDY
 from config import CONFIG, RECIPES
 from engine.cli.command_line import parse_command_line
 from engine.cli.keys import config_problems
@@ -223,3 +224,13 @@ def test_the_best_epoch_is_chosen_by_the_plain_figure(image_tree, tmp_path):
     plain = [value for record in records for name, value in record.items() if name in ("val_top1", "averaged_val_top1")]
     assert records[-1]["best_top1"] == max(plain)
     assert all("averaged_val_flip_top1" in record for record in records[1:])
+
+
+def test_the_muon_recipe_is_mild_with_another_optimizer_and_decays_as_in_the_study():
+    muon, mild = (CONFIG | RECIPES[name] for name in ("muon", "mild"))
+    optimizers = {"optimizer", "learning_rate", "weight_decay", "momentum", "decay_norms_and_biases"}
+    assert {key for key in CONFIG if muon[key] != mild[key]} == optimizers
+    steps_per_epoch = 1_281_167 // 256
+    shrinking = rates_of(muon, steps_per_epoch).sum() * muon["weight_decay"]  # the logarithm of what is left of a weight
+    in_study = 400 * 0.3 * MUON_IN_STUDY["weight_decay"] / 2  # the mean of warm-up and cosine is a half
+    assert shrinking == pytest.approx(in_study, rel=0.05)
