@@ -90,7 +90,8 @@ def draw_range_test(result, path, source):
         if result[name] is not None:
             label = f"{name}: {result[name]:.2g}"
             axis.axvline(result[name], color=colour, linestyle="-" if name == "suggestion" else ":", label=label)
-    low, high = min(result["smoothed_losses"]), result["smoothed_losses"][0]
+    smoothed = [loss for loss in result["smoothed_losses"] if loss is not None]
+    low, high = min(smoothed), smoothed[0]
     axis.set_ylim(low - 0.15 * (high - low), high + 0.6 * (high - low))
     axis.set_xscale("log")
     axis.set_title("Learning-rate range test", loc="left")

@@ -14,6 +14,7 @@ from engine.data.demo import make_demo_data
 from engine.inference import outputs
 from engine.system import errors
 from engine.system.errors import TrainingStopped
+from engine.training import range_test as range_test_module
 from engine.training.range_test import range_test, suggest
 
 
@@ -55,6 +56,35 @@ def test_the_suggestion_keeps_its_distance_from_the_cliff():
     found = suggest(rates, cliff)
     assert found["suggestion"] <= found["divergence"] / 3.9
     assert "quarter" in found["reason"]
+
+
+HARDEST_FIRST = """
+.0545 .0096 .0056 .0118 .0151 .0011 .0006 .0090  .0444 .0084 .0055 .0102 .0134 .0010 .0006 .0071
+.0296 .0065 .0058 .0075 .0102 .0008 .0005 .0041  .0118 .0040 .0062 .0041 .0058 .0006 .0004 .0018
+.0037 .0024 .0046 .0017 .0026 .0004 .0003 .0009  .0011 .0006 .0011 .0006 .0012 .0002 .0003 .0005
+.0003 .0002 .0010 .0002 .0006 .0001 .0001 .0002  .0001 .0001 .0001 .0001 .0002 .0000 .0000 .0001
+"""  # the demo's ResNet-18 after its training, AdamW from 1e-5 to 1 in 100 steps; a row has two laps of 8 batches
+
+
+def test_the_order_of_unlike_batches_changes_the_suggestion_little():
+    rates, losses = geometric(), np.zeros(100)
+    losses[:64] = np.array(HARDEST_FIRST.split(), dtype=float)
+    suggestions = []
+    for order in [range(8), range(7, -1, -1), *(np.random.default_rng(seed).permutation(8) for seed in range(10))]:
+        reordered = losses.copy()
+        reordered[:96] = losses[:96].reshape(12, 8)[:, list(order)].ravel()
+        suggestions.append(suggest(rates, reordered)["suggestion"])
+    assert min(suggestions) > 8e-5 and max(suggestions) < 2.5 * min(suggestions)
+    assert suggestions[0] == 1.1e-4
+
+
+def test_the_hardness_of_batches_changes_the_suggestion_little():
+    rates = geometric()
+    clean = np.array(falling_and_rising(rates, 3e-3))
+    expected = suggest(rates, clean)["suggestion"]
+    for seed in range(10):
+        hardness = np.tile(np.random.default_rng(seed).uniform(0.1, 1.9, 8), 13)[:100]
+        assert expected / 1.6 < suggest(rates, clean * hardness)["suggestion"] < expected * 1.6
 
 
 def test_the_rate_rises_exponentially_and_the_test_stops_on_divergence():
@@ -162,6 +192,25 @@ def test_the_suggestion_is_said_where_the_files_cannot_be_written_any_more(image
     printed = capfd.readouterr()
     assert "suggested learning_rate: " in printed.out and "no regular file" in printed.err
     assert (tmp_path / "lr.json").is_fifo()
+
+
+@pytest.mark.slow
+def test_the_order_of_a_trained_networks_batches_changes_the_suggestion_little(image_tree, tmp_path, monkeypatch):
+    flags = tiny_run(image_tree, tmp_path / "run", epochs=12, swa_start_epoch=0, learning_rate=0.003)
+    assert run_here(flags) == 0
+    in_order = range_test_module.training_requests
+    suggestions = []
+    for first in (0, 2, 4):
+
+        def requests(*arguments, first=first, **options):
+            lap = list(in_order(*arguments, **options))
+            return lap[first:] + lap[:first]
+
+        monkeypatch.setattr(range_test_module, "training_requests", requests)
+        own = [f"--initial-weights={tmp_path}/run/last.pt:raw", f"--output={tmp_path}/lr{first}"]
+        lr_finder.main(parse_command_line([*flags, *own], lr_finder.OWN_FLAGS))
+        suggestions.append(json.loads((tmp_path / f"lr{first}.json").read_text())["suggestion"])
+    assert max(suggestions) < 2 * min(suggestions)
 
 
 @pytest.mark.slow
