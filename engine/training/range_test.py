@@ -18,6 +18,8 @@ from engine.training.optim import peak_rates
 
 DIVERGED = 2.0  # times the lowest mean over a lap: the test has seen enough
 RISEN = 0.1  # of its whole fall, which the loss has risen again: the rate is too high
+CLEAR = 8  # standard deviations of the noise; noise alone falls by more in 1 of 2,000 simulated tests of 100 steps
+LEAST_DEPTH = 0.01  # of the first loss; a smaller fall tells nothing
 LONGEST_SKIPPED_ROW = 31  # steps in a row without a finite gradient: diverged, and not a loss scale that is still falling
 FEWEST_POINTS = 10
 BATCHES_IN_CYCLE = 8
@@ -85,6 +87,8 @@ def suggest(rates, losses, lap=BATCHES_IN_CYCLE):
         dict: `smoothed_losses`, None for half a lap at either end; `steepest`, the rate at which the smoothed loss falls
         fastest; `valley`, the middle (in log rate) of the longest descent; `divergence`, the rate at which the loss has
         risen from its minimum by a tenth of what it had fallen, or None if it never did; `suggestion` and its `reason`.
+        Where the curve tells no rate, `suggestion` is None and `advice` says what to try; where no fall stands out of the
+        noise, steepest, valley and divergence are None, too.
     """
     log_rates, losses = np.log(rates), np.asarray(losses)
     means, centres = _lap_means(losses, lap), _lap_means(log_rates, lap)
@@ -95,6 +99,15 @@ def suggest(rates, losses, lap=BATCHES_IN_CYCLE):
     depth = smooth[top] - smooth[bottom]
     at_rates = np.interp(log_rates, centres, smooth, left=math.nan, right=math.nan).tolist()
     readings = {"smoothed_losses": [None if math.isnan(loss) else loss for loss in at_rates]}
+    lower = f"begin lower: --lowest-rate {rates[0] / 100:.2g}"
+    least = max(CLEAR * _noise(losses[: max(bottom, 2) + lap], lap), LEAST_DEPTH * abs(smooth[0]))
+    if depth <= least:
+        unread = dict.fromkeys(("steepest", "valley", "divergence"))
+        if smooth.max() - smooth[bottom] > least:
+            return readings | unread | _nothing("the loss only rises", lower)
+        advice = "try more images, a larger batch_size or other rates"
+        return readings | unread | _nothing("the loss falls by no more than it varies", advice)
+
     risen = np.flatnonzero(smooth[bottom:] > smooth[bottom] + RISEN * depth)
     divergence = math.exp(centres[bottom + int(risen[0])]) if len(risen) else None
     readings |= {
@@ -109,12 +122,28 @@ def suggest(rates, losses, lap=BATCHES_IN_CYCLE):
         reason = "a quarter of the rate at which the loss rises again, which comes soon after its steepest fall"
         if divergence is None:
             reason = "a quarter of the highest rate tested, close to which the loss falls fastest"
+    early = "the loss falls at the lowest rate already"
+    if suggestion < rates[0]:
+        return readings | _nothing(f"{early} and rises soon", lower)
+    if slopes[0] < 0.9 * slopes[steepest]:
+        return readings | _nothing(f"{early} as fast as anywhere", lower)
     return readings | {"suggestion": float(f"{suggestion:.2g}"), "reason": reason}
+
+
+def _nothing(reason, advice):
+    """Return what suggest() says of a curve that tells no rate."""
+    return {"suggestion": None, "reason": reason, "advice": advice}
 
 
 def _lap_means(values, lap):
     """Return the mean of each `lap` values in a row: each batch counts once, so that their order and hardness cancel out."""
     return np.convolve(values, np.full(lap, 1 / lap), "valid")
+
+
+def _noise(losses, lap):
+    """Return the standard deviation of a smoothed loss' noise, from what a batch's change in a lap differs from the next's."""
+    of_one = np.median(np.abs(np.diff(losses[lap:] - losses[:-lap]))) / 2 / 0.6745  # four losses; median to deviation
+    return of_one / math.sqrt(lap)
 
 
 def _smoothed(values, width):
@@ -162,6 +191,8 @@ def find_learning_rate(trials, config, batches, monitor, lowest, highest, steps)
 
 def describe_rates(result):
     """Return the sentence that a range test's result amounts to."""
+    if result["suggestion"] is None:
+        return f"no learning_rate is suggested: {result['reason']}; {result['advice']}, or train at the recipe's rate"
     divergence = f"{result['divergence']:.2g}" if result["divergence"] else f"not reached up to {result['rates'][-1]:.2g}"
     return (
         f"suggested learning_rate: {result['suggestion']:g} ({result['reason']}; steepest descent {result['steepest']:.2g}, "

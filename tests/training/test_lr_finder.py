@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import pytest
 from conftest import run_here, run_program, tiny_run
 
 import lr_finder
+import train
 from engine.cli.command_line import parse_command_line
 from engine.cli.keys import ConfigError
 from engine.data.demo import make_demo_data
@@ -15,7 +17,7 @@ from engine.inference import outputs
 from engine.system import errors
 from engine.system.errors import TrainingStopped
 from engine.training import range_test as range_test_module
-from engine.training.range_test import range_test, suggest
+from engine.training.range_test import USUAL_RANGE, range_test, suggest
 
 
 def falling_and_rising(rates, best):
@@ -87,6 +89,34 @@ def test_the_hardness_of_batches_changes_the_suggestion_little():
         assert expected / 1.6 < suggest(rates, clean * hardness)["suggestion"] < expected * 1.6
 
 
+LOWER = "--lowest-rate 1e-07"
+RISES, VARIES = ("the loss only rises", LOWER), ("the loss falls by no more than it varies", "more images")
+EARLY = "the loss falls at the lowest rate already"
+
+
+@pytest.mark.parametrize(
+    ("loss_of_step", "expected"),
+    [
+        (lambda n, noise: 2.3, VARIES),
+        (lambda n, noise: 0.0, VARIES),
+        (lambda n, noise: 2.3 + 0.01 * noise, VARIES),
+        (lambda n, noise: (0.02, 0.03, 0.01, 0.02, 0.05, 0.3, 0.2, 0.15)[n % 8], VARIES),
+        (lambda n, noise: 2 + n / 50, RISES),
+        (lambda n, noise: 2 + math.exp(n / 8) + 0.01 * noise, RISES),
+        (lambda n, noise: 0.1 + 2.2 * math.exp(-n / 20) + 0.005 * noise, (f"{EARLY} as fast as anywhere", LOWER)),
+        (lambda n, noise: 4 - n / 50, (f"{EARLY} as fast as anywhere", LOWER)),
+        (lambda n, noise: 2.3 - 0.1 * min(n, 9) + max(n - 12, 0), (f"{EARLY} and rises soon", LOWER)),
+    ],
+)
+def test_a_curve_that_tells_nothing_suggests_nothing_and_says_why(loss_of_step, expected):
+    noise = np.random.default_rng(0).normal(size=100)
+    steps = itertools.count()
+    found = range_test(lambda rate, batch: (loss_of_step(n := next(steps), noise[n]), True), range(1000), 1e-5, 1.0, 100)
+    assert (found["suggestion"], found["reason"]) == (None, expected[0])
+    assert expected[1] in found["advice"]
+    assert (found["steepest"] is None) == (found["valley"] is None) == (expected in (RISES, VARIES))
+
+
 def test_the_rate_rises_exponentially_and_the_test_stops_on_divergence():
     seen = []
 
@@ -155,11 +185,11 @@ def test_a_refusal_is_one_line_and_status_2(image_tree, tmp_path):
 
 
 def test_the_range_is_the_one_asked_for(image_tree, tmp_path):
-    flags = ["--lowest-rate=1e-4", "--highest-rate", "1e-3", "--steps=20", f"--output={tmp_path / 'found'}"]
+    flags = ["--lowest-rate=1e-5", "--highest-rate", "1e-2", "--steps=20", f"--output={tmp_path / 'found'}"]
     status, output = run_program("lr_finder.py", [*tiny_run(image_tree, tmp_path / "run"), *flags])
     assert status == 0, output
     rates = json.loads((tmp_path / "found.json").read_text())["rates"]
-    np.testing.assert_allclose(rates, np.geomspace(1e-4, 1e-3, 20)[: len(rates)])
+    np.testing.assert_allclose(rates, np.geomspace(1e-5, 1e-2, 20)[: len(rates)])
 
 
 def test_files_that_cannot_or_must_not_be_written_are_refused_before_the_test(image_tree, tmp_path, monkeypatch, capfd):
@@ -192,6 +222,35 @@ def test_the_suggestion_is_said_where_the_files_cannot_be_written_any_more(image
     printed = capfd.readouterr()
     assert "suggested learning_rate: " in printed.out and "no regular file" in printed.err
     assert (tmp_path / "lr.json").is_fifo()
+
+
+def test_a_real_test_that_tells_nothing_ends_with_status_1_and_honest_files(image_tree, tmp_path, capfd):
+    flags = [
+        *tiny_run(image_tree, tmp_path / "run"),
+        "--lowest-rate=1e-9",
+        "--highest-rate=1e-8",
+        "--steps=20",
+        f"--output={tmp_path}/lr",
+    ]
+    command = parse_command_line(flags, lr_finder.OWN_FLAGS)
+    assert errors.run_program("lr_finder.py", lr_finder.main, command) == 1
+    said = "lr_finder.py: no learning_rate is suggested: the loss falls by no more than it varies; try more images"
+    printed = capfd.readouterr()
+    assert printed.err.startswith(said) and "wrote " in printed.out and "suggested learning_rate" not in printed.out
+    found = json.loads((tmp_path / "lr.json").read_text())
+    assert [found[name] for name in ("suggestion", "steepest", "valley", "divergence")] == [None] * 4
+    assert found["reason"] in said and len(found["losses"]) == 20
+    assert (tmp_path / "lr.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_learning_rate_auto_stops_before_the_training_where_the_test_tells_nothing(image_tree, tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(USUAL_RANGE, "adamw", (1e-9, 1e-8, 20))
+    command = parse_command_line(tiny_run(image_tree, tmp_path / "run", learning_rate="auto"), train.OWN_FLAGS)
+    assert errors.run_program("train.py", train.main, command) == 1
+    printed = capfd.readouterr().err
+    assert "train.py: --learning-rate auto: no learning_rate is suggested: the loss falls by no more than it varies" in printed
+    assert "without --learning-rate the recipe's rate" in printed
+    assert not list((tmp_path / "run").glob("*.pt"))
 
 
 @pytest.mark.slow
