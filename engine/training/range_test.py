@@ -104,7 +104,7 @@ def suggest(rates, losses, lap=BATCHES_IN_CYCLE):
     if depth <= least:
         unread = dict.fromkeys(("steepest", "valley", "divergence"))
         if smooth.max() - smooth[bottom] > least:
-            return readings | unread | _nothing("the loss only rises", lower)
+            return readings | unread | _nothing("the loss only rises", f"{lower}, try more images or a larger batch_size")
         advice = "try more images, a larger batch_size or other rates"
         return readings | unread | _nothing("the loss falls by no more than it varies", advice)
 

@@ -132,14 +132,16 @@ def test_the_rate_rises_exponentially_and_the_test_stops_on_divergence():
 
 
 def test_steps_that_amp_skips_are_taken_again_at_the_same_rate():
-    seen = []
+    seen, taken = [], []
 
     def step(rate, batch):
         seen.append(rate)
+        taken.append(batch)
         return 1.0 / (1 + rate), len(seen) > 16  # a loss scale of 2**16 that has to come down first
 
     result = range_test(step, range(1000), 1e-5, 1.0, 30)
     assert seen[:17] == [1e-5] * 17
+    assert taken == [0] * 16 + list(range(30))  # so that a lap has each batch once
     assert len(result["rates"]) == 30
 
 
