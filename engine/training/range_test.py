@@ -186,6 +186,8 @@ def find_learning_rate(trials, config, batches, monitor, lowest, highest, steps)
     drawn = monitor.watch(batches.training(itertools.cycle(lap), set()))
     result = range_test(step, drawn, lowest, highest, steps, len(lap))
     monitor.finish()
+    if config["optimizer"] == "muon" and result["suggestion"] is None:  # what falls may be what AdamW learns
+        result["advice"] += ", lower --adamw-learning-rate for the test"
     return result
 
 
