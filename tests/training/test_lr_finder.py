@@ -16,7 +16,6 @@ from engine.data.demo import make_demo_data
 from engine.inference import outputs
 from engine.system import errors
 from engine.system.errors import TrainingStopped
-from engine.training import range_test as range_test_module
 from engine.training.range_test import USUAL_RANGE, range_test, suggest
 
 
@@ -253,25 +252,6 @@ def test_learning_rate_auto_stops_before_the_training_where_the_test_tells_nothi
     assert "train.py: --learning-rate auto: no learning_rate is suggested: the loss falls by no more than it varies" in printed
     assert "without --learning-rate the recipe's rate" in printed
     assert not list((tmp_path / "run").glob("*.pt"))
-
-
-@pytest.mark.slow
-def test_the_order_of_a_trained_networks_batches_changes_the_suggestion_little(image_tree, tmp_path, monkeypatch):
-    flags = tiny_run(image_tree, tmp_path / "run", epochs=12, swa_start_epoch=0, learning_rate=0.003)
-    assert run_here(flags) == 0
-    in_order = range_test_module.training_requests
-    suggestions = []
-    for first in (0, 2, 4):
-
-        def requests(*arguments, first=first, **options):
-            lap = list(in_order(*arguments, **options))
-            return lap[first:] + lap[:first]
-
-        monkeypatch.setattr(range_test_module, "training_requests", requests)
-        own = [f"--initial-weights={tmp_path}/run/last.pt:raw", f"--output={tmp_path}/lr{first}"]
-        lr_finder.main(parse_command_line([*flags, *own], lr_finder.OWN_FLAGS))
-        suggestions.append(json.loads((tmp_path / f"lr{first}.json").read_text())["suggestion"])
-    assert max(suggestions) < 2 * min(suggestions)
 
 
 @pytest.mark.slow
