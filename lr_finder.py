@@ -1,7 +1,8 @@
 """Find a learning rate before training: python lr_finder.py [--recipe NAME] [--KEY VALUE ...]
 
 Runs the learning-rate range test (arXiv:1506.01186) with train.py's own step on the same images, prints a suggestion for
-`learning_rate` and writes lr_finder.png and lr_finder.json. It touches no run and no checkpoint.
+`learning_rate` and writes lr_finder.png and lr_finder.json. It touches no run and no checkpoint. Where the curve tells no
+rate, it says why and what to try, and ends with status 1.
 """
 
 import sys
@@ -37,7 +38,7 @@ from engine.system.device import (
     set_up_arithmetic,
 )
 from engine.system.distributed import refuse_several
-from engine.system.errors import run_program
+from engine.system.errors import TrainingStopped, run_program
 from engine.system.files import replacing
 from engine.system.gpu_memory import OUTSIDE_STEPS, stop_on_oom
 from engine.system.interruption import Interrupted, StopRequest
@@ -99,13 +100,16 @@ def main(command):
             return cause.exit_code
         finally:
             batches.close()
-        monitor.log(describe_rates(result))
+        if result["suggestion"] is not None:
+            monitor.log(describe_rates(result))
         with user_error_on_failure("output", prefix):
             with replacing(f"{prefix}.json", "w") as file:
                 file.write(to_json(result | {"config": config}) + "\n")
             drawn = draw_range_test(result, f"{prefix}.png", RANGE_TEST_SOURCE)
         picture = f" and {prefix}.png" if drawn else "; matplotlib is not installed, so no picture"
         monitor.log(f"wrote {prefix}.json{picture}")
+        if result["suggestion"] is None:
+            raise TrainingStopped(describe_rates(result))
     return 0
 
 

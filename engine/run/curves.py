@@ -90,12 +90,15 @@ def draw_range_test(result, path, source):
         if result[name] is not None:
             label = f"{name}: {result[name]:.2g}"
             axis.axvline(result[name], color=colour, linestyle="-" if name == "suggestion" else ":", label=label)
-    low, high = min(result["smoothed_losses"]), result["smoothed_losses"][0]
-    axis.set_ylim(low - 0.15 * (high - low), high + 0.6 * (high - low))
+    if result["steepest"] is not None:  # else all that there is to see
+        smoothed = [loss for loss in result["smoothed_losses"] if loss is not None]
+        low, high = min(smoothed), smoothed[0]
+        axis.set_ylim(low - 0.15 * (high - low), high + 0.6 * (high - low))
     axis.set_xscale("log")
-    axis.set_title("Learning-rate range test", loc="left")
+    nothing = f"\nno rate is suggested: {result['reason']}" if result["suggestion"] is None else ""
+    axis.set_title(f"Learning-rate range test{nothing}", loc="left")
     axis.set_xlabel("learning rate")
     axis.set_ylabel("training loss")
-    axis.legend(frameon=False, loc="lower left")
+    axis.legend(frameon=False, loc="upper left" if result["steepest"] is None else "lower left")
     save_figure(figure, path, source)
     return True

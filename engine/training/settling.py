@@ -8,7 +8,7 @@ from engine.preparation.trees import IMAGENET_COUNTS
 from engine.run.monitor import Monitor
 from engine.system import distributed
 from engine.system.device import choose_device, choose_precision, set_up_arithmetic
-from engine.system.errors import DataError
+from engine.system.errors import DataError, TrainingStopped
 from engine.system.host_memory import keep_freed_memory
 from engine.system.plain_json import to_json
 from engine.training import frontier
@@ -122,10 +122,18 @@ def plan_for(command, config, counts, measure):
 
 
 def with_found_rate(config, trials, batches, monitor):
-    """Return the configuration with the learning rate that a range test suggests."""
+    """Return the configuration with the learning rate that a range test suggests.
+
+    Raises:
+        TrainingStopped: it suggests none; hours at a rate that nothing speaks for are not begun.
+    """
     found = find_learning_rate(trials, config, batches, monitor, *USUAL_RANGE[config["optimizer"]])
+    rate = distributed.broadcast_from_rank0(found["suggestion"])
+    if rate is None:
+        advice = "lr_finder.py with the same flags draws the curve; without --learning-rate the recipe's rate is trained with"
+        raise TrainingStopped(f"--learning-rate auto: {describe_rates(found)}. {advice}")
     monitor.log(describe_rates(found))
-    config = config | {"learning_rate": distributed.broadcast_from_rank0(found["suggestion"])}
+    config = config | {"learning_rate": rate}
     monitor.log_to_file(f"configuration: {to_json(config)}")  # the final one
     monitor.event("configuration", config=config)
     return config

@@ -197,11 +197,12 @@ def test_the_range_test_looks_for_the_filters_rate_and_leaves_adamws():
         watch = lambda self, batches: batches  # noqa: E731
 
     config = MUON | {"train_resolution": 32, "compile": "off", "scale_learning_rate": True}
-    find_learning_rate(
+    found = find_learning_rate(
         Trials(step, train.build_model, 5, torch.device("cpu"), "fp32"), config, Batches(), Monitor(), 1e-4, 1e-2, 20
     )
     assert [rates[0] for rates in seen] == pytest.approx([1e-4 * 100 ** (n / 19) * 8 / 256 for n in range(20)])
     assert {tuple(rates[1:]) for rates in seen} == {(0.003 * 8 / 256,) * 2}
+    assert found["suggestion"] is None and found["advice"].endswith("lower --adamw-learning-rate for the test")
 
 
 def test_nesterov_is_no_choice_with_muon():
