@@ -24,6 +24,7 @@ from engine.preparation.packing import (
     is_prepared,
     job_id,
     pack_split,
+    refuse_to_replace_source,
     write_manifest,
 )
 from engine.system.console import protect_output
@@ -48,13 +49,14 @@ def prepare(arguments):
     packing = Packing(destination, packed_jpeg, arguments.shorter_side, arguments.quality, arguments.num_workers)
     source = find_source(arguments)
     job = job_id(source, packing)
-    if arguments.overwrite:
-        delete_packed(destination)
-    if is_prepared(destination, job):
+    refuse_to_replace_source(source, destination)
+    if not arguments.overwrite and is_prepared(destination, job):
         print(f"{destination} is prepared already, from the same images in the same way")
         delete_uncompressed(destination)
         return 0
     announce(source, packing)
+    if arguments.overwrite:
+        delete_packed(destination)
     with StopRequest() as stop:
         try:
             writers = {split: pack_split(source, split, packing, job, stop) for split in source.splits}

@@ -21,7 +21,7 @@ from torchvision.models import ResNet50_Weights
 from tqdm import tqdm
 
 from engine.preparation.archives import ParquetRow
-from engine.preparation.finding import WNID
+from engine.preparation.finding import WNID, is_image_name
 from engine.preparation.packed import PackedSplit, PackedWriter, packed_schema, unfinished_files
 from engine.preparation.trees import IMAGENET_COUNTS
 from engine.system.errors import DataError
@@ -84,6 +84,18 @@ def job_id(source, packing):
 def packed_files(destination):
     """Return {split: path of its packed file}."""
     return {split: destination / f"{split}.arrow" for split in IMAGENET_IMAGES}
+
+
+def refuse_to_replace_source(source, destination):
+    """Raise DataError where a packed file that would be replaced is one that the source's images are read from."""
+    files = {entry.place.file for entries in source.splits.values() for entry in entries}
+    packed = [path for path in packed_files(destination).values() if path.exists()]
+    for file in files if packed else ():
+        if not is_image_name(os.fsdecode(file)) and (own := next((p for p in packed if os.path.samefile(p, file)), None)):
+            raise DataError(
+                f"{own} is a part of SOURCE and would be replaced: name another DESTINATION, or, where other images in "
+                "SOURCE are meant, move it away"
+            )
 
 
 def delete_packed(destination):

@@ -126,3 +126,46 @@ def test_an_unfinished_preparation_of_other_images_is_not_mixed_with_this_one(lo
     image_folder(tmp_path / "other", ORIGINALS)
     with pytest.raises(DataError, match="another preparation"):
         prepare(tmp_path / "other", destination)
+
+
+# What is there is kept, and gone on with ------------------------------------------------------------------------------
+
+SMALL = encoded(photo(40, 48), quality=85)
+
+
+def small_tree(folder, images=4, classes=("cat", "dog")):
+    """Write a tree of small images, each with its number behind its end, and so with bytes of its own."""
+    files = {
+        f"{split}/{name}/{n}.jpg": SMALL + b"%03d" % n for split in ("train", "val") for name in classes for n in range(images)
+    }
+    return write_files(folder, files)
+
+
+def files_in(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_source_is_never_replaced_by_its_own_preparation(tmp_path):
+    tree = small_tree(tmp_path / "tree")
+    assert prepare(tree, tmp_path / "packed") == 0
+    assert prepare(tree, tree) == 0  # beside train/ and val/
+    (tmp_path / "link").symlink_to(tmp_path / "packed")
+    for source, destination in (("packed", "packed"), ("packed", "link"), ("link", "packed"), ("tree", "tree")):
+        before = files_in(tmp_path / "packed")
+        for flags in ([], ["--shorter-side=32"], ["--shorter-side=32", "--overwrite"]):
+            with pytest.raises(DataError, match="is a part of SOURCE and would be replaced: name another") as refused:
+                prepare(tmp_path / source, tmp_path / destination, *flags)
+            assert "--overwrite" not in str(refused.value)
+        assert files_in(tmp_path / "packed") == before
+    assert prepare(tmp_path / "packed", tmp_path / "smaller", "--shorter-side=32") == 0
+
+
+def test_nothing_is_deleted_before_a_disk_without_room_is_refused(tmp_path, monkeypatch):
+    tree = small_tree(tmp_path / "tree")
+    prepare(tree, tmp_path / "packed")
+    before = files_in(tmp_path / "packed")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=-(10**6)))
+    with pytest.raises(DataError, match="free, and about"):
+        prepare(tree, tmp_path / "packed", "--shorter-side=32", "--overwrite")
+    assert files_in(tmp_path / "packed") == before
