@@ -300,13 +300,14 @@ def _of_rows(kind, found, keep_order):
     """
     names, class_names, rows = found.names, found.class_names, found.rows
     if names is None:
+        rows = _with_labels_alike(rows)
         seen = {label for _, label, _ in rows["train"] if label is not None}
         if all(isinstance(label, int) for label in seen):
             if max(seen, default=0) >= MOST_CLASSES:
                 raise DataError(f"the labels go up to {max(seen)}: they number something else; classes are numbered from 0")
             names = [str(number) for number in range(max(seen, default=-1) + 1)]
         else:
-            names = class_order({str(label) for label in seen})
+            names = class_order(seen)
     label_of = {label: label for label in range(len(names))} | {name: label for label, name in enumerate(names)}
     wnids = {}
     for name, label, _ in rows["train"]:
@@ -334,6 +335,17 @@ def _of_rows(kind, found, keep_order):
             splits[split].sort(key=lambda entry: (entry.label, entry.name))
     remarks = found.remarks + [line for split in SPLITS for line in left_out[split].lines(split)]
     return Source(kind, list(classes), splits, dict(class_names), remarks)
+
+
+def _with_labels_alike(rows):
+    """Return the rows of all splits with labels that are all int, or all text: a number is no index where others are names."""
+    labels = {label for of_split in rows.values() for _, label, _ in of_split}
+    if all(isinstance(label, (int, type(None))) for label in labels):
+        return rows
+    return {
+        split: [(name, label if label is None else str(label), place) for name, label, place in of_split]
+        for split, of_split in rows.items()
+    }
 
 
 # What is known -------------------------------------------------------------------------------------------------------

@@ -297,7 +297,7 @@ def read_shards(files):
                 member, place = parts[images[0]]
                 rows[split].append((PurePosixPath(member).name, label, place))
         remarks += left_out.lines(split)
-    return Rows(rows, None, {}, remarks)
+    return Rows(_as_numbers(rows), None, {}, remarks)
 
 
 def _label_of_sample(parts, path):
@@ -308,10 +308,22 @@ def _label_of_sample(parts, path):
         elif ".json" in parts:
             facts = json_object(parts[".json"][1].read())
             label = next((facts[key] for key in ("label", "cls") if key in facts), None)
-            if not isinstance(label, (int, str, type(None))):
+            if not isinstance(label, (int, str, type(None))) or isinstance(label, bool):
                 raise ValueError(f"a number or a name is expected, not {type(label).__name__}")
         else:
             return None
     except ValueError as error:
         raise DataError(f"{path} holds a label that cannot be read ({error})") from error
-    return int(label) if isinstance(label, str) and label.isdigit() else label
+    return None if str(label).startswith("-") and _is_number(str(label)[1:]) else label  # -1 is what unlabelled images have
+
+
+def _is_number(text):
+    return text.isascii() and text.isdigit() and len(text) < 19
+
+
+def _as_numbers(rows):
+    """Return the rows of all splits with labels that are int, where all are numbers; else as they are."""
+    labels = {label for of_split in rows.values() for _, label, _ in of_split}
+    if not all(isinstance(label, int) or _is_number(label) for label in labels):
+        return rows
+    return {split: [(name, int(label), place) for name, label, place in of_split] for split, of_split in rows.items()}
