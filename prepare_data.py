@@ -18,9 +18,10 @@ from engine.preparation.archives import delete_uncompressed
 from engine.preparation.forms import Options, open_source
 from engine.preparation.packing import (
     Packing,
+    ReadFailed,
     add_known_class_names,
     announce,
-    delete_packed,
+    files_to_overwrite,
     is_prepared,
     job_id,
     pack_split,
@@ -51,16 +52,17 @@ def prepare(arguments):
     job = job_id(source, packing)
     refuse_to_replace_source(source, destination)
     if not arguments.overwrite and is_prepared(destination, job):
-        print(f"{destination} is prepared already, from the same images in the same way")
+        print(f"{destination} is prepared already, from images of the same names and sizes in the same way")
         delete_uncompressed(destination)
         return 0
-    announce(source, packing)
-    if arguments.overwrite:
-        delete_packed(destination)
+    overwritten = files_to_overwrite(destination, job) if arguments.overwrite else []
+    announce(source, packing, overwritten)
+    for path in overwritten:
+        path.unlink()
     with StopRequest() as stop:
         try:
             writers = {split: pack_split(source, split, packing, job, stop) for split in source.splits}
-        except (Interrupted, WorkerDied, OSError) as cause:
+        except (Interrupted, ReadFailed, WorkerDied, OSError) as cause:
             stop_asked = stop.cause is not None  # then a worker that got the signal as well is no cause of its own
             what = f"stopped by {stop.cause}" if stop_asked else f"stopped: {cause}"
             print(f"{what}. The same command goes on from here", file=sys.stdout if stop_asked else sys.stderr)
