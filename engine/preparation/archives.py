@@ -77,7 +77,8 @@ class ParquetRow(NamedTuple):
     column: str  # 'image.bytes', or 'image'
 
     def read(self):
-        content = _row_group(self.file, self.row_group, self.column)[self.row].as_py()
+        value = _row_group(self.file, self.row_group, self.column)[self.row].as_py()
+        content = (value or {}).get("bytes") if self.column.endswith(".bytes") else value
         if content is None:
             raise OSError(f"{self.file} holds no bytes in row {self.row} of row group {self.row_group}")
         return content
@@ -87,8 +88,7 @@ class ParquetRow(NamedTuple):
 def _row_group(file, row_group, column):
     import pyarrow.parquet
 
-    content = pyarrow.parquet.ParquetFile(file).read_row_group(row_group, columns=[column]).column(0).combine_chunks()
-    return content.field(0) if column.endswith(".bytes") else content
+    return pyarrow.parquet.ParquetFile(file).read_row_group(row_group, columns=[column]).column(0)
 
 
 # Listings: every regular file in an archive ---------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from engine.preparation.trees import SPLIT_NAMES, SPLITS
 from engine.system.errors import DataError
 from engine.system.plain_json import json_object
 
+LARGEST_ROW_GROUP = 2**30  # bytes of images; each worker holds one, and from 2 GiB on Arrow cannot read it
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels", "fine_label")  # where no metadata say which
 
 
@@ -132,10 +133,18 @@ def _rows_of_group(file, path, group, image, label):
     kind = file.schema_arrow.field(image).type
     in_struct = pa.types.is_struct(kind)
     has_path = in_struct and kind.get_field_index("path") >= 0
+    column = f"{image}.bytes" if in_struct else image
+    parts = file.metadata.row_group(group)
+    chunks = [parts.column(number) for number in range(parts.num_columns)]
+    size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
+    if size > LARGEST_ROW_GROUP:
+        raise DataError(
+            f"{path} holds a row group of {size / 1e6:,.0f} MB of images, more than the {LARGEST_ROW_GROUP / 1e6:,.0f} MB that "
+            "a worker can take at once: write it anew in smaller ones, as pandas' and pyarrow's row_group_size=1000 does"
+        )
     table = file.read_row_group(group, columns=[label] + ([f"{image}.path"] if has_path else []))
     labels = table[label].to_pylist()
     paths = table[image].combine_chunks().field(0).to_pylist() if has_path else [None] * len(labels)
-    column = f"{image}.bytes" if in_struct else image
     return [
         (name or f"{path.stem}-{group:05d}-{row:05d}.JPEG", label, ParquetRow(str(path), group, row, column))
         for row, (label, name) in enumerate(zip(labels, paths, strict=True))
@@ -159,7 +168,8 @@ def _columns(schema, path, image_column, label_column):
         return holds_bytes(field.type)
 
     def holds_labels(field):
-        return pa.types.is_integer(field.type) or pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type  # pandas' categories
+        return pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
     def chosen(asked, kind, usual, fits, flag, words):
         candidates = [name for name in schema.names if typed.get(name) == kind]

@@ -1,5 +1,6 @@
 """A preparation that is killed, stopped or out of room loses nothing: the same command goes on to the same files."""
 
+import errno
 import os
 import shutil
 import signal
@@ -341,3 +342,11 @@ def test_overwrite_keeps_what_this_very_job_has_begun_and_no_other(half_done, ca
     said = capsys.readouterr().out
     assert "going on" not in said and "prepared already" not in said
     assert_same_files(packed, (tree, whole))
+
+
+def test_a_file_system_without_fsync_will_do(tmp_path, monkeypatch):
+    def cannot(descriptor):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", cannot)
+    assert prepare(small_tree(tmp_path / "tree"), tmp_path / "packed") == 0

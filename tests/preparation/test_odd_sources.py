@@ -83,3 +83,33 @@ def test_true_and_false_are_no_labels(tmp_path):
     webdataset(tmp_path, ORIGINALS, label=lambda wnid: ("json", b'{"label": true}'))
     with pytest.raises(DataError, match="a number or a name is expected, not bool"):
         forms.open_source(tmp_path)
+
+
+# Parquet -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_struct", [True, False])
+def test_a_row_group_that_fills_the_workers_memory_is_refused_with_the_cure(in_struct, tmp_path, monkeypatch):
+    import pyarrow.parquet
+
+    images = [SMALL + bytes([n]) for n in range(8)]
+    column = [{"bytes": image, "path": f"{n}.jpg"} for n, image in enumerate(images)] if in_struct else images
+    table = pyarrow.table({"image": column, "label": [0, 1] * 4})
+    for split in ("train", "val"):
+        pyarrow.parquet.write_table(table, tmp_path / f"{split}.parquet", row_group_size=4)
+    source = forms.open_source(tmp_path)
+    assert [entry.place.read() for entry in source.splits["train"]] == images
+    monkeypatch.setattr("engine.preparation.tables.LARGEST_ROW_GROUP", 20 * len(SMALL))
+    forms.open_source(tmp_path)
+    monkeypatch.setattr("engine.preparation.tables.LARGEST_ROW_GROUP", 2 * len(SMALL))
+    with pytest.raises(DataError, match=r"train.parquet holds a row group of .* MB .* row_group_size=1000"):
+        forms.open_source(tmp_path)
+
+
+def test_labels_that_pandas_calls_categories_are_labels(tmp_path):
+    import pyarrow.parquet
+
+    labels = pyarrow.array(["dog", "cat", "dog"]).dictionary_encode()
+    for split in ("train", "val"):
+        pyarrow.parquet.write_table(pyarrow.table({"image": [SMALL] * 3, "label": labels}), tmp_path / f"{split}.parquet")
+    assert list(classes_of(forms.open_source(tmp_path)).values()) == ["dog", "cat", "dog"]
