@@ -393,9 +393,9 @@ FORMS = (
     ),
     Form(
         "a tree of folders",
-        "a folder with train/<class>/<image> and val/<class>/<image>; validation/, valid/ or test/ do for val/, and links may "
-        "lead anywhere: ImageNet sorted into folders, ImageNet-100, Imagenette, Imagewoof, tiny-imagenet-200, Kaggle's "
-        f"ILSVRC/Data/CLS-LOC with its flat val and LOC_val_solution.csv or {DEVKIT}",
+        "a folder with train/<class>/<image> and val/<class>/<image>; validation/, valid/ or test/<class>/ do for val/, and "
+        "links may lead anywhere: ImageNet sorted into folders, ImageNet-100, Imagenette, Imagewoof, tiny-imagenet-200, "
+        f"Kaggle's ILSVRC/Data/CLS-LOC with its flat val and LOC_val_solution.csv or {DEVKIT}",
         "the folders' names; val_annotations.txt, LOC_val_solution.csv or the kit where val is flat",
         True,
         _is_folder_of_images,

@@ -5,8 +5,17 @@ import json
 
 import pytest
 from conftest import encoded, photo
-from published_forms import ORIGINALS, WNIDS, webdataset
+from published_forms import (
+    ENGLISH,
+    ORIGINALS,
+    WNIDS,
+    kaggle_tree,
+    tiny_imagenet_tree,
+    webdataset,
+    write_files,
+)
 
+from engine.data.splits import open_splits
 from engine.preparation import forms
 from engine.system.errors import DataError
 
@@ -113,3 +122,107 @@ def test_labels_that_pandas_calls_categories_are_labels(tmp_path):
     for split in ("train", "val"):
         pyarrow.parquet.write_table(pyarrow.table({"image": [SMALL] * 3, "label": labels}), tmp_path / f"{split}.parquet")
     assert list(classes_of(forms.open_source(tmp_path)).values()) == ["dog", "cat", "dog"]
+
+
+# A test folder without labels ----------------------------------------------------------------------------------------
+
+
+def own_classes(folder, *more):
+    files = {f"train/{name}/{n}.jpg": SMALL for name in ("cat", "dog") for n in range(5)}
+    return write_files(folder, files | dict.fromkeys(more, SMALL))
+
+
+@pytest.mark.parametrize("test", ["test/1.jpg", "test/images/1.jpg", "test/test/1.jpg"])
+def test_a_test_folder_without_labels_is_no_validation_split(test, tmp_path):
+    said = []
+    splits = open_splits(own_classes(tmp_path, test), log=said.append, val_share=0.2)
+    assert {name: len(images) for name, images in splits.items()} == {"train": 8, "val": 2}
+    assert "note: test/ is no validation split: its images lie in no folder of a class" in said
+    for open_it in (open_splits, forms.open_source):
+        with pytest.raises(DataError, match="no images in val/.*test/ is no validation split.*--val-share 0.2") as refused:
+            open_it(tmp_path)
+        assert "ILSVRC" not in str(refused.value)
+
+
+def test_a_test_folder_with_labels_is_one_as_before(tmp_path):
+    said = []
+    splits = open_splits(own_classes(tmp_path, "test/cat/1.jpg", "test/emu/1.jpg"), log=said.append, val_share=0.2)
+    assert {name: len(images) for name, images in splits.items()} == {"train": 10, "val": 1}
+    assert not any("is no validation split" in line for line in said)
+    assert len(open_splits(write_files(tmp_path / "t", {"test/cat/1.jpg": SMALL}), ("val",))["val"]) == 1
+
+
+def test_imagenets_files_are_named_where_the_classes_are_imagenets_alone(tmp_path):
+    own_classes(tmp_path / "own", "val/1.jpg")
+    with pytest.raises(DataError, match=r"val/ in .* is flat, .*folders of their classes, .*--val-share 0.2") as refused:
+        open_splits(tmp_path / "own")
+    assert "ILSVRC" not in str(refused.value) and "LOC_val" not in str(refused.value)
+    write_files(tmp_path / "wnids", {f"train/{WNIDS[0]}/1.jpg": SMALL, "val/1.jpg": SMALL})
+    with pytest.raises(DataError, match="is flat: its labels are in LOC_val_solution.csv .Kaggle. or ILSVRC2012_devkit"):
+        open_splits(tmp_path / "wnids")
+
+
+# Files with labels and names ------------------------------------------------------------------------------------------
+
+SOLUTION, NAMES, TINY = "LOC_val_solution.csv", "LOC_synset_mapping.txt", "val/val_annotations.txt"
+HEADER = "ImageId,PredictionString\n"
+
+
+@pytest.fixture
+def kaggles(tmp_path):
+    """A function that returns Kaggle's tree with other bytes in one of its text files."""
+
+    def with_text(file, change):
+        folder = kaggle_tree(tmp_path / str(len(list(tmp_path.iterdir()))), ORIGINALS)
+        (folder / file).write_bytes(change((folder / file).read_text()))
+        return folder
+
+    return with_text
+
+
+def with_bom(text):
+    return text.encode("utf-8-sig")
+
+
+@pytest.mark.parametrize("file", [SOLUTION, NAMES])
+def test_a_byte_order_mark_is_passed_over(file, kaggles):
+    source = forms.open_source(kaggles(file, with_bom))
+    assert (source.classes, source.class_names, len(source.splits["val"])) == (WNIDS, ENGLISH, 6)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "reason"),
+    [
+        (SOLUTION, lambda text: text.encode("utf-16"), "is no text in UTF-8"),
+        (SOLUTION, lambda text: text.encode("utf-16-le"), "is no text in UTF-8"),
+        (SOLUTION, lambda text: text.replace(",", ";").encode(), "line 2: .*ImageId,PredictionString"),
+        (SOLUTION, lambda text: f"{HEADER}ILSVRC2012_val_00000001,\n".encode(), "line 2"),
+        (SOLUTION, lambda text: f"{HEADER},n01440764 1 2 3 4\n".encode(), "line 2"),
+        (SOLUTION, lambda text: f"{HEADER}ILSVRC2012_val_00000001\n".encode(), "line 2"),
+        (SOLUTION, lambda text: f"{HEADER}{'x' * 200_000},n01440764\n".encode(), "field larger"),
+        (SOLUTION, lambda text: b"\xff\xff", "is no text in UTF-8"),
+        (NAMES, lambda text: text.encode("utf-16"), "is no text in UTF-8"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_list_that_cannot_be_read_is_refused_by_its_name(file, change, reason, kaggles):
+    folder = kaggles(file, change)
+    for open_it in (forms.open_source, open_splits):
+        with pytest.raises(DataError, match=rf"{file}.* {reason}"):
+            open_it(folder)
+
+
+def test_odd_lines_of_a_list_of_names_are_passed_over(kaggles):
+    source = forms.open_source(kaggles(NAMES, lambda text: f"{text}\nn01440764 \n\n \n".encode()))
+    assert source.class_names == ENGLISH
+
+
+def test_annotations_that_cannot_be_read_are_refused_by_their_name(tmp_path):
+    tree = tiny_imagenet_tree(tmp_path, ORIGINALS)
+    whole = (tree / TINY).read_text()
+    for text in (whole.replace("\t", " "), f"{whole}val_9.JPEG\n", f"{whole}val_9.JPEG\t\t1\n"):
+        (tree / TINY).write_text(text)
+        with pytest.raises(DataError, match=r"val_annotations.txt, line \d: .*a tab and its class"):
+            forms.open_source(tree)
+    (tree / TINY).write_bytes(with_bom(whole))
+    assert len(forms.open_source(tree).splits["val"]) == 6
