@@ -41,7 +41,11 @@ def main(arguments):
     with folder_lock(arguments.destination, "DESTINATION", print, "prepare into another folder") as lock:
         if lock.note:
             print(lock.note)
-        return prepare(arguments)
+        try:
+            return prepare(arguments)
+        except DataError:  # after any other end the same command goes on, and needs them
+            delete_uncompressed(arguments.destination)
+            raise
 
 
 def prepare(arguments):
@@ -75,12 +79,8 @@ def prepare(arguments):
 def find_source(arguments):
     """Return the Source that is to be packed; raise DataError if there is none that is whole."""
     print(f"looking at {arguments.source} ...", flush=True)
-    try:
-        options = Options(arguments.destination, arguments.image_column, arguments.label_column)
-        source = open_source(arguments.source, options)
-    except DataError:
-        delete_uncompressed(arguments.destination)
-        raise
+    options = Options(arguments.destination, arguments.image_column, arguments.label_column)
+    source = open_source(arguments.source, options)
     add_known_class_names(source)
     return source
 

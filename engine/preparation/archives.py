@@ -24,6 +24,7 @@ from typing import NamedTuple
 from engine.system.errors import DataError
 from engine.system.files import replacing
 
+OF_WINDOWS = 0  # the system that made a member of a zip; .NET's older libraries write backslashes then
 BLOCK = 512  # bytes; a tar consists of these
 COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # how such a file begins: what reads it
 
@@ -118,15 +119,19 @@ def zip_listing(path):
             name = member.orig_filename
             if not member.flag_bits & 0x800:  # not said to be UTF-8: the bytes as they are on disk
                 name = name.encode("cp437").decode("utf-8", "surrogateescape")
+            if member.create_system == OF_WINDOWS and "/" not in name:  # where no name can have a backslash in it
+                name = name.replace("\\", "/")
             inside = _path_inside(name)
             if inside is None:
                 listing.hostile.append(name)
-            elif member.is_dir():
+            elif name.endswith("/"):
                 listing.folders.add(inside)
             elif member.external_attr >> 28 == 0o12:
                 listing.refused.append((inside, "a symbolic link in an archive"))
-            elif member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                listing.refused.append((inside, "encrypted, or compressed in an unusual way"))
+            elif member.flag_bits & 1:
+                listing.refused.append((inside, "encrypted"))
+            elif member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                listing.refused.append((inside, "compressed in an unusual way"))
             else:
                 _add(listing, inside, Zipped(str(path), member.header_offset, member.compress_size, member.CRC))
     return listing
@@ -210,15 +215,14 @@ def uncompressed(path, scratch, log):
     """
     if scratch is None:
         raise DataError(f"{path} is compressed and can only be read from its beginning")
-    status = os.stat(path)
-    same = hashlib.sha256(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode("utf-8", "surrogateescape"))
-    target = scratch / f".uncompressed-{same.hexdigest()[:16]}.tar"
+    target = _copy_of(path, scratch)
     if target.exists():
         return target
     scratch.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(scratch).free < status.st_size:
+    size = os.path.getsize(path)
+    if shutil.disk_usage(scratch).free < size:
         raise DataError(
-            f"{path} is compressed; uncompressed it takes more than its {status.st_size / 1e9:,.1f} GB, which are not free in "
+            f"{path} is compressed; uncompressed it takes more than its {size / 1e9:,.1f} GB, which are not free in "
             f"{scratch}: name a folder on another disk"
         )
     log(f"{path.name} is compressed: it is uncompressed to {scratch} first, and that file is deleted at the end")
@@ -234,10 +238,21 @@ def uncompressed(path, scratch, log):
     return target
 
 
-def delete_uncompressed(scratch):
-    """Delete what `uncompressed` has written there."""
+def _copy_of(path, scratch):
+    """Return the path of the tar that `uncompressed` makes of a file."""
+    status = os.stat(path)
+    same = hashlib.sha256(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode("utf-8", "surrogateescape"))
+    return scratch / f".uncompressed-{same.hexdigest()[:16]}.tar"
+
+
+def delete_uncompressed(scratch, but=()):
+    """Delete what `uncompressed` has written in the folder `scratch`, or begun to, except from the files `but`."""
+    if scratch is None:
+        return
+    kept = {_copy_of(path, scratch) for path in but}
     for path in scratch.glob(".*uncompressed-*.tar*"):
-        path.unlink()
+        if path not in kept:
+            path.unlink()
 
 
 class _Window(io.RawIOBase):

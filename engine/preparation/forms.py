@@ -3,6 +3,9 @@
 Nothing is unpacked to disk, but a compressed tar. A name inside an archive becomes a name in the packed split and never a path.
 """
 
+import contextlib
+import itertools
+import os
 import re
 import tarfile
 import zipfile
@@ -16,6 +19,7 @@ from engine.preparation.archives import (
     FileSlice,
     ParquetRow,
     Zipped,
+    delete_uncompressed,
     opener_of_compressed,
     tar_listing,
     uncompressed,
@@ -30,6 +34,7 @@ from engine.preparation.finding import (
     LeftOut,
     class_order,
     is_image_name,
+    is_junk,
     some,
     text_of,
 )
@@ -88,6 +93,16 @@ def open_source(path, options=None):
         DataError: nothing there, no known form, or a form that is not complete; says what is missing.
     """
     path, options = Path(path).absolute(), options or Options()  # not resolved: a link's own name tells the form
+    with _in_words(path):
+        source = _form_of(path, options).open(path, options)
+    for split in SPLITS:
+        if not source.splits[split]:
+            raise DataError(f"the {source.kind} holds no {split} images with a label. {'; '.join(source.remarks)}")
+    source.class_names = {name: source.class_names[name] for name in source.classes if name in source.class_names}
+    return source
+
+
+def _form_of(path, options):
     if not path.exists():
         raise DataError(f"no data set at {path}: there is no such file or folder")
     form = form_at(path)
@@ -96,17 +111,23 @@ def open_source(path, options=None):
     for flag in ("image_column", "label_column"):
         if getattr(options, flag) is not None and form.open is not _open_parquet:
             raise DataError(f"--{flag.replace('_', '-')} is for parquet files; {path} holds {form.name}")
-    source = form.open(path, options)
-    for split in SPLITS:
-        if not source.splits[split]:
-            raise DataError(f"the {source.kind} holds no {split} images with a label. {'; '.join(source.remarks)}")
-    source.class_names = {name: source.class_names[name] for name in source.classes if name in source.class_names}
-    return source
+    return form
+
+
+@contextlib.contextmanager
+def _in_words(path):
+    """Raise DataError in place of what the system says of a file at `path` or in it that cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        file = os.fsdecode(error.filename) if error.filename is not None else str(path)
+        raise DataError(f"{text_of(file)} cannot be read: {error.strerror or error}") from error
 
 
 def form_at(path):
     """Return the Form of what lies at a path, or None where it is none that is known."""
-    return next((form for form in FORMS if form.is_there(path)), None)
+    with _in_words(path):
+        return next((form for form in FORMS if form.is_there(path)), None)
 
 
 def no_form(path):
@@ -117,7 +138,7 @@ def no_form(path):
             return f"{path} holds {kind} ({text_of(found)}), which is not read here. {way_out}"
     if path.is_file():
         return f"{path} is no archive of a known form."
-    archives = [text_of(name) for name in names if name.endswith(ARCHIVES)]
+    archives = [text_of(name) for name in names if name.endswith(ARCHIVES) and not is_junk(name)]
     if len(archives) > 1:
         return f"no images in train/<class>/ in {path}, but {len(archives)} archives ({some(archives, 3)}): name one."
     return f"no images in train/<class>/ in the folder {path}."
@@ -139,9 +160,17 @@ def _is_folder_of_images(path):
     return path.is_dir() and trees.has_tree(FolderTree(path), str(path))
 
 
+def _has_both_splits(path):
+    tree, where = FolderTree(path), str(path)
+    root = trees.root_of_split(tree, where, "train")
+    return root is not None and bool(trees.split_folders(tree, root, "val"))
+
+
 def _archive_at(path):
     """Return the archive that `path` is, or the only one in the folder `path`, or None."""
-    inside = [entry for entry in sorted(path.iterdir()) if entry.name.endswith(ARCHIVES)] if path.is_dir() else [path]
+    inside = [path]
+    if path.is_dir():
+        inside = [entry for entry in sorted(path.iterdir()) if entry.name.endswith(ARCHIVES) and not is_junk(entry.name)]
     if len(inside) != 1 or not inside[0].is_file():
         return None
     path = inside[0]
@@ -153,9 +182,12 @@ def _archive_at(path):
 
 def _open_archive(path, options):
     path = _archive_at(path)
+    delete_uncompressed(options.scratch, but=[path])
     if zipfile.is_zipfile(path):
         try:
             listing, kind = zip_listing(path), "zip file"
+        except NotImplementedError as error:
+            raise DataError(f"{path} cannot be read here ({error}): unpack it, and name the folder") from error
         except (zipfile.BadZipFile, ValueError) as error:
             raise DataError(f"{path} is damaged: {error}") from error
     elif path.name.endswith(".zip"):
@@ -165,10 +197,12 @@ def _open_archive(path, options):
     else:
         listing, kind = tar_listing(path), "tar file"
     found = trees.open_tree(ArchiveTree(listing), str(path), path.parent)
-    if found is None:
-        raise DataError(f"no images in train/<class>/ in the {kind} {path}.\n{known_forms()}")
-    source = _of_tree(found, f"{kind} {text_of(path.name)}")
     left_out = LeftOut()
+    if found is None:
+        left_out.add_refused(listing)
+        why = [*left_out.lines("the archive"), "Unpack it, and name the folder."] if left_out.counts else []
+        raise DataError("\n".join([f"no images in train/<class>/ in the {kind} {path}.", *why, known_forms()]))
+    source = _of_tree(found, f"{kind} {text_of(path.name)}")
     left_out.add_refused(listing._replace(refused=[]))  # those that are inside of it belong to a split
     source.remarks += left_out.lines("the archive")
     return source
@@ -190,7 +224,8 @@ def _of_tree(found, kind):
 
 
 def _is_official(path):
-    return path.is_dir() and any((path / name).is_file() for name in (TRAIN_TAR, VAL_TAR))
+    there = [(path / name).is_file() for name in (TRAIN_TAR, VAL_TAR, DEVKIT)] if path.is_dir() else []
+    return any(there[:2]) and (all(there) or not _has_both_splits(path))  # else it is a tree with a tar left over
 
 
 def _open_official(folder, options):
@@ -263,6 +298,7 @@ def _open_old_hub(path, options):
     archives = {"train": [folder / name for name in OLD_TRAIN], "val": [folder / OLD_VAL]}
     if missing := [path.name for paths in archives.values() for path in paths if not path.is_file()]:
         raise DataError(f"{folder} holds a part of the Hub's archives; missing: {', '.join(missing)}")
+    delete_uncompressed(options.scratch, but=itertools.chain(*archives.values()))
     images, left_out = {split: [] for split in SPLITS}, {split: LeftOut() for split in SPLITS}
     for split, paths in archives.items():
         for archive in paths:

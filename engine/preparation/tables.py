@@ -15,6 +15,7 @@ from engine.preparation.trees import SPLIT_NAMES, SPLITS
 from engine.system.errors import DataError
 from engine.system.plain_json import json_object
 
+METADATA = "metadata.parquet"  # of a folder of images, as the datasets library reads it
 LARGEST_ROW_GROUP = 2**30  # bytes of images; each worker holds one, and from 2 GiB on Arrow cannot read it
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels", "fine_label")  # where no metadata say which
 
@@ -57,8 +58,11 @@ def files_of_splits(folders, patterns, is_meant=lambda path: True):
 
 
 def _files(folder, name, patterns):
-    found = ([path for path in sorted(folder.glob(pattern.replace("NAME", name))) if path.is_file()] for pattern in patterns)
-    return next((files for files in found if files), [])
+    for pattern in patterns:
+        files = [path for path in sorted(folder.glob(pattern.replace("NAME", name))) if path.is_file()]
+        if files := [path for path in files if not finding.is_junk(path.name) and path.name != METADATA]:
+            return files
+    return []
 
 
 def require_all_parts(paths):
@@ -224,7 +228,7 @@ def arrow_files(folder):
                 found[split] = _listed_files(state)
             elif (folder / f"{name}.arrow").is_file():
                 found[split] = [folder / f"{name}.arrow"]
-            elif files := sorted(folder.glob(f"*-{name}-*-of-*.arrow")) + sorted(folder.glob(f"*-{name}.arrow")):
+            elif files := _files(folder, name, ("*-NAME-*-of-*.arrow",)) + _files(folder, name, ("*-NAME.arrow",)):
                 found[split] = files  # the cache of datasets.load_dataset
     return found if set(found) == set(SPLITS) else None
 

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import shutil
+import zipfile
 
 import pytest
 from conftest import encoded, photo
@@ -9,6 +11,7 @@ from published_forms import (
     ENGLISH,
     ORIGINALS,
     WNIDS,
+    image_folder,
     kaggle_tree,
     tiny_imagenet_tree,
     webdataset,
@@ -226,3 +229,85 @@ def test_annotations_that_cannot_be_read_are_refused_by_their_name(tmp_path):
             forms.open_source(tree)
     (tree / TINY).write_bytes(with_bom(whole))
     assert len(forms.open_source(tree).splits["val"]) == 6
+
+
+# Archives ------------------------------------------------------------------------------------------------------------
+
+
+def zip_of_tree(path, separator="/", system=3, version=20, flags=0, method=zipfile.ZIP_STORED):
+    """Write a zip of train/<class>/<image> and val/<class>/<image> as another program would have done."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for split, name, n in itertools.product(("train", "val"), ("cat", "dog"), range(2)):
+            member = zipfile.ZipInfo("/".join((split, name, f"{n}.jpg")))
+            member.create_system, member.compress_type = system, method
+            archive.writestr(member, SMALL)
+    content = bytearray(path.read_bytes())
+    for mark, at in ((b"PK\x03\x04", 4), (b"PK\x01\x02", 6)):  # in each header: the version needed, then the flags
+        start = -1
+        while (start := content.find(mark, start + 1)) >= 0:
+            content[start + at] = version
+            content[start + at + 2] |= flags
+    for name in ("cat", "dog"):
+        for split in ("train", "val"):
+            content = content.replace(f"{split}/{name}/".encode(), f"{split}{separator}{name}{separator}".encode())
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("separator", ["/", "\\"])
+def test_a_zip_of_windows_with_backslashes_is_a_tree(separator, tmp_path):
+    source = forms.open_source(zip_of_tree(tmp_path / "set.zip", separator, system=0))
+    assert source.classes == ["cat", "dog"]
+    assert [entry.name for entry in source.splits["train"]] == ["0.jpg", "1.jpg"] * 2
+    assert {entry.place.read() for entry in source.splits["val"]} == {SMALL}
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        (
+            {"flags": 1},
+            r"no images in train/<class>/ in the zip .*left out of the archive: encrypted: 8 \(train/cat/0.jpg, .*[Uu]npack it",
+        ),
+        ({"method": zipfile.ZIP_LZMA}, r"left out of the archive: compressed in an unusual way: 8 .*[Uu]npack it"),
+        ({"version": 99}, r"set.zip cannot be read here \(zip file version 9.9\): [Uu]npack it"),
+    ],
+)
+def test_a_zip_that_cannot_be_read_says_what_was_refused(how, reason, tmp_path):
+    with pytest.raises(DataError, match=f"(?s){reason}"):
+        forms.open_source(zip_of_tree(tmp_path / "set.zip", **how))
+
+
+def test_what_macos_leaves_beside_files_is_none_of_them(tmp_path):
+    import pyarrow.parquet
+
+    (tmp_path / "zip").mkdir()
+    zip_of_tree(tmp_path / "zip/set.zip")
+    write_files(tmp_path / "zip", {"._set.zip": b"junk"})
+    assert len(forms.open_source(tmp_path / "zip").splits["train"]) == 4
+    table = pyarrow.table({"image": [SMALL], "label": [0]})
+    for split in ("train", "val"):
+        write_files(tmp_path / "parquet", {f"{split}/._0000.parquet": b"junk"})
+        pyarrow.parquet.write_table(table, tmp_path / f"parquet/{split}/0000.parquet")
+    assert len(forms.open_source(tmp_path / "parquet").splits["train"]) == 1
+    webdataset(tmp_path, ORIGINALS)
+    write_files(tmp_path, {"._imagenet1k-train-0000.tar": b"junk"})
+    assert len(forms.open_source(tmp_path).splits["train"]) == 15
+
+
+def test_what_is_left_over_beside_a_whole_tree_does_not_hide_it(tmp_path):
+    tree = image_folder(tmp_path, ORIGINALS)
+    write_files(tree, {forms.VAL_TAR: b"left over", "train/metadata.parquet": b"of a folder of images"})
+    assert len(forms.open_source(tree).splits["train"]) == 15
+    shutil.rmtree(tree / "val")
+    with pytest.raises(DataError, match=f"holds a part of the official ImageNet; missing: {forms.TRAIN_TAR}"):
+        forms.open_source(tree)
+
+
+@pytest.mark.parametrize("name", ["set.tar", "set.zip", "set.tar.gz"])
+def test_what_cannot_be_opened_is_refused_in_words(name, tmp_path):
+    path = write_files(tmp_path, {name: b""}) / name
+    path.unlink()
+    path.symlink_to("/proc/self/mem")  # which gives EIO, whoever reads it
+    with pytest.raises(DataError, match=f"{name} cannot be read: Input/output error"):
+        forms.open_source(path)
