@@ -1,6 +1,7 @@
 """The images of a data folder: a packed file for each split, or images in folders; labels in one order for both."""
 
 import contextlib
+import hashlib
 import time
 from pathlib import Path
 
@@ -74,6 +75,11 @@ def _let_classes_agree(splits, data_dir):
             f"train and val of {data_dir} hold different classes (only in val: {some(unknown)}): name one data set's folder"
         )
     val.relabel(train.classes)
+
+
+def label_digests(splits):
+    """Return {split: the SHA-256 of its images' labels in their order, in hex}."""
+    return {split: hashlib.sha256(images.labels.astype("<i8").tobytes()).hexdigest() for split, images in splits.items()}
 
 
 def _nothing_there(data_dir, splits):
