@@ -6,6 +6,7 @@ middle: it is uncompressed to a file beside the destination first; its checksum 
 """
 
 import bz2
+import errno
 import functools
 import gzip
 import hashlib
@@ -167,6 +168,8 @@ def tar_listing(path, start=0, length=None, what=None):
         except DataError:
             raise
         except Exception as error:  # a damaged header can say anything, and tarfile fails in many ways
+            if getattr(error, "errno", None) not in (None, errno.EINVAL):  # which a seek to a damaged place is
+                raise  # it is the disk
             at = f" at byte {start + archive.offset:,}" if archive is not None else ""
             raise DataError(f"{what} is no tar, or a damaged one{at} ({error}); download it again") from error
         _require_the_end(window, archive.offset, start, what)

@@ -121,11 +121,14 @@ def files_to_overwrite(destination, job):
 
 
 def is_prepared(destination, job):
-    """Return whether this very job is done; raise DataError if another one's files are in its place."""
+    """Return whether this very job is done, and tidy up after it; raise DataError if another one's files are in its place."""
     lost = _lost_files(destination, job)
     if lost is not None:
         if lost:
             print(f"WARNING: {', '.join(map(str, lost))}: moved away or cut off since; it is all packed anew")
+        for path in () if lost else packed_files(destination).values():
+            for file in unfinished_files(path):  # of a job that was killed at its end, or packed a lost file anew
+                file.unlink(missing_ok=True)
         return not lost
     for path in packed_files(destination).values():
         if path.exists() and ((destination / MANIFEST).exists() or not unfinished_files(path)[1].exists()):
@@ -224,7 +227,7 @@ def pack(entry, encode, shorter_side, quality):
         if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:  # a damaged archive has no errno
             reason = getattr(error, "strerror", None) or type(error).__name__
             file = text_of(os.fsdecode(entry.place.file))
-            raise ReadFailed(f"{file} cannot be read ({reason}): {entry.name} may be good, so it is not left out") from error
+            raise ReadFailed(f"{file} cannot be read ({reason}); where {entry.name} is lost for good, move it away") from error
         return None, f"{type(error).__name__}: {error}"
 
 

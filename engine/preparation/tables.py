@@ -118,7 +118,7 @@ def read_parquet(files, image_column=None, label_column=None):
                 for group in range(file.num_row_groups):
                     rows[split] += _rows_of_group(file, path, group, image, label)
             except (pyarrow.ArrowException, *DAMAGED) as error:
-                if isinstance(error, DataError):
+                if isinstance(error, DataError) or getattr(error, "errno", None) is not None:
                     raise
                 raise DataError(f"{path} is damaged, or no parquet file of images with labels: {error}") from error
             if len(rows[split]) - before != file.metadata.num_rows:

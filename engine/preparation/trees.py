@@ -9,6 +9,7 @@ import gzip
 import io
 import os
 import tarfile
+import zlib
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -284,13 +285,15 @@ def tiny_labels(tree, folder):
 
 def _text_at(place, name):
     """Return the text at a place of engine/preparation/archives.py; raise DataError where it is none in UTF-8."""
-    content = place.read()
+    where = f"{name} ({text_of(os.fsdecode(place.file))})"
     try:
-        text = content.decode("utf-8-sig")
+        text = place.read().decode("utf-8-sig")
     except UnicodeDecodeError:
         text = "\0"
+    except (OSError, zlib.error) as error:
+        raise DataError(f"{where} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if "\0" in text:  # as in UTF-16
-        raise DataError(f"{name} ({text_of(os.fsdecode(place.file))}) is no text in UTF-8: save it as that")
+        raise DataError(f"{where} is no text in UTF-8: save it as that")
     return text
 
 

@@ -328,6 +328,9 @@ def test_a_file_that_a_finished_preparation_has_lost_is_packed_anew(tmp_path, ca
     assert prepare(tree, packed) == 0
     assert "moved away or cut off since" in capsys.readouterr().out
     assert (packed / "SHA256SUMS").read_text() == before
+    (packed / ".val.arrow.journal").write_text("killed before the last of it was deleted")
+    assert prepare(tree, packed) == 0
+    assert sorted(path.name for path in packed.iterdir()) == ["SHA256SUMS", "manifest.json", "train.arrow", "val.arrow"]
     assert len(open_splits(packed)["train"]) == 8
 
 

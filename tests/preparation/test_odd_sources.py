@@ -20,6 +20,7 @@ from published_forms import (
 
 from engine.data.splits import open_splits
 from engine.preparation import forms
+from engine.preparation.archives import tar_listing
 from engine.system.errors import DataError
 
 SMALL = encoded(photo(40, 48), quality=85)
@@ -311,3 +312,5 @@ def test_what_cannot_be_opened_is_refused_in_words(name, tmp_path):
     path.symlink_to("/proc/self/mem")  # which gives EIO, whoever reads it
     with pytest.raises(DataError, match=f"{name} cannot be read: Input/output error"):
         forms.open_source(path)
+    with pytest.raises(OSError, match="Input/output error"):  # and it is not called a damaged tar
+        tar_listing("/proc/self/mem", 0, 1024)
