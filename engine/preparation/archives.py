@@ -25,7 +25,7 @@ from typing import NamedTuple
 from engine.system.errors import DataError
 from engine.system.files import replacing
 
-OF_WINDOWS = 0  # the system that made a member of a zip; .NET's older libraries write backslashes then
+OF_WINDOWS = 0  # the system that made a member of a zip: no name there has a backslash in it, and some libraries separate by it
 BLOCK = 512  # bytes; a tar consists of these
 COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # how such a file begins: what reads it
 
@@ -116,11 +116,12 @@ def zip_listing(path):
     """Return the Listing of a zip file; only what is stored or deflated, unencrypted, and no link is taken."""
     listing = Listing({}, set(), [], [])
     with zipfile.ZipFile(path) as archive:
+        has_slashes = any("/" in member.orig_filename for member in archive.infolist())
         for member in archive.infolist():
             name = member.orig_filename
             if not member.flag_bits & 0x800:  # not said to be UTF-8: the bytes as they are on disk
                 name = name.encode("cp437").decode("utf-8", "surrogateescape")
-            if member.create_system == OF_WINDOWS and "/" not in name:  # where no name can have a backslash in it
+            if "/" not in name and (member.create_system == OF_WINDOWS or not has_slashes):
                 name = name.replace("\\", "/")
             inside = _path_inside(name)
             if inside is None:

@@ -97,7 +97,7 @@ def open_tree(tree, where, beside, splits=SPLITS, classes=None):
     if "train" in splits:
         folders["train"] = split_folders(tree, root, "train")[0]
         found["train"] = finding.labelled_by_folder(tree, folders["train"], left_out["train"])
-        refuse_empty_classes(found["train"], f"{where}: {text_of(folders['train'])}/")
+        refuse_empty_classes(found["train"], f"{where}: {text_of(folders['train'])}/", left_out["train"])
         classes = found["train"].classes
         files.require_classes(classes, where)
         files.require_training_images(found["train"], where)
@@ -196,13 +196,14 @@ def _class_folders_themselves(tree, where):
     return ImageTree(tree, where, {"val": ""}, {"val": found}, {}, {"val": left_out}, order_remarks(found.classes))
 
 
-def refuse_empty_classes(labelled, where):
-    """Raise DataError unless there are classes and each has images."""
+def refuse_empty_classes(labelled, where, left_out):
+    """Raise DataError unless there are classes and each has images; says what was left out that may have been one."""
     if not labelled.classes:
         raise DataError(f"{where} holds no class folders")
     if empty := sorted(set(range(len(labelled.classes))) - set(labelled.labels)):
         names = some([labelled.classes[label] for label in empty])
-        raise DataError(f"{where} has classes without images: {names}. Copy their images, or remove their folders")
+        why = "".join(f"\n{line}" for line in left_out.lines("train") if line.startswith("WARNING"))
+        raise DataError(f"{where} has classes without images: {names}. Copy their images, or remove their folders{why}")
 
 
 # Labels --------------------------------------------------------------------------------------------------------------

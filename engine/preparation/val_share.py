@@ -36,7 +36,7 @@ def open_shares(path, share):
     if folder is None:
         return None
     found = labelled_by_folder(tree, folder, left_out)
-    trees.refuse_empty_classes(found, f"{path}: {text_of(folder) or '.'}/")
+    trees.refuse_empty_classes(found, f"{path}: {text_of(folder) or '.'}/", left_out)
     parts = dict(zip(("train", "val"), split_by_hash(found, share), strict=True))
     remark = (
         f"note: {path} has no validation images of its own: of its {len(found.labels):,} images {len(parts['val'].labels):,}, "

@@ -255,9 +255,9 @@ def zip_of_tree(path, separator="/", system=3, version=20, flags=0, method=zipfi
     return path
 
 
-@pytest.mark.parametrize("separator", ["/", "\\"])
-def test_a_zip_of_windows_with_backslashes_is_a_tree(separator, tmp_path):
-    source = forms.open_source(zip_of_tree(tmp_path / "set.zip", separator, system=0))
+@pytest.mark.parametrize(("separator", "system"), [("/", 0), ("\\", 0), ("\\", 3)])
+def test_a_zip_of_windows_with_backslashes_is_a_tree(separator, system, tmp_path):
+    source = forms.open_source(zip_of_tree(tmp_path / "set.zip", separator, system))
     assert source.classes == ["cat", "dog"]
     assert [entry.name for entry in source.splits["train"]] == ["0.jpg", "1.jpg"] * 2
     assert {entry.place.read() for entry in source.splits["val"]} == {SMALL}
@@ -277,6 +277,14 @@ def test_a_zip_of_windows_with_backslashes_is_a_tree(separator, tmp_path):
 def test_a_zip_that_cannot_be_read_says_what_was_refused(how, reason, tmp_path):
     with pytest.raises(DataError, match=f"(?s){reason}"):
         forms.open_source(zip_of_tree(tmp_path / "set.zip", **how))
+
+
+def test_a_class_all_of_whose_files_were_refused_is_said_with_the_reason(tmp_path):
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for name, method in (("cat", zipfile.ZIP_STORED), ("dog", zipfile.ZIP_LZMA)):
+            archive.writestr(f"train/{name}/1.jpg", SMALL, method)
+    with pytest.raises(DataError, match="(?s)classes without images: dog.*compressed in an unusual way: 1 .train/dog/1.jpg"):
+        forms.open_source(tmp_path / "set.zip")
 
 
 def test_what_macos_leaves_beside_files_is_none_of_them(tmp_path):
