@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import time
 from pathlib import Path
 
@@ -28,7 +29,9 @@ def open_splits(data_dir, needed=SPLITS, log=print, val_share=0.0):
     """
     data_dir = Path(data_dir)
     packed = {split: data_dir / f"{split}.arrow" for split in needed}
-    splits = {split: PackedSplit(path) for split, path in packed.items() if path.is_file()}
+    splits = {
+        split: PackedSplit(path) for split, path in packed.items() if os.path.isfile(path)
+    }  # False where it must not be read
     if rest := tuple(split for split in needed if split not in splits):
         classes = splits["train"].classes if "train" in splits else None
         opened = None

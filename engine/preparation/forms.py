@@ -127,6 +127,8 @@ def _in_words(path):
 def form_at(path):
     """Return the Form of what lies at a path, or None where it is none that is known."""
     with _in_words(path):
+        if path.is_dir():
+            os.scandir(path).close()  # a folder that must not be read is named, not one of the files that could lie in it
         return next((form for form in FORMS if form.is_there(path)), None)
 
 

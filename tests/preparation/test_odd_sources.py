@@ -2,8 +2,11 @@
 
 import itertools
 import json
+import os
 import shutil
+import tempfile
 import zipfile
+from pathlib import Path
 
 import pytest
 from conftest import encoded, photo
@@ -322,3 +325,24 @@ def test_what_cannot_be_opened_is_refused_in_words(name, tmp_path):
         forms.open_source(path)
     with pytest.raises(OSError, match="Input/output error"):  # and it is not called a damaged tar
         tar_listing("/proc/self/mem", 0, 1024)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="somebody else's files need root")
+def test_what_may_not_be_read_is_refused_by_name():
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for name in ("closed", "inside"):
+            own_classes(root / name, "val/cat/1.jpg")
+        (root / "zip").mkdir()
+        locked = [root / "closed", root / "inside/train/dog", zip_of_tree(root / "zip/set.zip")]
+        for path in locked:
+            path.chmod(0)
+        root.chmod(0o755)
+        os.seteuid(65534)
+        try:
+            for path, source in zip(locked, ("closed", "inside", "zip"), strict=True):
+                for open_it in (forms.open_source, open_splits):
+                    with pytest.raises(DataError, match=f"{path} cannot be read: Permission denied"):
+                        open_it(root / source)
+        finally:
+            os.seteuid(0)
