@@ -18,12 +18,14 @@ from engine.preparation.archives import delete_uncompressed
 from engine.preparation.forms import Options, open_source
 from engine.preparation.packing import (
     Packing,
+    ReadFailed,
     add_known_class_names,
     announce,
-    delete_packed,
+    files_to_overwrite,
     is_prepared,
     job_id,
     pack_split,
+    refuse_to_replace_source,
     write_manifest,
 )
 from engine.system.console import protect_output
@@ -39,7 +41,11 @@ def main(arguments):
     with folder_lock(arguments.destination, "DESTINATION", print, "prepare into another folder") as lock:
         if lock.note:
             print(lock.note)
-        return prepare(arguments)
+        try:
+            return prepare(arguments)
+        except DataError:  # after any other end the same command goes on, and needs them
+            delete_uncompressed(arguments.destination)
+            raise
 
 
 def prepare(arguments):
@@ -48,17 +54,19 @@ def prepare(arguments):
     packing = Packing(destination, packed_jpeg, arguments.shorter_side, arguments.quality, arguments.num_workers)
     source = find_source(arguments)
     job = job_id(source, packing)
-    if arguments.overwrite:
-        delete_packed(destination)
-    if is_prepared(destination, job):
-        print(f"{destination} is prepared already, from the same images in the same way")
+    refuse_to_replace_source(source, destination)
+    if not arguments.overwrite and is_prepared(destination, job):
+        print(f"{destination} is prepared already, from images of the same names and sizes in the same way")
         delete_uncompressed(destination)
         return 0
-    announce(source, packing)
+    overwritten = files_to_overwrite(destination, job) if arguments.overwrite else []
+    announce(source, packing, overwritten)
+    for path in overwritten:
+        path.unlink()
     with StopRequest() as stop:
         try:
             writers = {split: pack_split(source, split, packing, job, stop) for split in source.splits}
-        except (Interrupted, WorkerDied, OSError) as cause:
+        except (Interrupted, ReadFailed, WorkerDied, OSError) as cause:
             stop_asked = stop.cause is not None  # then a worker that got the signal as well is no cause of its own
             what = f"stopped by {stop.cause}" if stop_asked else f"stopped: {cause}"
             print(f"{what}. The same command goes on from here", file=sys.stdout if stop_asked else sys.stderr)
@@ -71,12 +79,8 @@ def prepare(arguments):
 def find_source(arguments):
     """Return the Source that is to be packed; raise DataError if there is none that is whole."""
     print(f"looking at {arguments.source} ...", flush=True)
-    try:
-        options = Options(arguments.destination, arguments.image_column, arguments.label_column)
-        source = open_source(arguments.source, options)
-    except DataError:
-        delete_uncompressed(arguments.destination)
-        raise
+    options = Options(arguments.destination, arguments.image_column, arguments.label_column)
+    source = open_source(arguments.source, options)
     add_known_class_names(source)
     return source
 

@@ -423,6 +423,18 @@ def test_other_validation_images_are_refused(finished, image_tree, tmp_path):
     refused(DataError, "holds 19 validation images", f"--resume={finished}/last.pt", f"--data-dir={tmp_path}/fewer")
 
 
+def test_as_many_images_with_other_labels_are_refused(finished, image_tree, tmp_path):
+    for split, reason in (("train", "as many training images .* their labels are others"), ("val", "holds other validation")):
+        others = shutil.copytree(image_tree, tmp_path / split)
+        of_each_class = [sorted(folder.iterdir()) for folder in sorted((others / split).iterdir())]
+        of_each_class[0][0].rename(of_each_class[1][0].with_name(f"moved{of_each_class[0][0].suffix}"))
+        refused(DataError, reason, f"--resume={finished}/last.pt", f"--data-dir={others}")
+    older = checkpoint_files.read(finished / "last.pt")
+    del older["label_digests"]
+    checkpoint_files.write(finished / "last.pt", older, {}, finished / "previous.pt")
+    assert run_here([f"--resume={finished}/last.pt", f"--data-dir={others}"]) == 0
+
+
 def test_a_full_disk_at_the_start_is_refused_in_words(image_tree, tmp_path):
     (tmp_path / "disk").mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "none", tmp_path / "disk"], capture_output=True).returncode:

@@ -1,6 +1,8 @@
 """The images of a data folder: a packed file for each split, or images in folders; labels in one order for both."""
 
 import contextlib
+import hashlib
+import os
 import time
 from pathlib import Path
 
@@ -27,7 +29,9 @@ def open_splits(data_dir, needed=SPLITS, log=print, val_share=0.0):
     """
     data_dir = Path(data_dir)
     packed = {split: data_dir / f"{split}.arrow" for split in needed}
-    splits = {split: PackedSplit(path) for split, path in packed.items() if path.is_file()}
+    splits = {
+        split: PackedSplit(path) for split, path in packed.items() if os.path.isfile(path)
+    }  # False where it must not be read
     if rest := tuple(split for split in needed if split not in splits):
         classes = splits["train"].classes if "train" in splits else None
         opened = None
@@ -74,6 +78,11 @@ def _let_classes_agree(splits, data_dir):
             f"train and val of {data_dir} hold different classes (only in val: {some(unknown)}): name one data set's folder"
         )
     val.relabel(train.classes)
+
+
+def label_digests(splits):
+    """Return {split: the SHA-256 of its images' labels in their order, in hex}."""
+    return {split: hashlib.sha256(images.labels.astype("<i8").tobytes()).hexdigest() for split, images in splits.items()}
 
 
 def _nothing_there(data_dir, splits):

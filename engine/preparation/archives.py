@@ -6,6 +6,7 @@ middle: it is uncompressed to a file beside the destination first; its checksum 
 """
 
 import bz2
+import errno
 import functools
 import gzip
 import hashlib
@@ -24,6 +25,7 @@ from typing import NamedTuple
 from engine.system.errors import DataError
 from engine.system.files import replacing
 
+OF_WINDOWS = 0  # the system that made a member of a zip: no name there has a backslash in it, and some libraries separate by it
 BLOCK = 512  # bytes; a tar consists of these
 COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # how such a file begins: what reads it
 
@@ -77,7 +79,8 @@ class ParquetRow(NamedTuple):
     column: str  # 'image.bytes', or 'image'
 
     def read(self):
-        content = _row_group(self.file, self.row_group, self.column)[self.row].as_py()
+        value = _row_group(self.file, self.row_group, self.column)[self.row].as_py()
+        content = (value or {}).get("bytes") if self.column.endswith(".bytes") else value
         if content is None:
             raise OSError(f"{self.file} holds no bytes in row {self.row} of row group {self.row_group}")
         return content
@@ -87,8 +90,7 @@ class ParquetRow(NamedTuple):
 def _row_group(file, row_group, column):
     import pyarrow.parquet
 
-    content = pyarrow.parquet.ParquetFile(file).read_row_group(row_group, columns=[column]).column(0).combine_chunks()
-    return content.field(0) if column.endswith(".bytes") else content
+    return pyarrow.parquet.ParquetFile(file).read_row_group(row_group, columns=[column]).column(0)
 
 
 # Listings: every regular file in an archive ---------------------------------------------------------------------------
@@ -114,19 +116,24 @@ def zip_listing(path):
     """Return the Listing of a zip file; only what is stored or deflated, unencrypted, and no link is taken."""
     listing = Listing({}, set(), [], [])
     with zipfile.ZipFile(path) as archive:
+        has_slashes = any("/" in member.orig_filename for member in archive.infolist())
         for member in archive.infolist():
             name = member.orig_filename
             if not member.flag_bits & 0x800:  # not said to be UTF-8: the bytes as they are on disk
                 name = name.encode("cp437").decode("utf-8", "surrogateescape")
+            if "/" not in name and (member.create_system == OF_WINDOWS or not has_slashes):
+                name = name.replace("\\", "/")
             inside = _path_inside(name)
             if inside is None:
                 listing.hostile.append(name)
-            elif member.is_dir():
+            elif name.endswith("/"):
                 listing.folders.add(inside)
             elif member.external_attr >> 28 == 0o12:
                 listing.refused.append((inside, "a symbolic link in an archive"))
-            elif member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                listing.refused.append((inside, "encrypted, or compressed in an unusual way"))
+            elif member.flag_bits & 1:
+                listing.refused.append((inside, "encrypted"))
+            elif member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                listing.refused.append((inside, "compressed in an unusual way"))
             else:
                 _add(listing, inside, Zipped(str(path), member.header_offset, member.compress_size, member.CRC))
     return listing
@@ -162,6 +169,8 @@ def tar_listing(path, start=0, length=None, what=None):
         except DataError:
             raise
         except Exception as error:  # a damaged header can say anything, and tarfile fails in many ways
+            if getattr(error, "errno", None) not in (None, errno.EINVAL):  # which a seek to a damaged place is
+                raise  # it is the disk
             at = f" at byte {start + archive.offset:,}" if archive is not None else ""
             raise DataError(f"{what} is no tar, or a damaged one{at} ({error}); download it again") from error
         _require_the_end(window, archive.offset, start, what)
@@ -210,15 +219,14 @@ def uncompressed(path, scratch, log):
     """
     if scratch is None:
         raise DataError(f"{path} is compressed and can only be read from its beginning")
-    status = os.stat(path)
-    same = hashlib.sha256(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode("utf-8", "surrogateescape"))
-    target = scratch / f".uncompressed-{same.hexdigest()[:16]}.tar"
+    target = _copy_of(path, scratch)
     if target.exists():
         return target
     scratch.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(scratch).free < status.st_size:
+    size = os.path.getsize(path)
+    if shutil.disk_usage(scratch).free < size:
         raise DataError(
-            f"{path} is compressed; uncompressed it takes more than its {status.st_size / 1e9:,.1f} GB, which are not free in "
+            f"{path} is compressed; uncompressed it takes more than its {size / 1e9:,.1f} GB, which are not free in "
             f"{scratch}: name a folder on another disk"
         )
     log(f"{path.name} is compressed: it is uncompressed to {scratch} first, and that file is deleted at the end")
@@ -234,10 +242,21 @@ def uncompressed(path, scratch, log):
     return target
 
 
-def delete_uncompressed(scratch):
-    """Delete what `uncompressed` has written there."""
+def _copy_of(path, scratch):
+    """Return the path of the tar that `uncompressed` makes of a file."""
+    status = os.stat(path)
+    same = hashlib.sha256(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode("utf-8", "surrogateescape"))
+    return scratch / f".uncompressed-{same.hexdigest()[:16]}.tar"
+
+
+def delete_uncompressed(scratch, but=()):
+    """Delete what `uncompressed` has written in the folder `scratch`, or begun to, except from the files `but`."""
+    if scratch is None:
+        return
+    kept = {_copy_of(path, scratch) for path in but}
     for path in scratch.glob(".*uncompressed-*.tar*"):
-        path.unlink()
+        if path not in kept:
+            path.unlink()
 
 
 class _Window(io.RawIOBase):

@@ -84,7 +84,12 @@ def are_numbers(names):
 
 def class_order(names):
     """Return class names in the order of their labels: as numbers where all are numbers (0, 1, 2, ... 10), else as text."""
-    return sorted(names, key=(lambda name: (int(name), name)) if are_numbers(names) else None)
+    return sorted(names, key=_numeric if are_numbers(names) else None)
+
+
+def _numeric(name):
+    digits = name.lstrip("0")
+    return len(digits), digits, name  # as int(name), which has a limit on digits
 
 
 def some(names, most=5):

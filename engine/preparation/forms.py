@@ -3,6 +3,9 @@
 Nothing is unpacked to disk, but a compressed tar. A name inside an archive becomes a name in the packed split and never a path.
 """
 
+import contextlib
+import itertools
+import os
 import re
 import tarfile
 import zipfile
@@ -16,6 +19,7 @@ from engine.preparation.archives import (
     FileSlice,
     ParquetRow,
     Zipped,
+    delete_uncompressed,
     opener_of_compressed,
     tar_listing,
     uncompressed,
@@ -30,6 +34,7 @@ from engine.preparation.finding import (
     LeftOut,
     class_order,
     is_image_name,
+    is_junk,
     some,
     text_of,
 )
@@ -88,6 +93,16 @@ def open_source(path, options=None):
         DataError: nothing there, no known form, or a form that is not complete; says what is missing.
     """
     path, options = Path(path).absolute(), options or Options()  # not resolved: a link's own name tells the form
+    with _in_words(path):
+        source = _form_of(path, options).open(path, options)
+    for split in SPLITS:
+        if not source.splits[split]:
+            raise DataError(f"the {source.kind} holds no {split} images with a label. {'; '.join(source.remarks)}")
+    source.class_names = {name: source.class_names[name] for name in source.classes if name in source.class_names}
+    return source
+
+
+def _form_of(path, options):
     if not path.exists():
         raise DataError(f"no data set at {path}: there is no such file or folder")
     form = form_at(path)
@@ -96,17 +111,25 @@ def open_source(path, options=None):
     for flag in ("image_column", "label_column"):
         if getattr(options, flag) is not None and form.open is not _open_parquet:
             raise DataError(f"--{flag.replace('_', '-')} is for parquet files; {path} holds {form.name}")
-    source = form.open(path, options)
-    for split in SPLITS:
-        if not source.splits[split]:
-            raise DataError(f"the {source.kind} holds no {split} images with a label. {'; '.join(source.remarks)}")
-    source.class_names = {name: source.class_names[name] for name in source.classes if name in source.class_names}
-    return source
+    return form
+
+
+@contextlib.contextmanager
+def _in_words(path):
+    """Raise DataError in place of what the system says of a file at `path` or in it that cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        file = os.fsdecode(error.filename) if error.filename is not None else str(path)
+        raise DataError(f"{text_of(file)} cannot be read: {error.strerror or error}") from error
 
 
 def form_at(path):
     """Return the Form of what lies at a path, or None where it is none that is known."""
-    return next((form for form in FORMS if form.is_there(path)), None)
+    with _in_words(path):
+        if path.is_dir():
+            os.scandir(path).close()  # a folder that must not be read is named, not one of the files that could lie in it
+        return next((form for form in FORMS if form.is_there(path)), None)
 
 
 def no_form(path):
@@ -117,7 +140,7 @@ def no_form(path):
             return f"{path} holds {kind} ({text_of(found)}), which is not read here. {way_out}"
     if path.is_file():
         return f"{path} is no archive of a known form."
-    archives = [text_of(name) for name in names if name.endswith(ARCHIVES)]
+    archives = [text_of(name) for name in names if name.endswith(ARCHIVES) and not is_junk(name)]
     if len(archives) > 1:
         return f"no images in train/<class>/ in {path}, but {len(archives)} archives ({some(archives, 3)}): name one."
     return f"no images in train/<class>/ in the folder {path}."
@@ -139,9 +162,17 @@ def _is_folder_of_images(path):
     return path.is_dir() and trees.has_tree(FolderTree(path), str(path))
 
 
+def _has_both_splits(path):
+    tree, where = FolderTree(path), str(path)
+    root = trees.root_of_split(tree, where, "train")
+    return root is not None and bool(trees.split_folders(tree, root, "val"))
+
+
 def _archive_at(path):
     """Return the archive that `path` is, or the only one in the folder `path`, or None."""
-    inside = [entry for entry in sorted(path.iterdir()) if entry.name.endswith(ARCHIVES)] if path.is_dir() else [path]
+    inside = [path]
+    if path.is_dir():
+        inside = [entry for entry in sorted(path.iterdir()) if entry.name.endswith(ARCHIVES) and not is_junk(entry.name)]
     if len(inside) != 1 or not inside[0].is_file():
         return None
     path = inside[0]
@@ -153,9 +184,12 @@ def _archive_at(path):
 
 def _open_archive(path, options):
     path = _archive_at(path)
+    delete_uncompressed(options.scratch, but=[path])
     if zipfile.is_zipfile(path):
         try:
             listing, kind = zip_listing(path), "zip file"
+        except NotImplementedError as error:
+            raise DataError(f"{path} cannot be read here ({error}): unpack it, and name the folder") from error
         except (zipfile.BadZipFile, ValueError) as error:
             raise DataError(f"{path} is damaged: {error}") from error
     elif path.name.endswith(".zip"):
@@ -165,10 +199,12 @@ def _open_archive(path, options):
     else:
         listing, kind = tar_listing(path), "tar file"
     found = trees.open_tree(ArchiveTree(listing), str(path), path.parent)
-    if found is None:
-        raise DataError(f"no images in train/<class>/ in the {kind} {path}.\n{known_forms()}")
-    source = _of_tree(found, f"{kind} {text_of(path.name)}")
     left_out = LeftOut()
+    if found is None:
+        left_out.add_refused(listing)
+        why = [*left_out.lines("the archive"), "Unpack it, and name the folder."] if left_out.counts else []
+        raise DataError("\n".join([f"no images in train/<class>/ in the {kind} {path}.", *why, known_forms()]))
+    source = _of_tree(found, f"{kind} {text_of(path.name)}")
     left_out.add_refused(listing._replace(refused=[]))  # those that are inside of it belong to a split
     source.remarks += left_out.lines("the archive")
     return source
@@ -190,7 +226,8 @@ def _of_tree(found, kind):
 
 
 def _is_official(path):
-    return path.is_dir() and any((path / name).is_file() for name in (TRAIN_TAR, VAL_TAR))
+    there = [(path / name).is_file() for name in (TRAIN_TAR, VAL_TAR, DEVKIT)] if path.is_dir() else []
+    return any(there[:2]) and (all(there) or not _has_both_splits(path))  # else it is a tree with a tar left over
 
 
 def _open_official(folder, options):
@@ -263,6 +300,7 @@ def _open_old_hub(path, options):
     archives = {"train": [folder / name for name in OLD_TRAIN], "val": [folder / OLD_VAL]}
     if missing := [path.name for paths in archives.values() for path in paths if not path.is_file()]:
         raise DataError(f"{folder} holds a part of the Hub's archives; missing: {', '.join(missing)}")
+    delete_uncompressed(options.scratch, but=itertools.chain(*archives.values()))
     images, left_out = {split: [] for split in SPLITS}, {split: LeftOut() for split in SPLITS}
     for split, paths in archives.items():
         for archive in paths:
@@ -300,13 +338,14 @@ def _of_rows(kind, found, keep_order):
     """
     names, class_names, rows = found.names, found.class_names, found.rows
     if names is None:
+        rows = _with_labels_alike(rows)
         seen = {label for _, label, _ in rows["train"] if label is not None}
         if all(isinstance(label, int) for label in seen):
             if max(seen, default=0) >= MOST_CLASSES:
                 raise DataError(f"the labels go up to {max(seen)}: they number something else; classes are numbered from 0")
             names = [str(number) for number in range(max(seen, default=-1) + 1)]
         else:
-            names = class_order({str(label) for label in seen})
+            names = class_order(seen)
     label_of = {label: label for label in range(len(names))} | {name: label for label, name in enumerate(names)}
     wnids = {}
     for name, label, _ in rows["train"]:
@@ -334,6 +373,17 @@ def _of_rows(kind, found, keep_order):
             splits[split].sort(key=lambda entry: (entry.label, entry.name))
     remarks = found.remarks + [line for split in SPLITS for line in left_out[split].lines(split)]
     return Source(kind, list(classes), splits, dict(class_names), remarks)
+
+
+def _with_labels_alike(rows):
+    """Return the rows of all splits with labels that are all int, or all text: a number is no index where others are names."""
+    labels = {label for of_split in rows.values() for _, label, _ in of_split}
+    if all(isinstance(label, (int, type(None))) for label in labels):
+        return rows
+    return {
+        split: [(name, label if label is None else str(label), place) for name, label, place in of_split]
+        for split, of_split in rows.items()
+    }
 
 
 # What is known -------------------------------------------------------------------------------------------------------
@@ -381,9 +431,9 @@ FORMS = (
     ),
     Form(
         "a tree of folders",
-        "a folder with train/<class>/<image> and val/<class>/<image>; validation/, valid/ or test/ do for val/, and links may "
-        "lead anywhere: ImageNet sorted into folders, ImageNet-100, Imagenette, Imagewoof, tiny-imagenet-200, Kaggle's "
-        f"ILSVRC/Data/CLS-LOC with its flat val and LOC_val_solution.csv or {DEVKIT}",
+        "a folder with train/<class>/<image> and val/<class>/<image>; validation/, valid/ or test/<class>/ do for val/, and "
+        "links may lead anywhere: ImageNet sorted into folders, ImageNet-100, Imagenette, Imagewoof, tiny-imagenet-200, "
+        f"Kaggle's ILSVRC/Data/CLS-LOC with its flat val and LOC_val_solution.csv or {DEVKIT}",
         "the folders' names; val_annotations.txt, LOC_val_solution.csv or the kit where val is flat",
         True,
         _is_folder_of_images,

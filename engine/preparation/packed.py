@@ -14,7 +14,7 @@ import numpy as np
 
 from engine.preparation.finding import relabelled
 from engine.system.errors import DataError
-from engine.system.files import replacing, sync_folder
+from engine.system.files import replacing, sync, sync_folder
 from engine.system.plain_json import json_object, parse_json
 
 try:
@@ -204,6 +204,7 @@ class PackedWriter:
         bad: list of [name, reason] of the images left out.
         size: bytes written.
         sha256: of the file, in hexadecimal, once it is finished; until then None.
+        remark: a line for the user where less is there than the journal says, and the work goes back; else None.
     Raises:
         DataError: the remains of another job lie there.
     """
@@ -213,14 +214,14 @@ class PackedWriter:
         self._part, self._journal_path = unfinished_files(path)
         self._schema = schema
         self.entries_done, self.bad, self.size, self.sha256 = 0, [], 0, None
+        self.remark = None
         lines = _whole_lines(self._journal_path)
         if lines and lines[0] != {"job": job}:
             raise DataError(
                 f"{self._part} is the beginning of another preparation; go on with that one, or start anew: --overwrite"
             )
-        self._journal = open(self._journal_path, "ab" if lines else "wb")  # noqa: SIM115
-        if not lines:
-            self._note(job=job)
+        lines = self._backed_lines(lines or [{"job": job}])
+        self._journal = open(self._journal_path, "ab")  # noqa: SIM115
         for line in lines[1:]:
             self.entries_done, self.size, self.sha256 = line["entries"], line["size"], line["sha256"]
             self.bad += line["bad"]
@@ -228,6 +229,22 @@ class PackedWriter:
             self._go_on()
         elif self._part.exists():
             os.replace(self._part, self.path)  # the kill came just before it
+
+    def _backed_lines(self, lines):
+        """Return the journal's lines up to the last one that what is there bears out; the journal is cut to them."""
+        is_finished = lines[-1].get("sha256") is not None and not self._part.exists()
+        file = self.path if is_finished else self._part
+        there = file.stat().st_size if file.exists() else 0
+        backed = lines[:1] + [line for line in lines[1:] if line["size"] <= there]
+        if is_finished and backed != lines:
+            backed = lines[:1]  # its beginning has its name already, and is left for other programs to read
+        if backed != lines:
+            what = "is shorter than it was" if file.exists() else "is not there any more"
+            self.remark = f"WARNING: {file} {what}: going back from {lines[-1]['entries']:,} images"
+        if backed != lines or not self._journal_path.exists():
+            with replacing(self._journal_path) as journal:
+                journal.writelines(map(_journal_line, backed))
+        return backed
 
     def _go_on(self):
         self._hash = hashlib.sha256()
@@ -254,7 +271,7 @@ class PackedWriter:
             if row is not None:
                 group.append(row)
                 size += len(row[0])
-        self._sync()  # the rows first: the journal never promises more than there is
+        sync(self._file)  # the rows first: the journal never promises more than there is
         self.entries_done += entries
         self.bad += bad
         self._note(entries=self.entries_done, size=self.size, bad=bad, sha256=None)
@@ -262,7 +279,7 @@ class PackedWriter:
     def finish(self):
         """Give the file its name."""
         self._write(END_OF_STREAM)
-        self._sync()
+        sync(self._file)
         self._file.close()
         self.sha256 = self._hash.hexdigest()
         self._note(entries=self.entries_done, size=self.size, bad=[], sha256=self.sha256)
@@ -270,19 +287,27 @@ class PackedWriter:
         os.replace(self._part, self.path)
         sync_folder(self.path.parent)
 
-    def _sync(self):
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
     def _write(self, content):
         self._file.write(content)
         self._hash.update(content)
         self.size += len(content)
 
     def _note(self, **line):
-        self._journal.write(json.dumps(line).encode() + b"\n")
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
+        self._journal.write(_journal_line(line))
+        sync(self._journal)
+
+
+def _journal_line(line):
+    return json.dumps(line).encode() + b"\n"
+
+
+def files_of_job(path, job):
+    """Return the set of paths that this job has written so far of the split at `path`, its journal included."""
+    part, journal = unfinished_files(path)
+    lines = _whole_lines(journal)
+    if not lines or lines[0] != {"job": job}:
+        return set()
+    return {part, journal, path} if lines[-1].get("sha256") is not None else {part, journal}
 
 
 def unfinished_files(path):

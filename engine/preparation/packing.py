@@ -21,8 +21,8 @@ from torchvision.models import ResNet50_Weights
 from tqdm import tqdm
 
 from engine.preparation.archives import ParquetRow
-from engine.preparation.finding import WNID
-from engine.preparation.packed import PackedSplit, PackedWriter, packed_schema, unfinished_files
+from engine.preparation.finding import WNID, is_image_name, text_of
+from engine.preparation.packed import PackedSplit, PackedWriter, files_of_job, packed_schema, unfinished_files
 from engine.preparation.trees import IMAGENET_COUNTS
 from engine.system.errors import DataError
 from engine.system.files import replacing
@@ -36,6 +36,10 @@ PIECE = 512  # images between two entries of the journal: what a kill can cost
 CHUNK = 32  # images that a worker process makes at a time
 SAMPLE = 48  # images of a split from which the size of the whole is estimated beforehand
 PLAIN_LINE_SECONDS = 30.0
+
+
+class ReadFailed(DataError):
+    """The machine could not read an image: its disk is gone, a right is missing, too many files are open, no memory is left."""
 
 
 class Packing(NamedTuple):
@@ -74,11 +78,19 @@ def is_meant_as_imagenet(source):
 
 
 def job_id(source, packing):
-    """Return a text that is the same for the same images prepared in the same way, and for no others."""
+    """Return a text that is the same for images of the same names, labels and sizes prepared in the same way, and no others."""
     digest = hashlib.sha256(repr((source.classes, packing.shorter_sides(), packing.quality)).encode())
+    sizes = parquet_sizes(source)
     for entries in source.splits.values():
-        digest.update("\n".join(f"{entry.name} {entry.label}" for entry in entries).encode())
+        lengths = [sizes[each.place.file] if isinstance(each.place, ParquetRow) else each.place.length for each in entries]
+        lines = [f"{entry.name} {entry.label} {length}" for entry, length in zip(entries, lengths, strict=True)]
+        digest.update("\n".join(lines).encode())
     return digest.hexdigest()
+
+
+def job_of_split(job, split):
+    """Return the text that tells a split's part of a job from all others."""
+    return f"{job} {split}"
 
 
 def packed_files(destination):
@@ -86,36 +98,65 @@ def packed_files(destination):
     return {split: destination / f"{split}.arrow" for split in IMAGENET_IMAGES}
 
 
-def delete_packed(destination):
-    """Delete everything that a packing job writes, finished or not."""
-    for path in packed_files(destination).values():
-        for file in (path, *unfinished_files(path)):
-            file.unlink(missing_ok=True)
-    for name in (MANIFEST, CHECKSUMS):
-        (destination / name).unlink(missing_ok=True)
+def refuse_to_replace_source(source, destination):
+    """Raise DataError where a packed file that would be replaced is one that the source's images are read from."""
+    files = {entry.place.file for entries in source.splits.values() for entry in entries}
+    packed = [path for path in packed_files(destination).values() if path.exists()]
+    for file in files if packed else ():
+        if not is_image_name(os.fsdecode(file)) and (own := next((p for p in packed if os.path.samefile(p, file)), None)):
+            raise DataError(
+                f"{own} is a part of SOURCE and would be replaced: name another DESTINATION, or, where other images in "
+                "SOURCE are meant, move it away"
+            )
+
+
+def files_to_overwrite(destination, job):
+    """Return the paths of what packing jobs have written, finished or not, but the beginning that is this very job's."""
+    finished = _lost_files(destination, job) == []
+    paths = [path for path in (destination / MANIFEST, destination / CHECKSUMS) if path.exists()]
+    for split, path in packed_files(destination).items():
+        kept = set() if finished else files_of_job(path, job_of_split(job, split))
+        paths += [file for file in (path, *unfinished_files(path)) if file.exists() and file not in kept]
+    return paths
 
 
 def is_prepared(destination, job):
-    """Return whether this very job is done; raise DataError if another one's files are in its place."""
-    manifest = destination / MANIFEST
-    if manifest.exists():
-        try:
-            same = json_object(manifest.read_text())["job"] == job
-        except (ValueError, KeyError):
-            same = False
-        if same and all(path.exists() for path in packed_files(destination).values()):
-            return True
+    """Return whether this very job is done, and tidy up after it; raise DataError if another one's files are in its place."""
+    lost = _lost_files(destination, job)
+    if lost is not None:
+        if lost:
+            print(f"WARNING: {', '.join(map(str, lost))}: moved away or cut off since; it is all packed anew")
+        for path in () if lost else packed_files(destination).values():
+            for file in unfinished_files(path):  # of a job that was killed at its end, or packed a lost file anew
+                file.unlink(missing_ok=True)
+        return not lost
     for path in packed_files(destination).values():
-        if path.exists() and (manifest.exists() or not unfinished_files(path)[1].exists()):
+        if path.exists() and ((destination / MANIFEST).exists() or not unfinished_files(path)[1].exists()):
             raise DataError(
-                f"{path} is there already, prepared from other images or in another way; name another folder, "
+                f"{path} is there already, from images of other names or sizes, or in another way; name another folder, "
                 "or have it replaced: --overwrite"
             )
     return False
 
 
-def announce(source, packing):
-    """Print what was found and what will be written; raise DataError if the disk cannot hold it."""
+def _lost_files(destination, job):
+    """Return the packed files that are not as this very job's manifest says; None where there is no manifest of it."""
+    try:
+        manifest = json_object((destination / MANIFEST).read_text())
+        if manifest["job"] != job:
+            return None
+        sizes = {path: manifest["splits"][split]["bytes"] for split, path in packed_files(destination).items()}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    return [path for path, size in sizes.items() if not path.exists() or path.stat().st_size != size]
+
+
+def announce(source, packing, overwritten=()):
+    """Print what was found and what will be written; raise DataError if the disk cannot hold it.
+
+    Args:
+        overwritten: of files_to_overwrite, the files that will be deleted first.
+    """
     destination = packing.destination
     counts = " and ".join(
         f"{len(source.splits[split]):,} {word} images" for split, word in (("train", "training"), ("val", "validation"))
@@ -126,8 +167,12 @@ def announce(source, packing):
     sizes = {split: estimated_size(source, split, packing) for split in source.splits}
     done = 0
     for path in packed_files(destination).values():
-        done += sum(file.stat().st_size for file in (path, unfinished_files(path)[0]) if file.exists())
-    free = shutil.disk_usage(destination).free
+        begun = [file for file in (path, unfinished_files(path)[0]) if file.exists() and file not in overwritten]
+        done += sum(file.stat().st_size for file in begun)
+    freed = sum(path.stat().st_size for path in overwritten)
+    free = shutil.disk_usage(destination).free + freed
+    if freed:
+        print(f"--overwrite: {gigabytes(freed)} of an earlier preparation in {destination} are deleted first")
     needed = sum(sizes.values()) - done
     print(
         f"will write about {gigabytes(sum(sizes.values()))} to {destination} (train {gigabytes(sizes['train'])}, val "
@@ -149,10 +194,13 @@ def gigabytes(size):
 def source_size(source):
     """Return the bytes of the source's images."""
     slices = [entry.place for entries in source.splits.values() for entry in entries]
-    whole_files = {each.file for each in slices if isinstance(each, ParquetRow)}
-    return sum(os.path.getsize(file) for file in whole_files) + sum(
-        each.length for each in slices if not isinstance(each, ParquetRow)
-    )
+    return sum(parquet_sizes(source).values()) + sum(each.length for each in slices if not isinstance(each, ParquetRow))
+
+
+def parquet_sizes(source):
+    """Return {file: bytes} of the source's parquet files."""
+    places = (entry.place for entries in source.splits.values() for entry in entries)
+    return {file: os.path.getsize(file) for file in {each.file for each in places if isinstance(each, ParquetRow)}}
 
 
 def estimated_size(source, split, packing):
@@ -168,10 +216,18 @@ def estimated_size(source, split, packing):
 
 
 def pack(entry, encode, shorter_side, quality):
-    """Return (bytes to keep, None), or (None, what is wrong with the image)."""
+    """Return (bytes to keep, None), or (None, what is wrong with the image).
+
+    Raises:
+        ReadFailed: what is wrong is the machine, and the image may be good.
+    """
     try:
         return encode(entry.place.read(), shorter_side, quality), None
     except Exception as error:  # decoders fail in their own ways; whatever it is, the image is named and left out
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:  # a damaged archive has no errno
+            reason = getattr(error, "strerror", None) or type(error).__name__
+            file = text_of(os.fsdecode(entry.place.file))
+            raise ReadFailed(f"{file} cannot be read ({reason}); where {entry.name} is lost for good, move it away") from error
         return None, f"{type(error).__name__}: {error}"
 
 
@@ -188,7 +244,9 @@ def pack_split(source, split, packing, job, stop):
         stop: StopRequest, heeded between two images.
     """
     entries, schema = source.splits[split], packed_schema(source.classes, source.class_names)
-    writer = PackedWriter(packed_files(packing.destination)[split], schema, f"{job} {split}")
+    writer = PackedWriter(packed_files(packing.destination)[split], schema, job_of_split(job, split))
+    if writer.remark:
+        print(writer.remark, flush=True)
     if writer.sha256 is not None:
         return writer
     if writer.entries_done:
@@ -241,7 +299,11 @@ def with_progress(items, split, total, done):
 
 
 def write_manifest(source, writers, packing, job):
-    """Write the manifest and the checksums; print what there is and what is missing."""
+    """Write the manifest and the checksums; print what there is and what is missing.
+
+    Raises:
+        DataError: a split has come out empty.
+    """
     destination = packing.destination
     manifest = {
         "job": job,
@@ -266,6 +328,9 @@ def write_manifest(source, writers, packing, job):
             "bad_images": writer.bad,
             "images_per_class": dict(zip(packed.classes, per_class, strict=True)),
         }
+        if not len(packed):
+            named = f" ({': '.join(writer.bad[0])})" if writer.bad else ""
+            raise DataError(f"none of the {writer.entries_done:,} {split} images is one that can be read{named}")
     with replacing(destination / CHECKSUMS, "w") as file:
         file.writelines(f"{writer.sha256}  {writer.path.name}\n" for writer in writers.values())
     with replacing(destination / MANIFEST, "w") as file:

@@ -15,6 +15,8 @@ from engine.preparation.trees import SPLIT_NAMES, SPLITS
 from engine.system.errors import DataError
 from engine.system.plain_json import json_object
 
+METADATA = "metadata.parquet"  # of a folder of images, as the datasets library reads it
+LARGEST_ROW_GROUP = 2**30  # bytes of images; each worker holds one, and from 2 GiB on Arrow cannot read it
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels", "fine_label")  # where no metadata say which
 
 
@@ -56,8 +58,11 @@ def files_of_splits(folders, patterns, is_meant=lambda path: True):
 
 
 def _files(folder, name, patterns):
-    found = ([path for path in sorted(folder.glob(pattern.replace("NAME", name))) if path.is_file()] for pattern in patterns)
-    return next((files for files in found if files), [])
+    for pattern in patterns:
+        files = [path for path in sorted(folder.glob(pattern.replace("NAME", name))) if path.is_file()]
+        if files := [path for path in files if not finding.is_junk(path.name) and path.name != METADATA]:
+            return files
+    return []
 
 
 def require_all_parts(paths):
@@ -113,7 +118,7 @@ def read_parquet(files, image_column=None, label_column=None):
                 for group in range(file.num_row_groups):
                     rows[split] += _rows_of_group(file, path, group, image, label)
             except (pyarrow.ArrowException, *DAMAGED) as error:
-                if isinstance(error, DataError):
+                if isinstance(error, DataError) or getattr(error, "errno", None) is not None:
                     raise
                 raise DataError(f"{path} is damaged, or no parquet file of images with labels: {error}") from error
             if len(rows[split]) - before != file.metadata.num_rows:
@@ -132,10 +137,18 @@ def _rows_of_group(file, path, group, image, label):
     kind = file.schema_arrow.field(image).type
     in_struct = pa.types.is_struct(kind)
     has_path = in_struct and kind.get_field_index("path") >= 0
+    column = f"{image}.bytes" if in_struct else image
+    parts = file.metadata.row_group(group)
+    chunks = [parts.column(number) for number in range(parts.num_columns)]
+    size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
+    if size > LARGEST_ROW_GROUP:
+        raise DataError(
+            f"{path} holds a row group of {size / 1e6:,.0f} MB of images, more than the {LARGEST_ROW_GROUP / 1e6:,.0f} MB that "
+            "a worker can take at once: write it anew in smaller ones, as pandas' and pyarrow's row_group_size=1000 does"
+        )
     table = file.read_row_group(group, columns=[label] + ([f"{image}.path"] if has_path else []))
     labels = table[label].to_pylist()
     paths = table[image].combine_chunks().field(0).to_pylist() if has_path else [None] * len(labels)
-    column = f"{image}.bytes" if in_struct else image
     return [
         (name or f"{path.stem}-{group:05d}-{row:05d}.JPEG", label, ParquetRow(str(path), group, row, column))
         for row, (label, name) in enumerate(zip(labels, paths, strict=True))
@@ -159,7 +172,8 @@ def _columns(schema, path, image_column, label_column):
         return holds_bytes(field.type)
 
     def holds_labels(field):
-        return pa.types.is_integer(field.type) or pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type  # pandas' categories
+        return pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
     def chosen(asked, kind, usual, fits, flag, words):
         candidates = [name for name in schema.names if typed.get(name) == kind]
@@ -214,7 +228,7 @@ def arrow_files(folder):
                 found[split] = _listed_files(state)
             elif (folder / f"{name}.arrow").is_file():
                 found[split] = [folder / f"{name}.arrow"]
-            elif files := sorted(folder.glob(f"*-{name}-*-of-*.arrow")) + sorted(folder.glob(f"*-{name}.arrow")):
+            elif files := _files(folder, name, ("*-NAME-*-of-*.arrow",)) + _files(folder, name, ("*-NAME.arrow",)):
                 found[split] = files  # the cache of datasets.load_dataset
     return found if set(found) == set(SPLITS) else None
 
@@ -297,7 +311,7 @@ def read_shards(files):
                 member, place = parts[images[0]]
                 rows[split].append((PurePosixPath(member).name, label, place))
         remarks += left_out.lines(split)
-    return Rows(rows, None, {}, remarks)
+    return Rows(_as_numbers(rows), None, {}, remarks)
 
 
 def _label_of_sample(parts, path):
@@ -308,10 +322,22 @@ def _label_of_sample(parts, path):
         elif ".json" in parts:
             facts = json_object(parts[".json"][1].read())
             label = next((facts[key] for key in ("label", "cls") if key in facts), None)
-            if not isinstance(label, (int, str, type(None))):
+            if not isinstance(label, (int, str, type(None))) or isinstance(label, bool):
                 raise ValueError(f"a number or a name is expected, not {type(label).__name__}")
         else:
             return None
     except ValueError as error:
         raise DataError(f"{path} holds a label that cannot be read ({error})") from error
-    return int(label) if isinstance(label, str) and label.isdigit() else label
+    return None if str(label).startswith("-") and _is_number(str(label)[1:]) else label  # -1 is what unlabelled images have
+
+
+def _is_number(text):
+    return text.isascii() and text.isdigit() and len(text) < 19
+
+
+def _as_numbers(rows):
+    """Return the rows of all splits with labels that are int, where all are numbers; else as they are."""
+    labels = {label for of_split in rows.values() for _, label, _ in of_split}
+    if not all(isinstance(label, int) or _is_number(label) for label in labels):
+        return rows
+    return {split: [(name, int(label), place) for name, label, place in of_split] for split, of_split in rows.items()}

@@ -7,7 +7,9 @@ reads those on disk as they lie; preparation reads the same ones, and those in a
 import csv
 import gzip
 import io
+import os
 import tarfile
+import zlib
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -24,6 +26,9 @@ SPLITS = ("train", "val")
 IMAGENET_COUNTS = (1_281_167, 50_000)  # images for training and for validation
 # Names of the splits' folders and files. Those of one group mean the same; a later group counts where there is none before it.
 SPLIT_NAMES = {"train": (("train",),), "val": (("val", "validation", "valid"), ("test",))}
+NO_VALIDATION_IMAGES = (
+    "train.py --val-share 0.2 lets a fifth of each class validate where there are none; prepare_data.py needs val/<class>/"
+)
 DEPTH = 4  # folders to go down in search of train/; Kaggle's tree lies at 3
 
 
@@ -92,7 +97,7 @@ def open_tree(tree, where, beside, splits=SPLITS, classes=None):
     if "train" in splits:
         folders["train"] = split_folders(tree, root, "train")[0]
         found["train"] = finding.labelled_by_folder(tree, folders["train"], left_out["train"])
-        refuse_empty_classes(found["train"], f"{where}: {text_of(folders['train'])}/")
+        refuse_empty_classes(found["train"], f"{where}: {text_of(folders['train'])}/", left_out["train"])
         classes = found["train"].classes
         files.require_classes(classes, where)
         files.require_training_images(found["train"], where)
@@ -110,10 +115,14 @@ def _validation_images(tree, root, where, files, classes, left_out):
     """Return (path of the folder, Labelled) of the validation images; arguments as in open_tree."""
     candidates = split_folders(tree, root, "val")
     if not candidates:
-        raise DataError(f"no images in {text_of(join_path(root, 'val'))}/ of {where}: validation images are needed as well")
+        test = unlabelled_test(tree, root)
+        raise DataError(
+            f"no images in {text_of(join_path(root, 'val'))}/ of {where}: validation images are needed as well. "
+            f"{f'{remark_on_test(test)}. ' if test else ''}{NO_VALIDATION_IMAGES}"
+        )
     _refuse_ties(candidates, where)
     folder = candidates[0]
-    found = _labelled_validation(tree, folder, files, where, left_out)
+    found = _labelled_validation(tree, folder, files, where, left_out, classes)
     if classes:
         found = _with_classes(found, classes, folder, left_out)
     if not found.labels:
@@ -136,9 +145,26 @@ def split_folders(tree, root, split):
     """Return the paths of the split's folders right inside of `root`, of the first group of names with images in them."""
     for group in SPLIT_NAMES[split]:
         there = [path for name in group if (path := folder_at(tree, root, name))]
+        if "test" in group and unlabelled_test(tree, root):
+            continue
         if there := [path for path in there if finding.has_images(tree, path, in_folders_only=split == "train")]:
             return there
     return []
+
+
+def unlabelled_test(tree, root):
+    """Return the path of a folder test/ beside train/ whose images have no labels, as competitions give them, or None."""
+    train, test = (folder_at(tree, root, name) for name in ("train", "test"))
+    if train is None or test is None or not finding.has_images(tree, test):
+        return None
+    folders, files, _ = tree.entries(test)
+    has_file = TINY_LABELS in files or any(name in tree.entries(root)[1] for name in (VAL_LABELS, DEVKIT))
+    return None if has_file or set(folders) & set(tree.entries(train)[0]) else test
+
+
+def remark_on_test(test):
+    """Return a line on the folder of unlabelled_test."""
+    return f"{text_of(test)}/ is no validation split: its images lie in no folder of a class"
 
 
 def root_of_split(tree, where, split):
@@ -170,13 +196,14 @@ def _class_folders_themselves(tree, where):
     return ImageTree(tree, where, {"val": ""}, {"val": found}, {}, {"val": left_out}, order_remarks(found.classes))
 
 
-def refuse_empty_classes(labelled, where):
-    """Raise DataError unless there are classes and each has images."""
+def refuse_empty_classes(labelled, where, left_out):
+    """Raise DataError unless there are classes and each has images; says what was left out that may have been one."""
     if not labelled.classes:
         raise DataError(f"{where} holds no class folders")
     if empty := sorted(set(range(len(labelled.classes))) - set(labelled.labels)):
         names = some([labelled.classes[label] for label in empty])
-        raise DataError(f"{where} has classes without images: {names}. Copy their images, or remove their folders")
+        why = "".join(f"\n{line}" for line in left_out.lines("train") if line.startswith("WARNING"))
+        raise DataError(f"{where} has classes without images: {names}. Copy their images, or remove their folders{why}")
 
 
 # Labels --------------------------------------------------------------------------------------------------------------
@@ -196,7 +223,7 @@ def _with_classes(labelled, classes, folder, left_out):
     return Labelled(list(classes), [path for _, path in known], [label for label, _ in known])
 
 
-def _labelled_validation(tree, folder, files, where, left_out):
+def _labelled_validation(tree, folder, files, where, left_out, classes_of_train):
     """Return the Labelled of the validation images: by their folders, or by a file with the labels where they lie flat."""
     annotations = tiny_labels(tree, folder)
     if annotations is None and finding.has_images(tree, folder, in_folders_only=True):
@@ -204,6 +231,11 @@ def _labelled_validation(tree, folder, files, where, left_out):
         require_all(files.kaggles_validation_labels(False), labelled.paths, f"{where}: validation images", VAL_LABELS)
         return labelled
     classes_of, source = annotations or files.validation_labels()
+    if classes_of is None and not all(map(finding.WNID.fullmatch, classes_of_train or ())):
+        raise DataError(
+            f"{text_of(folder)}/ in {where} is flat, and nothing says its labels: sort its images into folders of their "
+            f"classes, {text_of(folder)}/<class>/, or move it away. {NO_VALIDATION_IMAGES}"
+        )
     if classes_of is None:
         raise DataError(
             f"{text_of(folder)}/ in {where} is flat: its labels are in {VAL_LABELS} (Kaggle) or {DEVKIT} (official); put "
@@ -241,8 +273,29 @@ def tiny_labels(tree, folder):
     """Return ({stem of a validation image: wnid}, the file's name) of tiny-imagenet-200, or None where it is not that."""
     if TINY_LABELS not in tree.entries(folder)[1]:
         return None
-    lines = tree.place(join_path(folder, TINY_LABELS)).read().decode().splitlines()
-    return {stem(name): wnid for name, wnid, *_ in (line.split("\t") for line in lines if line)}, TINY_LABELS
+    found = {}
+    lines = _text_at(tree.place(join_path(folder, TINY_LABELS)), TINY_LABELS).splitlines()
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            name, wnid, *_ = (*line.split("\t"), "")
+            if not wnid:
+                raise DataError(f"{TINY_LABELS}, line {number}: an image, a tab and its class are expected, not {line[:80]!r}")
+            found[stem(name)] = wnid
+    return found, TINY_LABELS
+
+
+def _text_at(place, name):
+    """Return the text at a place of engine/preparation/archives.py; raise DataError where it is none in UTF-8."""
+    where = f"{name} ({text_of(os.fsdecode(place.file))})"
+    try:
+        text = place.read().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    except (OSError, zlib.error) as error:
+        raise DataError(f"{where} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if "\0" in text:  # as in UTF-16
+        raise DataError(f"{where} is no text in UTF-8: save it as that")
+    return text
 
 
 class _SideFiles:
@@ -268,12 +321,13 @@ class _SideFiles:
 
     def _text(self, name, beside=False):
         place = self._place(name, beside)
-        return place.read().decode() if place is not None else ""
+        return _text_at(place, name) if place is not None else ""
 
     def class_names(self):
         """Return {wnid: what people call it}."""
         if text := self._text(SYNSETS, self._is_kaggles):
-            return dict(line.split(maxsplit=1) for line in text.splitlines() if " " in line)
+            pairs = [line.split(maxsplit=1) for line in text.splitlines()]
+            return dict(pair for pair in pairs if len(pair) == 2)
         if text := self._text(TINY_WORDS):
             return dict(line.split("\t", 1) for line in text.splitlines() if "\t" in line)
         if (place := self._place(DEVKIT)) is not None:
@@ -282,8 +336,19 @@ class _SideFiles:
 
     def kaggles_validation_labels(self, beside):
         """Return {stem of a validation image: wnid} as Kaggle's file says."""
-        rows = csv.DictReader(io.StringIO(self._text(VAL_LABELS, beside)))
-        return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
+        return dict(self._kaggles_rows(VAL_LABELS, beside))
+
+    def _kaggles_rows(self, name, beside):
+        """Yield (stem of an image, its wnid) of one of Kaggle's two lists of them."""
+        rows = csv.DictReader(io.StringIO(self._text(name, beside)))
+        try:
+            for row in rows:
+                image, prediction = (row.get(column) or "" for column in ("ImageId", "PredictionString"))
+                if not image or not prediction.split():
+                    raise csv.Error("an image and its class are expected, under the header ImageId,PredictionString")
+                yield image, prediction.split()[0]
+        except csv.Error as error:
+            raise DataError(f"{name}, line {rows.line_num}: {error}") from error
 
     def validation_labels(self):
         """Return ({stem of a validation image: wnid}, the file that says so), or (None, None)."""
@@ -307,7 +372,7 @@ class _SideFiles:
         """Raise DataError unless all training images that Kaggle's lists name are there."""
         list_of_all = f"{KAGGLES_LISTS}/train_cls.txt"
         images = {line.split()[0].rpartition("/")[2] for line in self._text(list_of_all).splitlines() if line.strip()}
-        with_boxes = {row["ImageId"] for row in csv.DictReader(io.StringIO(self._text(TRAIN_BOXES, self._is_kaggles)))}
+        with_boxes = {image for image, _ in self._kaggles_rows(TRAIN_BOXES, self._is_kaggles)}
         for promised, source in ((images, list_of_all), (with_boxes, TRAIN_BOXES)):
             require_all(promised, labelled.paths, f"{where}: training images", source)
 

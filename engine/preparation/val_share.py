@@ -36,13 +36,19 @@ def open_shares(path, share):
     if folder is None:
         return None
     found = labelled_by_folder(tree, folder, left_out)
-    trees.refuse_empty_classes(found, f"{path}: {text_of(folder) or '.'}/")
+    trees.refuse_empty_classes(found, f"{path}: {text_of(folder) or '.'}/", left_out)
     parts = dict(zip(("train", "val"), split_by_hash(found, share), strict=True))
     remark = (
         f"note: {path} has no validation images of its own: of its {len(found.labels):,} images {len(parts['val'].labels):,}, "
         f"val_share = {share:g} of each class chosen by a hash of their names, validate and are never trained on"
     )
-    remarks = [remark, *trees.order_remarks(found.classes), *left_out.lines("train and val")]
+    test = trees.unlabelled_test(tree, folder.rpartition("/")[0]) if folder else None
+    remarks = [
+        remark,
+        *([f"note: {trees.remark_on_test(test)}"] if test else []),
+        *trees.order_remarks(found.classes),
+        *left_out.lines("train and val"),
+    ]
     return {split: ImageFolder(tree.path(folder), part) for split, part in parts.items()}, remarks
 
 
@@ -72,7 +78,10 @@ def refuse_other_levels(tree, folder, where):
     around all classes, or one of several around them. A folder train/ says itself where the classes lie.
     """
     around = folder.rpartition("/")[0]
-    if splits := [each for each in _folders_of_folders(tree, around) if _name(each).lower() in SPLIT_WORDS and each != folder]:
+    known = folder, trees.unlabelled_test(tree, around)
+    if splits := [
+        each for each in _folders_of_folders(tree, around) if _name(each).lower() in SPLIT_WORDS and each not in known
+    ]:
         looks = "looks like a split, not a class" if len(splits) == 1 else "look like splits, not classes"
         raise DataError(
             f"{where}: {_some(splits)} {looks}: rename the folders with the training and validation images to train and val, "

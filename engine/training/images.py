@@ -8,7 +8,7 @@ from engine.cli.keys import ConfigError
 from engine.data.batches import REPLACE_IT
 from engine.data.demo import make_demo_data
 from engine.data.fetching import fetch_images, images_folder
-from engine.data.splits import log_packing_gain, open_splits
+from engine.data.splits import label_digests, log_packing_gain, open_splits
 from engine.preparation.finding import FolderTree
 from engine.preparation.val_share import folders_of_classes, name_digests, share_digests
 from engine.system import distributed
@@ -94,13 +94,20 @@ def _require_same_images(splits, checkpoint, config, log):
             f"{config['data_dir']} holds {len(images):,} training images of {len(images.classes)} classes; the run to resume "
             f"saw {checkpoint['train_images']:,} of {len(checkpoint['classes'])}. Name its images with --data-dir{share}"
         )
+    labels = label_digests(splits)
+    labels_then = checkpoint.get("label_digests", labels)  # not in older runs
+    if labels["train"] != labels_then["train"]:
+        raise DataError(
+            f"{config['data_dir']} holds as many training images as the run to resume saw, but their labels are others, or "
+            "in another order. Name its images with --data-dir"
+        )
     if then and here["train"] != then["train"]:
         raise DataError(
             f"{config['data_dir']} holds its images under other names than when the run to resume began, and the split of "
             "val_share goes by them: it would be scored on images that it was trained on. Give them their names back"
         )
     were = checkpoint.get("val_images", val_images)  # new in format 1
-    if val_images == were and here == then:
+    if (val_images, here, labels["val"]) == (were, then, labels_then["val"]):
         return
     if checkpoint["best"]["epoch"] == 0:
         log(f"note: {val_images:,} validation images now, {were:,} when the run began: it has not been scored on any yet")

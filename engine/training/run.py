@@ -8,6 +8,7 @@ import torch
 from config import CONFIG
 from engine.data.batches import training_requests
 from engine.data.loader import BatchLoader
+from engine.data.splits import label_digests
 from engine.inference.weight_files import FoundWeights, load_weights
 from engine.preparation.val_share import share_digests
 from engine.report.figures import read_run
@@ -94,6 +95,7 @@ class Run:
             "train_images": len(train),
             "val_images": len(val),
             "share_digests": share_digests(self.batches.splits),  # of a run with val_share
+            "label_digests": label_digests(self.batches.splits),
             "compile_choice": self.compile_choice,
             "hardware": several + describe_device(self.device),
             "class_names": getattr(train, "class_names", {}),  # what people call them, where a packed file knows

@@ -191,3 +191,33 @@ def test_hard_cases_of_names_in_a_tar(tmp_path):
     assert source.classes == ["caf\\xe9"]
     assert [entry.name for entry in source.splits["train"]] == ["long" * 50 + ".png"]
     assert "note: left out of train: hidden or made by the system: 1 (train/.hidden)" in source.remarks
+
+
+def test_uncompressed_copies_stay_for_the_same_command_alone(tmp_path, monkeypatch):
+    def archive(name):
+        with tarfile.open(tmp_path / name, "w:gz") as tar:
+            for n, path in enumerate(("train/cat/1.png", "train/dog/1.png", "val/cat/1.png", "val/dog/1.png")):
+                add_to_tar(tar, path, encoded(photo(20, 24, seed=n), "PNG"))
+        return tmp_path / name
+
+    def copies():
+        return sorted(path.name for path in packed.glob(".*uncompressed*"))
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    packed, first, second = tmp_path / "packed", archive("first.tgz"), archive("second.tgz")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("prepare_data.pack_split", killed)
+        prepare(first, packed)
+    (copy,) = copies()
+    (packed / f".1-{copy}.tmp").write_bytes(b"half of it, by a process that was killed")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("prepare_data.pack_split", killed)
+        prepare(second, packed)
+    assert len(copies()) == 1 and copies() != [copy]
+    assert prepare(second, packed) == 0
+    assert copies() == []
+    with pytest.raises(DataError, match="--overwrite"):
+        prepare(second, packed, "--shorter-side=12")
+    assert copies() == []

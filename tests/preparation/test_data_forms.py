@@ -54,8 +54,9 @@ are seen as their pixels are stored.
 A tar must end as tars do, with blocks of zeros and nothing behind them, the outer one and each inner one; a bad header anywhere
 is refused with its byte. Compressed files are read to their checksum. What a data set says of itself must be there: the kit's
 classes and validation images, the lines of Kaggle's and tiny-imagenet's lists, all of numbered files, the rows that parquet's
-metadata and the data set's card promise. A tar has no checksum of its members' bytes: that the official files arrived unharmed,
-only their published MD5 sums say (`md5sum -c`):
+metadata and the data set's card promise. Refused are row groups of parquet with over 1 GiB of images (each worker holds one),
+and zips with a password. A tar has no checksum of its members' bytes: that the official files arrived unharmed, only their
+published MD5 sums say (`md5sum -c`):
 """
 
 
