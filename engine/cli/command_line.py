@@ -6,6 +6,7 @@ Needs nothing but the standard library, so that --help and typing errors answer 
 import argparse
 import ast
 import difflib
+import math
 import re
 import sys
 from pathlib import Path
@@ -49,7 +50,8 @@ DURATIONS = ("warmup_epochs", "swa_start_epoch", "swa_anneal_epochs")
 def stretched(recipe_config, recipe, given):
     """Return a recipe's configuration with the given keys; where they change `epochs`, other durations keep their share.
 
-    These are the DURATIONS, unless one of their kind is given; in whole epochs where the recipe averages those.
+    These are the DURATIONS, unless one of their kind is given; in whole epochs where the recipe averages those, but for a
+    warm-up that would be none. Averaging begins when the rate has reached its peak, and not at all for one epoch's weights.
     """
     config = recipe_config | given
     epochs, usual = config["epochs"], recipe_config["epochs"]
@@ -61,10 +63,11 @@ def stretched(recipe_config, recipe, given):
         return int(exact + 0.5) if recipe_config["swa_start_epoch"] else exact
 
     if "warmup_epochs" not in given and recipe not in WARMUP_OF_ANY_LENGTH:
-        config["warmup_epochs"] = share("warmup_epochs")
+        config["warmup_epochs"] = share("warmup_epochs") or recipe_config["warmup_epochs"] * epochs / usual
     if config["swa_start_epoch"] and not {"swa_start_epoch", "swa_anneal_epochs"} & set(given):
-        first = int(config["warmup_epochs"]) + 1 if ALLOWED["warmup_epochs"].admits(config["warmup_epochs"]) else 1
-        config["swa_start_epoch"] = min(max(share("swa_start_epoch"), first), epochs)
+        warmup = config["warmup_epochs"] if ALLOWED["warmup_epochs"].admits(config["warmup_epochs"]) else 0
+        start = max(share("swa_start_epoch"), math.ceil(warmup) + 1, 2)
+        config["swa_start_epoch"] = start if start < epochs else 0
         config["swa_anneal_epochs"] = share("swa_anneal_epochs")
     return config
 

@@ -216,12 +216,20 @@ def test_keys_that_an_older_checkpoint_does_not_know_get_their_defaults():
         ("", (10, 32, 5)),
         ("--epochs 20", (2, 6, 1)),
         ("--epochs 200", (20, 64, 10)),
-        ("--epochs 1", (0, 1, 0)),
+        ("--epochs 1", (0.1, 0, 0)),  # a part of an epoch, before it would be none; a single epoch's weights are no average
+        ("--epochs 2", (0.2, 0, 0)),
+        ("--epochs 3", (0.3, 2, 0)),
+        ("--epochs 4", (0.4, 2, 0)),
+        ("--epochs 5", (1, 2, 0)),
+        ("--epochs 20 --warmup-epochs 2.5", (2.5, 6, 1)),
+        ("--epochs 20 --warmup-epochs 6.5", (6.5, 8, 1)),
+        ("--epochs 20 --warmup-epochs 20", (20, 0, 1)),
         ("--epochs 20 --warmup-epochs 7", (7, 8, 1)),  # averaging never begins while the rate rises
         ("--epochs 50 --swa-start-epoch 40", (5, 40, 5)),
         ("--epochs 50 --swa-anneal-epochs 3", (5, 32, 3)),
         ("--epochs 30 --swa-start-epoch 0", (3, 0, 5)),
         ("--recipe fast --epochs 40", (2, 0, 5)),  # FFCV's warm-up takes 2 epochs at any length
+        ("--recipe demo --epochs 1", (0.125, 0, 0)),
         ("--recipe demo --epochs 4", (1, 3, 1)),
     ],
 )

@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import SWALR
 
 from config import CONFIG
+from engine.cli.command_line import parse_command_line
 from engine.training.optim import build_optimizer, build_schedule, parameter_groups
 from model import build_model
 
@@ -64,6 +65,14 @@ def test_swa_at_its_own_rate_passes_there_as_swalr_does_and_stays():
     reference = rates_of(SWALR(optimizer, swa_lr=0.0002, anneal_epochs=passage), 10 * STEPS)
     assert rates[start:] == pytest.approx(reference, rel=1e-9)
     assert rates[-1] == 0.0002
+
+
+@pytest.mark.parametrize("epochs", range(1, 13))
+@pytest.mark.parametrize("recipe", ["seed", "demo"])
+def test_a_short_run_rises_to_the_rate_that_is_given(recipe, epochs):
+    config = parse_command_line([f"--recipe={recipe}", f"--epochs={epochs}", "--learning-rate=0.02"]).config
+    rates = rates_of(schedule_for(config, 50), epochs * 50)
+    assert rates[0] == pytest.approx(0.02 / 25) and max(rates) == pytest.approx(0.02)
 
 
 @given(
