@@ -86,6 +86,12 @@ def test_all_problems_are_reported_at_once_with_range_and_nearest_key():
         ("--epochs 20 --swa-start-epoch 32", "swa_start_epoch"),
         ("--checkpoint-dir s3://bucket/run", "must be a path on this machine"),
         ("--swa-start-epoch 10", "swa_start_epoch"),
+        (
+            "--epochs 10 --warmup-epochs 0.9 --swa-start-epoch 1",
+            "warmup_epochs = 0.9; start the averaging with epoch 2 or later",
+        ),
+        ("--recipe mild --epochs 60 --swa-start-epoch 6", "warmup_epochs = 5.33333; start the averaging with epoch 7 or later"),
+        ("--warmup-epochs 0 --swa-start-epoch 1 --swa-anneal-epochs 0", "learning_rate is never used"),
         ("--precision fp16 --device cpu", "fp16"),
         ("--micro-batch-size 512", "micro_batch_size"),
         ("--learning-rate nan", "learning_rate"),
@@ -198,6 +204,13 @@ def test_epochs_may_change_on_resume_and_batch_size_only_between_epochs():
     assert resumed_config(CONFIG, {"batch_size": 128}, batch=0)["batch_size"] == 128
     with pytest.raises(ConfigError, match="only between epochs"):
         resumed_config(CONFIG, {"batch_size": 128}, batch=7)
+
+
+def test_a_run_that_was_begun_as_no_run_can_begin_now_may_go_on():
+    saved = CONFIG | {"epochs": 3, "warmup_epochs": 0, "swa_start_epoch": 1, "swa_anneal_epochs": 0}
+    assert config_problems(saved) and resumed_config(saved, {"epochs": 9}, batch=2)["epochs"] == 9
+    with pytest.raises(ConfigError, match="micro_batch_size = 512"):
+        resumed_config(saved, {"micro_batch_size": 512}, batch=2)
 
 
 def test_learning_rate_auto_keeps_the_rate_that_was_found():
