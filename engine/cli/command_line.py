@@ -42,8 +42,8 @@ class Command(NamedTuple):
         return {key: config[key] for key in ("epochs", *DURATIONS)}
 
 
-# A published schedule that says otherwise: FFCV's warm-up takes 2 epochs at any length.
-WARMUP_OF_ANY_LENGTH = ("fast", "long")
+# A published schedule that says otherwise: FFCV's warm-up takes 2 epochs at any length, of which 16 is the shortest.
+WARMUP_OF_ANY_LENGTH, SHORTEST = ("fast", "long"), RECIPES["fast"]
 DURATIONS = ("warmup_epochs", "swa_start_epoch", "swa_anneal_epochs")
 
 
@@ -62,7 +62,9 @@ def stretched(recipe_config, recipe, given):
         exact = recipe_config[key] * epochs / usual
         return int(exact + 0.5) if recipe_config["swa_start_epoch"] else exact
 
-    if "warmup_epochs" not in given and recipe not in WARMUP_OF_ANY_LENGTH:
+    if "warmup_epochs" not in given and recipe in WARMUP_OF_ANY_LENGTH:
+        config["warmup_epochs"] = min(config["warmup_epochs"], SHORTEST["warmup_epochs"] * epochs / SHORTEST["epochs"])
+    elif "warmup_epochs" not in given:
         config["warmup_epochs"] = share("warmup_epochs") or recipe_config["warmup_epochs"] * epochs / usual
     if config["swa_start_epoch"] and not {"swa_start_epoch", "swa_anneal_epochs"} & set(given):
         warmup = config["warmup_epochs"] if ALLOWED["warmup_epochs"].admits(config["warmup_epochs"]) else 0

@@ -9,6 +9,7 @@ from config import CONFIG, RECIPES, SETTINGS
 from engine.cli.command_line import key_comments, parse_command_line
 from engine.cli.keys import ALLOWED, OTHER_RUN, ConfigError, config_problems
 from engine.cli.resume_rule import RULED_ON_RESUME, resumed_config
+from engine.run.published import POINTS
 
 
 def problems_of(*arguments):
@@ -242,6 +243,11 @@ def test_keys_that_an_older_checkpoint_does_not_know_get_their_defaults():
         ("--epochs 50 --swa-anneal-epochs 3", (5, 32, 3)),
         ("--epochs 30 --swa-start-epoch 0", (3, 0, 5)),
         ("--recipe fast --epochs 40", (2, 0, 5)),  # FFCV's warm-up takes 2 epochs at any length
+        ("--recipe fast --epochs 12", (1.5, 0, 5)),  # of those that are published; a shorter run keeps the shortest one's share
+        ("--recipe fast --epochs 1", (0.125, 0, 5)),
+        ("--recipe long --epochs 40", (2, 0, 5)),
+        ("--recipe long --epochs 2", (0.25, 0, 5)),
+        ("--recipe long --epochs 2 --warmup-epochs 2", (2, 0, 5)),
         ("--recipe demo --epochs 1", (0.125, 0, 0)),
         ("--recipe demo --epochs 4", (1, 3, 1)),
     ],
@@ -254,6 +260,16 @@ def test_warm_up_and_averaging_follow_the_length_unless_they_are_given(arguments
 @pytest.mark.parametrize("epochs", range(1, 120))
 def test_every_length_of_the_default_recipe_can_be_trained(epochs):
     assert parse_command_line([f"--epochs={epochs}"]).config["epochs"] == epochs
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_length_of_every_recipe_can_be_trained_and_published_ones_are_untouched(recipe):
+    command = parse_command_line([f"--recipe={recipe}"])
+    assert command.config == CONFIG | RECIPES[recipe]
+    for epochs in range(1, 300):
+        assert config_problems(command.config | command.durations(epochs)) == []
+        if recipe in ("fast", "long") and epochs in POINTS[recipe]:
+            assert command.config | command.durations(epochs) == CONFIG | RECIPES[recipe] | {"epochs": epochs}
 
 
 def test_a_home_folder_in_a_path_is_found(monkeypatch):
