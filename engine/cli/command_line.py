@@ -36,9 +36,14 @@ class Command(NamedTuple):
         config = stretched(CONFIG | RECIPES[recipe], recipe, self.given)
         return self._replace(config=config, recipe=recipe)
 
-    def durations(self, epochs):
-        """Return {key: value} of what the length of a new run decides: what is not given keeps its share of it."""
-        config = stretched(CONFIG | RECIPES.get(self.recipe, {}), self.recipe, self.given | {"epochs": epochs})
+    def durations(self, epochs, usual=None):
+        """Return {key: value} of what the length of a new run decides: what is not given keeps its share of it.
+
+        Args:
+            usual: configuration whose shares these are, in place of the recipe's.
+        """
+        usual = usual or CONFIG | RECIPES.get(self.recipe, {})
+        config = stretched(usual, self.recipe, self.given | {"epochs": epochs})
         return {key: config[key] for key in ("epochs", *DURATIONS)}
 
 
@@ -75,9 +80,9 @@ def stretched(recipe_config, recipe, given):
 
 
 def stretching_in_words(recipe, config, given):
-    """Return a sentence about what `stretched` has changed beside the epochs, or None."""
-    usual = CONFIG | RECIPES.get(recipe, {})
-    changed = [key for key in DURATIONS if key not in given and config[key] != usual[key]]
+    """Return a sentence about what `stretched` has changed beside the epochs, or None; a size_rule says more on the warm-up."""
+    usual, by_rule = CONFIG | RECIPES.get(recipe, {}), {"warmup_epochs"} if config["size_rule"] != "none" else set()
+    changed = [key for key in DURATIONS if key not in given and key not in by_rule and config[key] != usual[key]]
     if not changed:
         return None
     shown = ", ".join(f"{key} = {config[key]:g} (was {usual[key]:g})" for key in changed)
