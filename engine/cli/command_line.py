@@ -58,7 +58,7 @@ def stretched(recipe_config, recipe, given):
     These are the DURATIONS, unless one of their kind is given; in whole epochs where the recipe averages those, but for a
     warm-up that would be none. Averaging begins when the rate has reached its peak, and not at all for one epoch's weights.
     """
-    config = recipe_config | given
+    config = with_averaging_rate(recipe_config | given, recipe, given)
     epochs, usual = config["epochs"], recipe_config["epochs"]
     if not ALLOWED["epochs"].admits(epochs) or epochs == usual:
         return config
@@ -77,6 +77,35 @@ def stretched(recipe_config, recipe, given):
         config["swa_start_epoch"] = start if start < epochs else 0
         config["swa_anneal_epochs"] = share("swa_anneal_epochs")
     return config
+
+
+def with_averaging_rate(config, recipe, given):
+    """Return a new run's configuration whose swa_learning_rate, unless it is given, keeps its share of learning_rate.
+
+    The share is the recipe's, or where a recipe has no swa_learning_rate of its own, that of the defaults.
+    """
+    usual, rate = usual_rates(recipe), config["learning_rate"]
+    known = rate != "auto" and ALLOWED["learning_rate"].admits(rate)
+    if not known or not config["swa_start_epoch"] or "swa_learning_rate" in given:
+        return config
+    if rate == usual["learning_rate"]:
+        return config | {"swa_learning_rate": usual["swa_learning_rate"]}
+    return config | {"swa_learning_rate": rate * (usual["swa_learning_rate"] / usual["learning_rate"])}
+
+
+def usual_rates(recipe):
+    """Return the configuration whose learning_rate and swa_learning_rate belong together in a recipe."""
+    own = RECIPES.get(recipe, {})
+    return CONFIG | (own if "swa_learning_rate" in own else {})
+
+
+def averaging_rate_in_words(config, recipe, given):
+    """Return [a sentence about what `with_averaging_rate` has changed], or [] where it has changed nothing."""
+    rate, was = config["swa_learning_rate"], usual_rates(recipe)["swa_learning_rate"]
+    if "swa_learning_rate" in given or not config["swa_start_epoch"] or rate == was:
+        return []
+    peak = config["learning_rate"]
+    return [f"learning_rate = {peak:g}: swa_learning_rate = {rate:g} (was {was:g}) follows; a flag sets it otherwise"]
 
 
 def stretching_in_words(recipe, config, given):

@@ -3,6 +3,7 @@
 import math
 import time
 
+from engine.cli.command_line import averaging_rate_in_words, with_averaging_rate
 from engine.cli.keys import ConfigError, config_problems
 from engine.preparation.trees import IMAGENET_COUNTS
 from engine.run.monitor import Monitor
@@ -118,6 +119,7 @@ def plan_for(command, config, counts, measure):
     if has_budget(command) and "learning_rate" not in command.given:
         usual = command.config  # whose rate is the rule's
         config |= {"learning_rate": usual["learning_rate"]} | rate_for_length(usual, counts[0], config["epochs"])
+        config = with_averaging_rate(config, command.recipe, command.given)
     return config, overruled(command) + lines
 
 
@@ -131,11 +133,14 @@ def of_length(sized, command, config, images):
     return [rule_in_words(command, config, len(images), has_budget(command))] if sized else []
 
 
-def with_found_rate(config, trials, batches, monitor):
-    """Return the configuration with the learning rate that a range test suggests."""
+def with_found_rate(config, recipe, given, trials, batches, monitor):
+    """Return the configuration with the learning rate that a range test suggests, and what follows it."""
     found = find_learning_rate(trials, config, batches, monitor, *USUAL_RANGE[config["optimizer"]])
     monitor.log(describe_rates(found))
-    config = config | {"learning_rate": distributed.broadcast_from_rank0(found["suggestion"])}
+    rate = distributed.broadcast_from_rank0(found["suggestion"])
+    config = with_averaging_rate(config | {"learning_rate": rate}, recipe, given)
+    for line in averaging_rate_in_words(config, recipe, given):
+        monitor.log(line)
     monitor.log_to_file(f"configuration: {to_json(config)}")  # the final one
     monitor.event("configuration", config=config)
     return config

@@ -4,6 +4,7 @@ import contextlib
 
 import numpy as np
 
+from engine.cli.command_line import with_averaging_rate
 from engine.cli.keys import ConfigError, config_problems
 from engine.data.images import image_size
 
@@ -39,7 +40,7 @@ def adapted(command, config, images):
     if median_area(images) < BIT_SMALL:
         values |= {"train_resolution": 128, "val_resolution": 128, "val_crop_ratio": 128 / 160}
     values = {key: value for key, value in values.items() if key not in command.given}
-    config = config | values
+    config = with_averaging_rate(config | values, command.recipe, command.given)
     if problems := config_problems(config):
         raise ConfigError(problems)
     return config, [rule_in_words(command, config, len(images))]

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config import CONFIG, RECIPES, SETTINGS
-from engine.cli.command_line import key_comments, parse_command_line
+from engine.cli.command_line import averaging_rate_in_words, key_comments, parse_command_line
 from engine.cli.keys import ALLOWED, OTHER_RUN, ConfigError, config_problems
 from engine.cli.resume_rule import RULED_ON_RESUME, resumed_config
 from engine.run.published import POINTS
@@ -255,6 +255,30 @@ def test_keys_that_an_older_checkpoint_does_not_know_get_their_defaults():
 def test_warm_up_and_averaging_follow_the_length_unless_they_are_given(arguments, durations):
     config = parse_command_line(arguments.split()).config
     assert tuple(config[key] for key in ("warmup_epochs", "swa_start_epoch", "swa_anneal_epochs")) == durations
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rate", "said"),
+    [
+        ("", 0.00025, False),
+        ("--learning-rate 0.0005", 0.00025, False),
+        ("--optimizer sgd --learning-rate 0.1", 0.05, True),
+        ("--learning-rate 0.0001 --scale-learning-rate true --epochs 20", 0.00005, True),
+        ("--learning-rate 0.1 --swa-learning-rate 0.02", 0.02, False),
+        ("--learning-rate 0.1 --swa-learning-rate 0", 0, False),
+        ("--learning-rate auto", 0.00025, False),  # until it is found
+        ("--learning-rate 0.1 --swa-start-epoch 0", 0.00025, False),
+        ("--recipe demo --learning-rate 0.01", 0.003, True),
+        ("--recipe fast", 0.00025, False),  # averages nothing
+        ("--recipe fast --swa-start-epoch 12", 0.10625 / 2, True),  # no recipe with SGD has a share of its own
+    ],
+)
+def test_the_averaging_rate_keeps_its_share_of_the_peak_unless_it_is_given(arguments, rate, said):
+    command = parse_command_line(arguments.split())
+    assert command.config["swa_learning_rate"] == pytest.approx(rate)
+    lines = averaging_rate_in_words(command.config, command.recipe, command.given)
+    assert [f"swa_learning_rate = {rate:g} (was " in line for line in lines] == [True] * said
+    assert resumed_config(CONFIG | {"learning_rate": 0.1}, {}, batch=0)["swa_learning_rate"] == 0.00025  # of an older version
 
 
 @pytest.mark.parametrize("epochs", range(1, 120))

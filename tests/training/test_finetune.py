@@ -175,6 +175,12 @@ def test_a_budgets_epochs_keep_the_rules_share_of_warm_up_and_the_log_says_what_
         assert (f" {key} = {config[key]:.4g}" in line) == told
 
 
+def test_the_averaging_rate_follows_the_rate_of_the_size_rule(tmp_path):
+    command, images = command_of("--epochs=10", "--swa-start-epoch=8"), images_like(100, tmp_path, 96)
+    config, _ = adapted(command, command.config, images)
+    assert config["swa_learning_rate"] == pytest.approx(config["learning_rate"] / 2) == pytest.approx(0.05)
+
+
 def test_what_is_said_of_a_given_length_is_the_rule_alone(own_images, capsys):
     assert run_here(["--recipe=finetune", "--plan", "--images-per-s=9", "--hours=0.02", f"--data-dir={own_images}"]) == 0
     said = capsys.readouterr().out
