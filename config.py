@@ -65,7 +65,7 @@ HYPERPARAMETERS = {
     "onecycle_final_div_factor": 1e4,  # the rate ends at its start / this
     # Weight averaging (SWA, arXiv:1803.05407).
     "swa_start_epoch": 32,  # first epoch, counted from 1, whose final weights enter the average; 0 never averages
-    "swa_learning_rate": 0.00025,  # rate while averaging; 0 leaves OneCycleLR untouched
+    "swa_learning_rate": 0.00025,  # rate while averaging; follows learning_rate unless given; 0 leaves OneCycleLR untouched
     "swa_anneal_epochs": 5,  # epochs of cosine passage from OneCycleLR's rate to swa_learning_rate
     "swa_batch_norm_batches": 200,  # training batches that give the averaged weights their batch-norm statistics
     "ema_half_life_images": 0,  # images after which weights count half in a running average (EMA); 0 keeps none

@@ -50,6 +50,7 @@ USUAL = {  # of every run; 46 steps an epoch
     "checkpoint_every_epochs": 0,
 }
 ADAMW = {"recipe": "seed", "swa_start_epoch": 20, "swa_anneal_epochs": 1, "swa_batch_norm_batches": 20}
+ADAMW |= {"swa_learning_rate": 0.00025}  # as measured, before it followed learning_rate
 FAST = {"recipe": "fast", "learning_rate": 0.10625}
 MILD = {"recipe": "mild", "learning_rate": 0.256}
 RUNS = {  # name: (flags, the alarms that are right, one of which must be raised); of some wrong labels there is none

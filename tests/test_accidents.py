@@ -470,7 +470,7 @@ def test_of_equally_good_epochs_and_weights_the_first_stays_the_best():
 
 def test_what_follows_the_length_is_said(image_tree, tmp_path, capfd):
     arguments = [a for a in tiny_run(image_tree, tmp_path / "other", epochs=3) if "warmup" not in a]
-    assert parse_command_line(arguments).config["warmup_epochs"] == 0
+    assert parse_command_line(arguments).config["warmup_epochs"] == pytest.approx(0.3)
     assert run_here(arguments) == 0
-    assert "epochs = 3 (the recipe's are 100): warmup_epochs = 0 (was 10) follow" in capfd.readouterr().out
+    assert "epochs = 3 (the recipe's are 100): warmup_epochs = 0.3 (was 10) follow" in capfd.readouterr().out
     assert json.loads((tmp_path / "other/metrics.jsonl").read_text().splitlines()[0])["epoch"] == 1

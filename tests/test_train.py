@@ -406,9 +406,11 @@ def test_weights_that_are_not_finite_are_never_averaged(image_tree, tmp_path):
 def test_learning_rate_auto_finds_a_rate_and_keeps_it(image_tree, tmp_path, capfd):
     arguments = tiny_run(image_tree, tmp_path / "run", learning_rate="auto", epochs=2, grad_clip_value="inf")
     assert run_here(arguments) == 0
-    rate = checkpoint_files.read(tmp_path / "run/last.pt")["config"]["learning_rate"]
-    assert isinstance(rate, float)
-    assert f"suggested learning_rate: {rate:g}" in capfd.readouterr().out
+    config = checkpoint_files.read(tmp_path / "run/last.pt")["config"]
+    rate = config["learning_rate"]
+    assert isinstance(rate, float) and config["swa_learning_rate"] == rate / 2
+    said = capfd.readouterr().out
+    assert f"suggested learning_rate: {rate:g}" in said and f"swa_learning_rate = {rate / 2:g} (was 0.00025) follows" in said
     configurations = re.findall(r"configuration: (.*)", (tmp_path / "run.log").read_text())
     first, final = (json.loads(text, parse_constant=pytest.fail) for text in configurations)
     assert (first["learning_rate"], final["learning_rate"]) == ("auto", rate)

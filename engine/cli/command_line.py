@@ -6,6 +6,7 @@ Needs nothing but the standard library, so that --help and typing errors answer 
 import argparse
 import ast
 import difflib
+import math
 import re
 import sys
 from pathlib import Path
@@ -35,23 +36,29 @@ class Command(NamedTuple):
         config = stretched(CONFIG | RECIPES[recipe], recipe, self.given)
         return self._replace(config=config, recipe=recipe)
 
-    def durations(self, epochs):
-        """Return {key: value} of what the length of a new run decides: what is not given keeps its share of it."""
-        config = stretched(CONFIG | RECIPES.get(self.recipe, {}), self.recipe, self.given | {"epochs": epochs})
+    def durations(self, epochs, usual=None):
+        """Return {key: value} of what the length of a new run decides: what is not given keeps its share of it.
+
+        Args:
+            usual: configuration whose shares these are, in place of the recipe's.
+        """
+        usual = usual or CONFIG | RECIPES.get(self.recipe, {})
+        config = stretched(usual, self.recipe, self.given | {"epochs": epochs})
         return {key: config[key] for key in ("epochs", *DURATIONS)}
 
 
-# A published schedule that says otherwise: FFCV's warm-up takes 2 epochs at any length.
-WARMUP_OF_ANY_LENGTH = ("fast", "long")
+# A published schedule that says otherwise: FFCV's warm-up takes 2 epochs at any length, of which 16 is the shortest.
+WARMUP_OF_ANY_LENGTH, SHORTEST = ("fast", "long"), RECIPES["fast"]
 DURATIONS = ("warmup_epochs", "swa_start_epoch", "swa_anneal_epochs")
 
 
 def stretched(recipe_config, recipe, given):
     """Return a recipe's configuration with the given keys; where they change `epochs`, other durations keep their share.
 
-    These are the DURATIONS, unless one of their kind is given; in whole epochs where the recipe averages those.
+    These are the DURATIONS, unless one of their kind is given; in whole epochs where the recipe averages those, but for a
+    warm-up that would be none. Averaging begins when the rate has reached its peak, and not at all for one epoch's weights.
     """
-    config = recipe_config | given
+    config = with_averaging_rate(recipe_config | given, recipe, given)
     epochs, usual = config["epochs"], recipe_config["epochs"]
     if not ALLOWED["epochs"].admits(epochs) or epochs == usual:
         return config
@@ -60,19 +67,51 @@ def stretched(recipe_config, recipe, given):
         exact = recipe_config[key] * epochs / usual
         return int(exact + 0.5) if recipe_config["swa_start_epoch"] else exact
 
-    if "warmup_epochs" not in given and recipe not in WARMUP_OF_ANY_LENGTH:
-        config["warmup_epochs"] = share("warmup_epochs")
+    if "warmup_epochs" not in given and recipe in WARMUP_OF_ANY_LENGTH:
+        config["warmup_epochs"] = min(config["warmup_epochs"], SHORTEST["warmup_epochs"] * epochs / SHORTEST["epochs"])
+    elif "warmup_epochs" not in given:
+        config["warmup_epochs"] = share("warmup_epochs") or recipe_config["warmup_epochs"] * epochs / usual
     if config["swa_start_epoch"] and not {"swa_start_epoch", "swa_anneal_epochs"} & set(given):
-        first = int(config["warmup_epochs"]) + 1 if ALLOWED["warmup_epochs"].admits(config["warmup_epochs"]) else 1
-        config["swa_start_epoch"] = min(max(share("swa_start_epoch"), first), epochs)
+        warmup = config["warmup_epochs"] if ALLOWED["warmup_epochs"].admits(config["warmup_epochs"]) else 0
+        start = max(share("swa_start_epoch"), math.ceil(warmup) + 1, 2)
+        config["swa_start_epoch"] = start if start < epochs else 0
         config["swa_anneal_epochs"] = share("swa_anneal_epochs")
     return config
 
 
+def with_averaging_rate(config, recipe, given):
+    """Return a new run's configuration whose swa_learning_rate, unless it is given, keeps its share of learning_rate.
+
+    The share is the recipe's, or where a recipe has no swa_learning_rate of its own, that of the defaults.
+    """
+    usual, rate = usual_rates(recipe), config["learning_rate"]
+    known = rate != "auto" and ALLOWED["learning_rate"].admits(rate)
+    if not known or not config["swa_start_epoch"] or "swa_learning_rate" in given:
+        return config
+    if rate == usual["learning_rate"]:
+        return config | {"swa_learning_rate": usual["swa_learning_rate"]}
+    return config | {"swa_learning_rate": rate * (usual["swa_learning_rate"] / usual["learning_rate"])}
+
+
+def usual_rates(recipe):
+    """Return the configuration whose learning_rate and swa_learning_rate belong together in a recipe."""
+    own = RECIPES.get(recipe, {})
+    return CONFIG | (own if "swa_learning_rate" in own else {})
+
+
+def averaging_rate_in_words(config, recipe, given):
+    """Return [a sentence about what `with_averaging_rate` has changed], or [] where it has changed nothing."""
+    rate, was = config["swa_learning_rate"], usual_rates(recipe)["swa_learning_rate"]
+    if "swa_learning_rate" in given or not config["swa_start_epoch"] or rate == was:
+        return []
+    peak = config["learning_rate"]
+    return [f"learning_rate = {peak:g}: swa_learning_rate = {rate:g} (was {was:g}) follows; a flag sets it otherwise"]
+
+
 def stretching_in_words(recipe, config, given):
-    """Return a sentence about what `stretched` has changed beside the epochs, or None."""
-    usual = CONFIG | RECIPES.get(recipe, {})
-    changed = [key for key in DURATIONS if key not in given and config[key] != usual[key]]
+    """Return a sentence about what `stretched` has changed beside the epochs, or None; a size_rule says more on the warm-up."""
+    usual, by_rule = CONFIG | RECIPES.get(recipe, {}), {"warmup_epochs"} if config["size_rule"] != "none" else set()
+    changed = [key for key in DURATIONS if key not in given and key not in by_rule and config[key] != usual[key]]
     if not changed:
         return None
     shown = ", ".join(f"{key} = {config[key]:g} (was {usual[key]:g})" for key in changed)

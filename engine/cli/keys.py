@@ -290,7 +290,9 @@ def config_problems(config):
 # Each returns (whether a combination of keys holds, what is wrong otherwise). Their arguments are keys.
 
 
-def _durations(epochs, warmup_epochs, swa_start_epoch, **others):
+def _durations(epochs, warmup_epochs, swa_start_epoch, swa_learning_rate, swa_anneal_epochs, **others):
+    # the passage to swa_learning_rate begins with epoch swa_start_epoch, at 0 there is none
+    risen = warmup_epochs < swa_start_epoch if swa_learning_rate == 0 else warmup_epochs <= swa_start_epoch - 1
     return [
         (warmup_epochs <= epochs, f"warmup_epochs = {warmup_epochs}: longer than the run of epochs = {epochs}; lower it"),
         (
@@ -299,9 +301,14 @@ def _durations(epochs, warmup_epochs, swa_start_epoch, **others):
             "averaging",
         ),
         (
-            swa_start_epoch == 0 or swa_start_epoch > warmup_epochs,
-            f"swa_start_epoch = {swa_start_epoch}: the rate still rises until warmup_epochs = {warmup_epochs}; "
-            "start the averaging later",
+            swa_start_epoch == 0 or risen,
+            f"swa_start_epoch = {swa_start_epoch}: the rate still rises until warmup_epochs = {warmup_epochs:g}; start the "
+            f"averaging with epoch {math.ceil(warmup_epochs) + 1} or later",
+        ),
+        (
+            swa_start_epoch != 1 or swa_learning_rate == 0 or warmup_epochs > 0 or swa_anneal_epochs > 0,
+            f"swa_start_epoch = 1 with swa_anneal_epochs = 0: each step would have swa_learning_rate = {swa_learning_rate:g}, "
+            "and learning_rate is never used; start the averaging later",
         ),
     ]
 

@@ -52,7 +52,8 @@ def resumed_config(saved, given, batch, done=0):
                 f"({ALLOWED[key].kept}); leave the flag out, or start a new run with another --checkpoint-dir"
             )
     config = CONFIG | saved | given
-    problems += config_problems(config)
+    known = config_problems(CONFIG | saved)  # of a run that an earlier version began
+    problems += [problem for problem in config_problems(config) if problem not in known]
     if problems:
         raise ConfigError(problems)
     return config

@@ -5,6 +5,7 @@ import contextlib
 import numpy as np
 import torch
 
+from engine.cli.command_line import averaging_rate_in_words
 from engine.data.loader import BatchLoader
 from engine.preparation.packed import PackedSplit
 from engine.run.checkpoint_files import delete_run
@@ -57,7 +58,7 @@ def open_run(command, train_step, build_model, begun):
         run, trials = _open(stack, stop, command, train_step, build_model, begun)
         with saving_on_interruption(run):
             if run.config["learning_rate"] == "auto":
-                run.config = with_found_rate(run.config, trials, run.batches, run.monitor)
+                run.config = with_found_rate(run.config, run.recipe, command.given, trials, run.batches, run.monitor)
             if run.checkpoint is None:  # refused before unless it is asked for or there is none
                 distributed.run_on_rank0(delete_run, run.config["checkpoint_dir"])
                 if run.mirror is not None:
@@ -102,6 +103,8 @@ def _open(stack, stop, command, train_step, build_model, begun):
         recipe, config, compile_choice, lines = settle_by_budget(command, splits, trials, monitor, begun)
     else:
         config, compile_choice, lines = settle(command, config, checkpoint, splits, trials, monitor, begun)
+    if checkpoint is None:
+        lines = lines + averaging_rate_in_words(config, recipe, command.given)
     if trials.rates is not None:
         ledger.rates = trials.rates.as_plain()
     first = frontier.remark_on_default(command) if checkpoint is None else None

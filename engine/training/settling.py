@@ -3,6 +3,7 @@
 import math
 import time
 
+from engine.cli.command_line import averaging_rate_in_words, with_averaging_rate
 from engine.cli.keys import ConfigError, config_problems
 from engine.preparation.trees import IMAGENET_COUNTS
 from engine.run.monitor import Monitor
@@ -18,7 +19,7 @@ from engine.training.initial_weights import with_initial_weights
 from engine.training.measuring import measure_machine
 from engine.training.plan import budget_hours, overruled, plan_new_run, positive
 from engine.training.range_test import USUAL_RANGE, describe_rates, find_learning_rate
-from engine.training.size_rule import adapted, rate_for_length
+from engine.training.size_rule import adapted, rate_for_length, rule_in_words
 from engine.training.trials import Trials
 
 
@@ -31,18 +32,14 @@ def settle(command, config, checkpoint, splits, trials, monitor, begun):
     if checkpoint is None:
         config, sized = adapted(command, config, splits["train"])
     config, choice, lines = settle_compiling(command, config, checkpoint, splits, trials, monitor)
-    lines = sized + lines
     if not {"plan", "hours", "dollars"} & set(command.options) or checkpoint is not None:
-        return config, choice, lines + trials.remarks
+        return config, choice, sized + lines + trials.remarks
 
     def measure():
         return measure_rates(command, config, choice, splits, trials, monitor, begun)
 
     config, planned = distributed.broadcast_from_rank0(plan_for(command, config, counts_of(splits), measure))
-    if {"hours", "dollars"} & set(command.options) and "learning_rate" not in command.given:
-        usual = command.config  # whose rate is the rule's
-        config |= {"learning_rate": usual["learning_rate"]} | rate_for_length(usual, len(splits["train"]), config["epochs"])
-    return config, choice, lines + planned + trials.remarks
+    return config, choice, of_length(sized, command, config, splits["train"]) + lines + planned + trials.remarks
 
 
 def settle_compiling(command, config, checkpoint, splits, trials, monitor):
@@ -109,20 +106,35 @@ def settle_by_budget(command, splits, trials, monitor, begun):
 
 
 def plan_for(command, config, counts, measure):
-    """Return (config, lines) of plan_new_run for a command."""
+    """Return (config, lines) of plan_new_run for a command: with the epochs of a budget also the rate for so many."""
+    own = config if config["size_rule"] != "none" else None  # whose warm-up is the rule's
     config, lines = plan_new_run(
         config,
         command.options,
         counts,
         measure,
-        lambda epochs: config | command.durations(epochs),
+        lambda epochs: config | command.durations(epochs, own),
         lambda stretched: not config_problems(stretched),
     )
+    if has_budget(command) and "learning_rate" not in command.given:
+        usual = command.config  # whose rate is the rule's
+        config |= {"learning_rate": usual["learning_rate"]} | rate_for_length(usual, counts[0], config["epochs"])
+        config = with_averaging_rate(config, command.recipe, command.given)
     return config, overruled(command) + lines
 
 
-def with_found_rate(config, trials, batches, monitor):
-    """Return the configuration with the learning rate that a range test suggests.
+def has_budget(command):
+    """Return whether hours or dollars choose the epochs."""
+    return bool({"hours", "dollars"} & set(command.options))
+
+
+def of_length(sized, command, config, images):
+    """Return the lines on a size_rule, which were made before the epochs were known, for those of a final configuration."""
+    return [rule_in_words(command, config, len(images), has_budget(command))] if sized else []
+
+
+def with_found_rate(config, recipe, given, trials, batches, monitor):
+    """Return the configuration with the learning rate that a range test suggests, and what follows it.
 
     Raises:
         TrainingStopped: it suggests none; hours at a rate that nothing speaks for are not begun.
@@ -133,7 +145,9 @@ def with_found_rate(config, trials, batches, monitor):
         advice = "lr_finder.py with the same flags draws the curve; without --learning-rate the recipe's rate is trained with"
         raise TrainingStopped(f"--learning-rate auto: {describe_rates(found)}. {advice}")
     monitor.log(describe_rates(found))
-    config = config | {"learning_rate": rate}
+    config = with_averaging_rate(config | {"learning_rate": rate}, recipe, given)
+    for line in averaging_rate_in_words(config, recipe, given):
+        monitor.log(line)
     monitor.log_to_file(f"configuration: {to_json(config)}")  # the final one
     monitor.event("configuration", config=config)
     return config
@@ -199,7 +213,8 @@ def stated_plan(command, monitor):
     except DataError:
         monitor.log(f"no images in {config['data_dir']}: planned for ImageNet-1K")
     if not frontier.leaves_recipe_open(command):
-        return sized + plan_for(command, config, counts, None)[1]
+        config, lines = plan_for(command, config, counts, None)
+        return of_length(sized, command, config, images) + lines
     commands, left_out = frontier.commands_with_recipes(command)
     prospects = frontier.prospects_of(commands, frontier.rates_stated_for(command))
     return open_plan(command, prospects, counts, left_out + frontier.remarks_on_figures(command, images))

@@ -4,6 +4,7 @@ import contextlib
 
 import numpy as np
 
+from engine.cli.command_line import with_averaging_rate
 from engine.cli.keys import ConfigError, config_problems
 from engine.data.images import image_size
 
@@ -14,6 +15,8 @@ BIT_RULE = ((20_000, 500, 100, 0.0), (500_000, 10_000, 500, 0.1), (float("inf"),
 BIT_SMALL = 96 * 96  # px; images of less are small: resized to 160 px, cropped to 128
 SAMPLE = 100  # images that tell the size
 MOST_EPOCHS = 100  # each one ends with validation and a checkpoint
+ALWAYS_OF_RULE = ("epochs", "warmup_epochs", "mixup_alpha")
+OF_RULE = (*ALWAYS_OF_RULE, "learning_rate", "train_resolution", "val_resolution", "val_crop_ratio")
 HIGHEST_RATE = 0.1  # per 256 images, of training from scratch (arXiv:1706.02677)
 
 
@@ -37,13 +40,26 @@ def adapted(command, config, images):
     if median_area(images) < BIT_SMALL:
         values |= {"train_resolution": 128, "val_resolution": 128, "val_crop_ratio": 128 / 160}
     values = {key: value for key, value in values.items() if key not in command.given}
-    config = config | values
+    config = with_averaging_rate(config | values, command.recipe, command.given)
     if problems := config_problems(config):
         raise ConfigError(problems)
-    shown = ", ".join(f"{key} = {value:.4g}" for key, value in values.items())
-    return config, [
-        f"size_rule: for {len(images):,} images {shown} (BiT-HyperRule, arXiv:1912.11370); flags set them otherwise"
-    ]
+    return config, [rule_in_words(command, config, len(images))]
+
+
+def rule_in_words(command, config, images, by_budget=False):
+    """Return a line on what a run has from its size_rule.
+
+    Args:
+        config: the run's, final but for a rate that is found.
+        images: their number.
+        by_budget: whether its epochs are a budget's; given ones are not the rule's either.
+    """
+    values = {key: config[key] for key in OF_RULE if key in ALWAYS_OF_RULE or config[key] != command.config[key]}
+    length = ""
+    if by_budget or "epochs" in command.given:
+        length = f" in {values.pop('epochs')} epochs"
+    shown = ", ".join(f"{key} = {value:.4g}" for key, value in values.items() if key not in command.given)
+    return f"size_rule: for {images:,} images{length} {shown} (BiT-HyperRule, arXiv:1912.11370); flags set them otherwise"
 
 
 def rate_for_length(config, images, epochs):

@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config import CONFIG, RECIPES, SETTINGS
-from engine.cli.command_line import key_comments, parse_command_line
+from engine.cli.command_line import averaging_rate_in_words, key_comments, parse_command_line
 from engine.cli.keys import ALLOWED, OTHER_RUN, ConfigError, config_problems
 from engine.cli.resume_rule import RULED_ON_RESUME, resumed_config
+from engine.run.published import POINTS
 
 
 def problems_of(*arguments):
@@ -86,6 +87,12 @@ def test_all_problems_are_reported_at_once_with_range_and_nearest_key():
         ("--epochs 20 --swa-start-epoch 32", "swa_start_epoch"),
         ("--checkpoint-dir s3://bucket/run", "must be a path on this machine"),
         ("--swa-start-epoch 10", "swa_start_epoch"),
+        (
+            "--epochs 10 --warmup-epochs 0.9 --swa-start-epoch 1",
+            "warmup_epochs = 0.9; start the averaging with epoch 2 or later",
+        ),
+        ("--recipe mild --epochs 60 --swa-start-epoch 6", "warmup_epochs = 5.33333; start the averaging with epoch 7 or later"),
+        ("--warmup-epochs 0 --swa-start-epoch 1 --swa-anneal-epochs 0", "learning_rate is never used"),
         ("--precision fp16 --device cpu", "fp16"),
         ("--micro-batch-size 512", "micro_batch_size"),
         ("--learning-rate nan", "learning_rate"),
@@ -200,6 +207,13 @@ def test_epochs_may_change_on_resume_and_batch_size_only_between_epochs():
         resumed_config(CONFIG, {"batch_size": 128}, batch=7)
 
 
+def test_a_run_that_was_begun_as_no_run_can_begin_now_may_go_on():
+    saved = CONFIG | {"epochs": 3, "warmup_epochs": 0, "swa_start_epoch": 1, "swa_anneal_epochs": 0}
+    assert config_problems(saved) and resumed_config(saved, {"epochs": 9}, batch=2)["epochs"] == 9
+    with pytest.raises(ConfigError, match="micro_batch_size = 512"):
+        resumed_config(saved, {"micro_batch_size": 512}, batch=2)
+
+
 def test_learning_rate_auto_keeps_the_rate_that_was_found():
     saved = CONFIG | {"learning_rate": 0.0031}
     assert resumed_config(saved, {"learning_rate": "auto"}, batch=0)["learning_rate"] == 0.0031
@@ -216,12 +230,25 @@ def test_keys_that_an_older_checkpoint_does_not_know_get_their_defaults():
         ("", (10, 32, 5)),
         ("--epochs 20", (2, 6, 1)),
         ("--epochs 200", (20, 64, 10)),
-        ("--epochs 1", (0, 1, 0)),
+        ("--epochs 1", (0.1, 0, 0)),  # a part of an epoch, before it would be none; a single epoch's weights are no average
+        ("--epochs 2", (0.2, 0, 0)),
+        ("--epochs 3", (0.3, 2, 0)),
+        ("--epochs 4", (0.4, 2, 0)),
+        ("--epochs 5", (1, 2, 0)),
+        ("--epochs 20 --warmup-epochs 2.5", (2.5, 6, 1)),
+        ("--epochs 20 --warmup-epochs 6.5", (6.5, 8, 1)),
+        ("--epochs 20 --warmup-epochs 20", (20, 0, 1)),
         ("--epochs 20 --warmup-epochs 7", (7, 8, 1)),  # averaging never begins while the rate rises
         ("--epochs 50 --swa-start-epoch 40", (5, 40, 5)),
         ("--epochs 50 --swa-anneal-epochs 3", (5, 32, 3)),
         ("--epochs 30 --swa-start-epoch 0", (3, 0, 5)),
         ("--recipe fast --epochs 40", (2, 0, 5)),  # FFCV's warm-up takes 2 epochs at any length
+        ("--recipe fast --epochs 12", (1.5, 0, 5)),  # of those that are published; a shorter run keeps the shortest one's share
+        ("--recipe fast --epochs 1", (0.125, 0, 5)),
+        ("--recipe long --epochs 40", (2, 0, 5)),
+        ("--recipe long --epochs 2", (0.25, 0, 5)),
+        ("--recipe long --epochs 2 --warmup-epochs 2", (2, 0, 5)),
+        ("--recipe demo --epochs 1", (0.125, 0, 0)),
         ("--recipe demo --epochs 4", (1, 3, 1)),
     ],
 )
@@ -230,9 +257,43 @@ def test_warm_up_and_averaging_follow_the_length_unless_they_are_given(arguments
     assert tuple(config[key] for key in ("warmup_epochs", "swa_start_epoch", "swa_anneal_epochs")) == durations
 
 
+@pytest.mark.parametrize(
+    ("arguments", "rate", "said"),
+    [
+        ("", 0.00025, False),
+        ("--learning-rate 0.0005", 0.00025, False),
+        ("--optimizer sgd --learning-rate 0.1", 0.05, True),
+        ("--learning-rate 0.0001 --scale-learning-rate true --epochs 20", 0.00005, True),
+        ("--learning-rate 0.1 --swa-learning-rate 0.02", 0.02, False),
+        ("--learning-rate 0.1 --swa-learning-rate 0", 0, False),
+        ("--learning-rate auto", 0.00025, False),  # until it is found
+        ("--learning-rate 0.1 --swa-start-epoch 0", 0.00025, False),
+        ("--recipe demo --learning-rate 0.01", 0.003, True),
+        ("--recipe fast", 0.00025, False),  # averages nothing
+        ("--recipe fast --swa-start-epoch 12", 0.10625 / 2, True),  # no recipe with SGD has a share of its own
+    ],
+)
+def test_the_averaging_rate_keeps_its_share_of_the_peak_unless_it_is_given(arguments, rate, said):
+    command = parse_command_line(arguments.split())
+    assert command.config["swa_learning_rate"] == pytest.approx(rate)
+    lines = averaging_rate_in_words(command.config, command.recipe, command.given)
+    assert [f"swa_learning_rate = {rate:g} (was " in line for line in lines] == [True] * said
+    assert resumed_config(CONFIG | {"learning_rate": 0.1}, {}, batch=0)["swa_learning_rate"] == 0.00025  # of an older version
+
+
 @pytest.mark.parametrize("epochs", range(1, 120))
 def test_every_length_of_the_default_recipe_can_be_trained(epochs):
     assert parse_command_line([f"--epochs={epochs}"]).config["epochs"] == epochs
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_length_of_every_recipe_can_be_trained_and_published_ones_are_untouched(recipe):
+    command = parse_command_line([f"--recipe={recipe}"])
+    assert command.config == CONFIG | RECIPES[recipe]
+    for epochs in range(1, 300):
+        assert config_problems(command.config | command.durations(epochs)) == []
+        if recipe in ("fast", "long") and epochs in POINTS[recipe]:
+            assert command.config | command.durations(epochs) == CONFIG | RECIPES[recipe] | {"epochs": epochs}
 
 
 def test_a_home_folder_in_a_path_is_found(monkeypatch):

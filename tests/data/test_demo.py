@@ -115,7 +115,7 @@ def test_a_linear_classifier_on_the_raw_pixels_stays_below_40_percent(small_copy
 @pytest.mark.slow
 def test_on_a_smaller_copy_a_network_reaches_80_percent_and_a_linear_classifier_stays_below_40(small_copy, tmp_path):
     arguments = [f"--data-dir={small_copy}", "--architecture=resnet18", "--epochs=14", "--swa-start-epoch=12"]
-    assert best_top1_of_the_demo([*arguments, "--learning-rate=0.002"], tmp_path) >= 80
+    assert best_top1_of_the_demo([*arguments, "--learning-rate=0.002", "--swa-learning-rate=0.0003"], tmp_path) >= 80
     assert best_top1_of_a_linear_classifier(small_copy) < 40
 
 

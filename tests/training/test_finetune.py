@@ -10,14 +10,17 @@ import torch
 from conftest import encoded, photo, run_here, tiny_run
 
 import evaluate
+import train
 from config import CONFIG, RECIPES
-from engine.cli.command_line import parse_command_line
+from engine.cli.command_line import parse_command_line, stretching_in_words
 from engine.data.splits import open_splits
 from engine.preparation.finding import ImageFolder, Labelled
 from engine.run import checkpoint_files
 from engine.run.records import read_records
 from engine.system.errors import DataError
+from engine.training import settling
 from engine.training.size_rule import adapted, rate_for_length
+from engine.training.trials import Trials
 
 
 @pytest.fixture
@@ -153,6 +156,38 @@ def test_a_shorter_run_gets_a_rate_in_proportion_and_a_given_one_stays():
     assert rate_for_length(command.config, 2_000, 64) == {"learning_rate": pytest.approx(0.003)}  # half of 256,000 images
     assert rate_for_length(command.config, 2_000, 128) == rate_for_length(command.config, 2_000, 500) == {}
     assert rate_for_length(CONFIG, 2_000, 1) == {}
+
+
+@pytest.mark.parametrize(("count", "share"), [(300, 0.2), (30_000, 0.05), (600_000, 0.025)])
+@pytest.mark.parametrize("flags", [["--hours=1.5"], ["--hours=1.5", "--warmup-epochs=0.5", "--learning-rate=0.01"]])
+def test_a_budgets_epochs_keep_the_rules_share_of_warm_up_and_the_log_says_what_takes_place(count, share, flags, tmp_path):
+    command = parse_command_line(["--recipe=finetune", "--images-per-s=282", "--device=cpu", *flags], train.OWN_FLAGS)
+    splits, trials = (
+        {"train": images_like(count, tmp_path, 96), "val": range(60)},
+        Trials(None, None, 1, torch.device("cpu"), ""),
+    )
+    config, _, lines = settling.settle(command, command.config, None, splits, trials, None, 0.0)
+    (line,) = (line for line in lines if line.startswith("size_rule"))
+    assert f" in {config['epochs']} epochs " in line and "epochs = 100" not in line
+    for key, value in (("warmup_epochs", share * config["epochs"]), ("learning_rate", None)):
+        assert config[key] == command.given.get(key, pytest.approx(value or config[key]))
+        told = key not in command.given and config[key] != command.config[key]
+        assert (f" {key} = {config[key]:.4g}" in line) == told
+
+
+def test_the_averaging_rate_follows_the_rate_of_the_size_rule(tmp_path):
+    command, images = command_of("--epochs=10", "--swa-start-epoch=8"), images_like(100, tmp_path, 96)
+    config, _ = adapted(command, command.config, images)
+    assert config["swa_learning_rate"] == pytest.approx(config["learning_rate"] / 2) == pytest.approx(0.05)
+
+
+def test_what_is_said_of_a_given_length_is_the_rule_alone(own_images, capsys):
+    assert run_here(["--recipe=finetune", "--plan", "--images-per-s=9", "--hours=0.02", f"--data-dir={own_images}"]) == 0
+    said = capsys.readouterr().out
+    epochs = int(re.search(r"plan: (\d+) epochs", said)[1])
+    assert f"images in {epochs} epochs warmup_epochs = {epochs / 5:.4g}, mixup_alpha = 0, learning_rate = 0.1" in said
+    command = command_of("--epochs=40")
+    assert stretching_in_words(command.recipe, command.config, command.given) is None
 
 
 def test_what_a_newcomer_types_is_enough(own_images, tmp_path, monkeypatch, capsys):

@@ -9,6 +9,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import SWALR
 
 from config import CONFIG
+from engine.cli.command_line import parse_command_line
+from engine.cli.keys import config_problems
 from engine.training.optim import build_optimizer, build_schedule, parameter_groups
 from model import build_model
 
@@ -66,6 +68,14 @@ def test_swa_at_its_own_rate_passes_there_as_swalr_does_and_stays():
     assert rates[-1] == 0.0002
 
 
+@pytest.mark.parametrize("epochs", range(1, 13))
+@pytest.mark.parametrize("recipe", ["seed", "demo"])
+def test_a_short_run_rises_to_the_rate_that_is_given(recipe, epochs):
+    config = parse_command_line([f"--recipe={recipe}", f"--epochs={epochs}", "--learning-rate=0.02"]).config
+    rates = rates_of(schedule_for(config, 50), epochs * 50)
+    assert rates[0] == pytest.approx(0.02 / 25) and max(rates) == pytest.approx(0.02)
+
+
 @given(
     epochs=st.integers(1, 12),
     warmup=st.integers(0, 12),
@@ -80,6 +90,21 @@ def test_every_run_has_a_finite_rate_at_every_step(epochs, warmup, steps_per_epo
     config |= {"swa_learning_rate": swa_rate, "swa_anneal_epochs": anneal, "schedule": schedule, "step_epochs": 2}
     rates = rates_of(schedule_for(config, steps_per_epoch), epochs * steps_per_epoch)
     assert all(math.isfinite(rate) and 0 <= rate <= 0.010001 for rate in rates)
+
+
+@given(
+    epochs=st.integers(1, 12),
+    warmup=st.sampled_from([0, 0.1, 0.5, 0.9, 1, 1.5, 2, 3.4, 7]),
+    swa_start=st.integers(0, 12),
+    swa_rate=st.sampled_from([0.0, 1e-5]),
+    anneal=st.integers(0, 2),
+    schedule=st.sampled_from(["onecycle", "cosine", "constant"]),
+)
+def test_the_rate_reaches_its_peak_in_every_run_that_is_not_refused(epochs, warmup, swa_start, swa_rate, anneal, schedule):
+    config = {"epochs": epochs, "warmup_epochs": warmup, "swa_start_epoch": swa_start, "swa_learning_rate": swa_rate}
+    config |= {"swa_anneal_epochs": anneal, "schedule": schedule}
+    if not config_problems(CONFIG | config):
+        assert max(rates_of(schedule_for(config), epochs * STEPS)) >= 0.9 * CONFIG["learning_rate"]
 
 
 @pytest.mark.parametrize("schedule", ["onecycle", "cosine", "step", "constant"])
