@@ -97,7 +97,7 @@ def test_evaluation_scores_the_split_off_images_alone_and_refuses_what_it_cannot
         assert float(re.search(r"loss ([\d.]+)", said)[1]) == pytest.approx(record["val_loss"], abs=1e-4)
     (moved / "dots_star/new.jpg").write_bytes(encoded(photo(40, 48)))
     assert (
-        "all images in" in (said := evaluated(f"--data-dir={moved}")) and "on 61 images" in said
+        "are scored, but the run's own" in (said := evaluated(f"--data-dir={moved}")) and "on 61 images" in said
     )  # another folder: a test set
     (own_images / "dots_star/new.jpg").write_bytes(encoded(photo(40, 48)))
     with pytest.raises(DataError, match="holds other images than when .* was trained"):
