@@ -149,6 +149,19 @@ def synced_batch_norm_is_batch_norm_over_the_whole_batch():
 
 
 @claim
+def a_step_that_overflows_in_one_process_leaves_the_statistics_of_all_as_they_were():
+    for changes in ({}, {"sync_batch_norm": True}):
+        config = QUICK | changes
+        state = fresh_state(config)
+        state.ddp_model.train()
+        images, labels = my_part(*the_whole_batch())
+        train.train_step(state, images, labels, config)
+        before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+        train.train_step(state, images * (math.inf if distributed.rank() == 1 else 1.0), labels, config)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in state.model.state_dict().items())
+
+
+@claim
 def a_process_out_of_memory_makes_all_halve_their_micro_batches():
     said = []
     state, alone = state_of(Tight(), QUICK), WithoutBatchNorm()
