@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import stochastic_depth
 
+from engine.system.random_state import drawing_from
 from engine.training.activation_checkpointing import with_activation_checkpointing
 from engine.training.loss import start_bias_for
 from engine.training.sync_batch_norm import synced_batch_norm
@@ -30,8 +31,7 @@ def build_model(config, num_classes, device="cpu"):
     """
     block, layers = LAYERS[config["architecture"]]
     block = with_activation_checkpointing(block, config["memory"])
-    with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
-        torch.manual_seed(config["seed"])
+    with drawing_from(config["seed"]):  # the caller's random state stays as it was
         zero_init, norm = config["zero_init_residual"], None
         if config["sync_batch_norm"]:
             norm = synced_batch_norm(torch.device(device))

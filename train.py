@@ -47,6 +47,7 @@ from engine.training.out_of_memory import cure, retry_on_oom
 from engine.training.preview import write_preview
 from engine.training.settling import print_plan
 from engine.training.state import StepResult, new_state
+from engine.training.statistics_snapshot import StatisticsSnapshot
 from engine.training.validation import average_and_validate, stop_if_diverged
 from model import build_model
 
@@ -66,7 +67,7 @@ def loss_and_gradient(state, images, targets, config, sync=True):
 
 
 def train_step(state, images, targets, config, probe=False):
-    """Take one optimizer step on a batch. A gradient that is not finite leaves the weights as they were.
+    """Take one optimizer step on a batch. A gradient that is not finite leaves the network as it was.
 
     The host never waits for the device.
 
@@ -76,6 +77,7 @@ def train_step(state, images, targets, config, probe=False):
         probe: only find out whether the step fits the memory: exchange no gradients and change no weights.
     """
     state.optimizer.zero_grad(set_to_none=True)
+    statistics = StatisticsSnapshot(state.model)
     loss, correct = loss_and_gradient(state, images, targets, config, sync=not probe)
     if sam.is_due(state, config, probe):
         with sam.uphill(state, config):
@@ -85,6 +87,7 @@ def train_step(state, images, targets, config, probe=False):
     state.scaler.unscale_(state.optimizer)  # clip the true gradient, not the scaled one
     grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config["grad_clip_value"])
     skip_unless_finite(state.scaler, state.optimizer, grad_norm)
+    statistics.restore_unless(torch.isfinite(grad_norm))
     with stop_on_oom(f"while the weights were being changed; {cure(state, len(targets))}"):  # what precedes can be retried
         state.scaler.step(state.optimizer)
         state.scaler.update()

@@ -1,11 +1,15 @@
-"""What the processes of one job claim among themselves: torchrun ... tests/ranks.py FOLDER; see test_distributed.py.
+"""What the processes of one job claim among themselves: torchrun ... tests/ranks.py FOLDER [CLAIM]; see test_distributed.py.
 
 Each function is a claim; a failing one leaves its traceback in FOLDER/<claim>.<rank>, a passing one an empty file there.
 """
 
 import math
+import os
+import signal
 import sys
+import time
 import traceback
+from datetime import timedelta
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -146,6 +150,19 @@ def synced_batch_norm_is_batch_norm_over_the_whole_batch():
         torch.testing.assert_close(ours.running_mean, theirs.running_mean)
         torch.testing.assert_close(ours.running_var, theirs.running_var)
         assert ours.num_batches_tracked == theirs.num_batches_tracked == 2
+
+
+@claim
+def a_step_that_overflows_in_one_process_leaves_the_statistics_of_all_as_they_were():
+    for changes in ({}, {"sync_batch_norm": True}):
+        config = QUICK | changes
+        state = fresh_state(config)
+        state.ddp_model.train()
+        images, labels = my_part(*the_whole_batch())
+        train.train_step(state, images, labels, config)
+        before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+        train.train_step(state, images * (math.inf if distributed.rank() == 1 else 1.0), labels, config)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in state.model.state_dict().items())
 
 
 @claim
@@ -317,9 +334,41 @@ def a_request_to_one_stops_all_before_the_same_batch():
     assert seen == [(number, [(number, "bad")]) for number in range(3)]
 
 
+# Claims that are made alone, each in a job of its own --------------------------------------------------------------------
+
+
+def those_who_wait_do_not_lose_one_that_is_long_at_work():
+    def work(rank=0):
+        if distributed.rank() == rank:
+            time.sleep(8)
+        return distributed.rank()
+
+    assert distributed.run_on_rank0(work) == 0
+    assert distributed.run_on_all_ranks(work, 1) == distributed.rank()
+
+
+def those_who_wait_hear_of_one_that_is_killed_at_its_work():
+    def work():
+        time.sleep(2.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's
+    with pytest.raises(distributed.ProcessLost), distributed.detect_lost_ranks():
+        distributed.run_on_rank0(work)
+
+
+PATIENCE = {  # seconds within which a process must answer in them
+    those_who_wait_do_not_lose_one_that_is_long_at_work: 5,
+    those_who_wait_hear_of_one_that_is_killed_at_its_work: 300,
+}
+
+
 if __name__ == "__main__":
+    alone = [function for function in PATIENCE if function.__name__ in sys.argv]
+    for function in alone:
+        distributed.ANSWER_WITHIN = timedelta(seconds=PATIENCE[function])
     with distributed.process_group(CPU):
-        for function in CLAIMS:
+        for function in alone or CLAIMS:
             place = Path(sys.argv[1]) / f"{function.__name__}.{distributed.rank()}"
             try:
                 function()

@@ -117,6 +117,38 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_as_they_were(precision
     assert state.schedule.get_last_lr()[0] > rate  # the plan counts steps, not successes
 
 
+SAM = {"sam_rho": 0.5, "sam_every_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("precision", "changes"),
+    [("fp32", {}), ("bf16", {"micro_batch_size": 3}), ("fp32", {"memory": "lowest", "freeze": "layer1"} | SAM)],
+)
+def test_a_skipped_step_leaves_batch_norm_statistics_and_running_averages_as_they_were(precision, changes):
+    config = QUICK | {"ema_half_life_images": 80, "ema_every_images": 8} | changes
+    state = state_for(config, precision)
+    state.model.train()
+
+    def step(images):
+        result = take_step(train.train_step, state, images, some_batch()[1], config, print)
+        state.count_step(result, config)
+        return result
+
+    images, _ = some_batch()
+    step(images)
+    before, average = (copy.deepcopy(model.state_dict()) for model in (state.model, state.ema_model))
+    overflowing = images.clone()
+    overflowing[-1, 0, 0, 0] = math.inf  # in the last of the micro-batches
+    assert not torch.isfinite(step(overflowing).grad_norm)
+    for name, tensor in state.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    for name, tensor in state.ema_model.state_dict().items():  # has taken the same weights a second time
+        assert name == "n_averaged" or torch.allclose(tensor, average[name]), name
+    assert torch.isfinite(step(images).grad_norm)
+    assert not torch.equal(state.model.layer4[1].bn1.running_var, before["layer4.1.bn1.running_var"])
+    assert int(state.model.layer4[1].bn1.num_batches_tracked) == 2 * int(before["layer4.1.bn1.num_batches_tracked"])
+
+
 def test_the_loss_scale_is_sought_in_fp16_only():
     assert build_scaler(CPU, "fp16").get_scale() == 2.0**16
     assert build_scaler(CPU, "bf16").get_scale() == build_scaler(CPU, "fp32").get_scale() == 1.0

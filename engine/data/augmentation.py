@@ -4,6 +4,7 @@ import torch
 from torchvision.transforms import InterpolationMode, v2
 
 from engine.data.composer_randaugment import ComposerRandAugment
+from engine.system.random_state import drawing_from
 
 IMAGENET_MEAN_COLOUR = [124, 116, 104]  # which the normalisation turns into zeros
 
@@ -39,7 +40,6 @@ def augmented(view, transform, rng):
 
     torch's random state stays as it was.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(rng.integers(2**63)))
+    with drawing_from(int(rng.integers(2**63))):
         image = transform(torch.from_numpy(view).permute(2, 0, 1))
     return image.permute(1, 2, 0).numpy()

@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import signal
+import threading
 import time
 import uuid
 import warnings
@@ -25,6 +26,7 @@ from engine.system.interruption import RunEnded
 from engine.system.torchrun import check_launch, launch_number, launched
 
 ANSWER_WITHIN = timedelta(minutes=5)  # a process that does not is lost; one that has ended is noticed at once
+ANSWER_EVERY = 1.0  # seconds, while others wait for a process at work
 
 
 class ProcessLost(UserError):
@@ -217,8 +219,40 @@ def all_reduce_sum(tensor):
     return tensor
 
 
+@contextlib.contextmanager
+def at_work():
+    """Leave the block when all processes have come to its end, however long one is at work in it; each must enter.
+
+    Who has come to the end asks again and again whether another is still at work. A thread answers there, so that a process
+    that has ended is noticed at once and one that is silent after ANSWER_WITHIN, as everywhere.
+    """
+    if not dist.is_initialized():
+        yield
+        return
+    done, lost = threading.Event(), []
+
+    def answer():
+        try:
+            while not done.wait(ANSWER_EVERY):
+                any_process(True)
+        except RuntimeError as error:  # another process is gone
+            lost.append(error)
+
+    thread = threading.Thread(target=answer, name="at-work", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    if lost:
+        raise lost[0]
+    while any_process(False):
+        pass
+
+
 def run_on_rank0(function, *arguments):
-    """Return what function(*arguments) returns in the process of rank 0, the only one that calls it.
+    """Return what function(*arguments) returns in the process of rank 0, the only one that calls it, and may take long.
 
     Raises:
         UserError: the first process's, there; EndedElsewhere in the others.
@@ -226,11 +260,12 @@ def run_on_rank0(function, *arguments):
     if not dist.is_initialized():
         return function(*arguments)
     answer, error = None, None
-    if rank() == 0:
-        try:
-            answer = function(*arguments)
-        except UserError as caught:
-            error = caught
+    with at_work():
+        if rank() == 0:
+            try:
+                answer = function(*arguments)
+            except UserError as caught:
+                error = caught
     told = [answer, error.exit_code if error else None]
     dist.broadcast_object_list(told, src=0)
     if error is not None:
@@ -241,16 +276,17 @@ def run_on_rank0(function, *arguments):
 
 
 def run_on_all_ranks(function, *arguments):
-    """Return function(*arguments); where it fails in any process, all of them end.
+    """Return function(*arguments), which may take long and asks no other process; where it fails in any, all of them end.
 
     Raises:
         UserError: the process's own, in the first that failed; EndedElsewhere in the others.
     """
     answer, error = None, None
-    try:
-        answer = function(*arguments)
-    except UserError as caught:
-        error = caught
+    with at_work():
+        try:
+            answer = function(*arguments)
+        except UserError as caught:
+            error = caught
     failed = gather_events(error.exit_code if error else None)
     if not failed:
         return answer

@@ -18,6 +18,14 @@ def set_random_state(saved, device):
 
 
 @contextlib.contextmanager
+def drawing_from(seed):
+    """Let a block draw on the CPU from a seed; torch's random state, a GPU's too, then is what it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed each GPU's generator, too
+        yield
+
+
+@contextlib.contextmanager
 def random_state_restored_on_error(device):
     """Let a block that is broken off have drawn nothing, so that whoever begins it anew draws the same numbers."""
     before = random_state(device)

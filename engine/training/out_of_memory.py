@@ -3,7 +3,6 @@
 import math
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.system.device import rebuilt_scaler
 from engine.system.distributed import all_gather_object, size
@@ -13,6 +12,7 @@ from engine.system.micro_batches import enough_for_batch_norm
 from engine.system.random_state import random_state, set_random_state
 from engine.training.activation_checkpointing import frozen_bn_stats
 from engine.training.compiling import COMPILE_ERRORS, fall_back_to_eager
+from engine.training.statistics_snapshot import StatisticsSnapshot, norms_of
 from engine.training.sync_batch_norm import SYNCED_NORMS, local_batch_norm
 
 
@@ -20,28 +20,14 @@ class Snapshot:
     """What a step changes before its weights: the batch-norm statistics and the random state. A GPU is not waited for."""
 
     def __init__(self, model, device):
-        norms = _norms_of(model)
-        self._statistics = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
-        self._counters = [norm.num_batches_tracked for norm in norms]
-        self._values = torch.cat(self._statistics) if norms else None  # one kernel
-        self._counts = torch.stack(self._counters) if norms else None
+        self._statistics = StatisticsSnapshot(model)
         self._device = device
         self._random_state = random_state(device)
 
-    @torch.no_grad()
     def restore(self):
         """Put everything back as it was."""
         set_random_state(self._random_state, self._device)
-        if self._statistics:
-            lengths = [len(tensor) for tensor in self._statistics]
-            for tensor, value in zip(self._statistics, self._values.split(lengths), strict=True):
-                tensor.copy_(value)
-            for tensor, value in zip(self._counters, self._counts, strict=True):
-                tensor.copy_(value)
-
-
-def _norms_of(model):
-    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        self._statistics.restore()
 
 
 def retry_on_oom(train_step, state, images, targets, config, log):
@@ -153,7 +139,7 @@ def smaller_micro_batch(state, images, resolution, config, reason):
     if present == 1:
         raise TrainingStopped(f"out of GPU memory with a single image ({reason}): lower --train-resolution")
     half = math.ceil(present / 2)
-    alone = any(size() == 1 or not isinstance(norm, SYNCED_NORMS) for norm in _norms_of(state.model))
+    alone = any(size() == 1 or not isinstance(norm, SYNCED_NORMS) for norm in norms_of(state.model))
     if alone and not enough_for_batch_norm(config, resolution, half, size()):
         raise TrainingStopped(
             f"out of GPU memory with micro-batches of {present} images of {resolution} px ({reason}), and smaller ones would "

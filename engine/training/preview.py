@@ -62,7 +62,7 @@ def first_batch(config, epoch, splits):
     What is mixed with what follows from torch's random state, which a run seeds before its first step.
     """
     classes = len(splits["train"].classes)
-    torch.manual_seed(config["seed"])
+    torch.default_generator.manual_seed(config["seed"])
     settings = config | {"num_workers": 0}
     loader = BatchLoader(splits, settings, torch.device("cpu"), torch.float32, StopRequest(), print)
     with contextlib.closing(loader):

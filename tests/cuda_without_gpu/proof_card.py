@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_here, tiny_run
@@ -9,11 +10,13 @@ from conftest import run_here, tiny_run
 import train
 from benchmarks import step_speed
 from config import CONFIG
+from engine.data.augmentation import augmented, build_augmentation
 from engine.run.telemetry import GpuFigures
 from engine.system.device import build_scaler, choose_device, choose_precision, describe_device, precision_remarks
 from engine.system.errors import TrainingStopped, UserError
 from engine.system.gpu_absence import CURES
 from engine.training.compiling import choose_compile
+from model import build_model
 
 CAPABILITY = int(os.environ["STANDIN_CAPABILITY"])
 NATIVE_BF16 = CAPABILITY >= 80  # by NVIDIA's documents, as TF32
@@ -53,6 +56,15 @@ def test_the_precision_is_what_the_card_computes_natively():
     assert (build_scaler(CUDA, choose_precision(CONFIG, CUDA)).get_scale() > 1) == (not NATIVE_BF16)
     for precision in ("fp32", "fp16", "bf16"):
         assert choose_precision(CONFIG | {"precision": precision}, CUDA) == precision
+
+
+def test_what_draws_from_a_seed_on_the_cpu_leaves_the_gpus_generator_alone():
+    torch.cuda.manual_seed(7)  # a run seeds each rank's own
+    on_cpu, on_gpu = torch.get_rng_state(), torch.cuda.get_rng_state()
+    build_model(CONFIG | {"architecture": "resnet18", "stochastic_depth": 0.1}, 10)
+    augmented(np.zeros((32, 32, 3), np.uint8), build_augmentation(CONFIG | {"random_erasing": 0.5}), np.random.default_rng(0))
+    assert torch.equal(torch.get_rng_state(), on_cpu)
+    assert torch.equal(torch.cuda.get_rng_state(), on_gpu)
 
 
 def test_emulated_bf16_is_said_to_be_slow_and_tf32_to_be_used():

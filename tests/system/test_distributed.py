@@ -30,7 +30,7 @@ from conftest import (
     wait_for,
 )
 from object_storage import S3Server
-from ranks import CLAIMS
+from ranks import CLAIMS, PATIENCE
 
 from engine.data.demo import make_demo_data
 from engine.run import checkpoint_files
@@ -112,6 +112,14 @@ def claims(tmp_path_factory):
 @pytest.mark.parametrize("claim", [function.__name__ for function in CLAIMS])
 def test_among_three_processes(claim, claims):
     assert [claims.get((claim, str(rank)), "never came to it") for rank in range(3)] == ["", "", ""]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("claim", [function.__name__ for function in PATIENCE])
+def test_among_two_processes_of_which_one_is_long_at_work(claim, tmp_path):
+    status, output = run_torchrun(2, [tmp_path, claim], program="tests/ranks.py")
+    assert (tmp_path / f"{claim}.1").read_text() == "", output
+    assert (status == 0) == (not claim.endswith("killed_at_its_work")), output
 
 
 @pytest.mark.slow

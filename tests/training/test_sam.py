@@ -93,14 +93,13 @@ def test_a_gradient_that_is_not_finite_in_either_pass_skips_the_step_whole(bad_p
         return gradient * (math.inf if len(passes) == bad_pass else 1.0)
 
     state.model.fc.weight.register_hook(spoil)
-    before = {name: tensor.clone() for name, tensor in state.model.state_dict().items() if "running" not in name}
+    before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
     result = step(state, SAM, some_batch())
     assert len(passes) == 2
     assert not torch.isfinite(result.grad_norm)
     assert state.scaler.get_scale() == 512.0
     for name, tensor in state.model.state_dict().items():
-        assert name not in before or torch.equal(tensor, before[name]) or "tracked" in name, name
-        assert torch.isfinite(tensor).all(), name
+        assert torch.equal(tensor, before[name]), name
 
 
 def test_an_error_on_the_way_back_from_uphill_leaves_the_weights_as_they_were():

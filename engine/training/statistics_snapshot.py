@@ -1,0 +1,42 @@
+"""The batch-norm statistics that a step began with, to be put back where it is broken off or skipped."""
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def norms_of(model):
+    """Return the model's batch norms, in order."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
+
+
+class StatisticsSnapshot:
+    """A copy of a model's batch-norm statistics and of their counters, one tensor each. A GPU is not waited for."""
+
+    def __init__(self, model):
+        norms = norms_of(model)
+        self._statistics = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
+        self._counters = [norm.num_batches_tracked for norm in norms]
+        self._before = self._joined()
+
+    def restore(self):
+        """Put everything back as it was."""
+        self._take(self._before)
+
+    def restore_unless(self, finite):
+        """Put everything back as it was if a step's gradient is not finite; otherwise no bit changes.
+
+        Args:
+            finite: bool scalar on the device, which is not waited for; the same in all ranks.
+        """
+        now = self._joined()
+        self._take([torch.where(finite, new, old) for new, old in zip(now, self._before, strict=True)])
+
+    def _joined(self):
+        return [torch.cat(self._statistics), torch.stack(self._counters)] if self._counters else []  # two kernels
+
+    @torch.no_grad()
+    def _take(self, joined):
+        if joined:
+            values, counts = joined
+            torch._foreach_copy_(self._statistics, values.split([len(tensor) for tensor in self._statistics]))
+            torch._foreach_copy_(self._counters, counts.unbind())
