@@ -73,7 +73,8 @@ class TrainState:
 
     @property
     def learning_rate(self):
-        return self.schedule.get_last_lr()[0]
+        """The rate of the last step that was taken, or before any of the first; of the first parameter group."""
+        return self.schedule.rates_at(max(0, self.schedule.last_epoch - 1))[0]
 
     @property
     def device(self):
