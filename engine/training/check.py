@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from engine.cli.unused_keys import notes_on_unused
 from engine.data.batches import resolution_of_epoch
 from engine.data.fetching import images_folder
 from engine.data.images import decode_rgb, training_view
@@ -97,6 +98,7 @@ def whole_check(command, build_model):
         (config, lines), failed = _tried("size_rule", lambda: adapted(command, config, splits["train"]), (config, []))
         yield from failed + [Finding(NOTE, "size_rule", line) for line in lines]
         yield from _loaded(initial, config, splits["train"].classes, build_model)
+    yield from (Finding(NOTE, "flags", note) for note in notes_on_unused(config, command.given))
     yield from _tried("folders", lambda: refuse_folders_among_classes(config))[1]
     if "overwrite" not in command.options:
         yield from _tried("checkpoint_dir", lambda: refuse_to_overwrite(config["checkpoint_dir"]))[1]

@@ -5,6 +5,7 @@ import contextlib
 import numpy as np
 import torch
 
+from engine.cli.unused_keys import notes_on_unused
 from engine.data.loader import BatchLoader
 from engine.preparation.packed import PackedSplit
 from engine.run.checkpoint_files import delete_run
@@ -108,6 +109,7 @@ def _open(stack, stop, command, train_step, build_model, begun):
     stop.begin()
     remarks = [
         *lines,
+        *(f"note: {note}" for note in notes_on_unused(config, command.given)),
         *([lock.note] if lock.note else []),
         *of_mirror,
         *remarks,
