@@ -43,7 +43,7 @@ def work_of_epochs(config, counts, rates):
     at_largest = rates.training_at(network_px(config, config["train_resolution"])) / passes_of_a_step(config)
     for epoch in range(config["epochs"]):
         rate = rates.training_at(network_px(config, resolution_of_epoch(config, epoch))) / passes_of_a_step(config)
-        afterwards = validation_seconds(config, rates, epoch + 1, counts[1]) + rates.passes_seconds + rates.save_seconds
+        afterwards = validation_seconds(config, rates, epoch + 1, counts) + rates.passes_seconds + rates.save_seconds
         if averaging.epochs_to_average(config, epoch + 1):
             batches = min(config["swa_batch_norm_batches"] * config["batch_size"], images)
             statistics = rates.statistics or 3 * at_largest  # 0: not measured; a forward pass is a third of a step
