@@ -9,6 +9,7 @@ import sys
 
 from engine.cli.keys import ConfigError
 from engine.cli.command_line import command_from_terminal
+from engine.cli.unused_keys import notes_on_unused
 
 OWN_FLAGS = {
     "lowest-rate RATE": "where the test begins; default 1e-5, or 1e-4 for sgd and muon",
@@ -89,7 +90,8 @@ def main(command):
         splits = open_images(config, None, monitor.log)
         config, sized = adapted(command, config, splits["train"])
         start = f"range test from {lowest:g} to {highest:g} in {steps} steps; {describe_device(device)}, {precision}"
-        monitor.log("\n".join([start, *found, *sized, *precision_remarks(precision, device)]))
+        notes = [f"note: {note}" for note in notes_on_unused(config, command.given)]
+        monitor.log("\n".join([start, *found, *sized, *notes, *precision_remarks(precision, device)]))
         images = splits["train"]
         trials = Trials(train_step, build_model, len(images.classes), device, precision, initial, images)
         batches = BatchLoader(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.log)

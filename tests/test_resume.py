@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import (
     REPOSITORY,
+    assert_same,
     assert_same_run,
     children_of,
     figures,
@@ -374,6 +375,20 @@ def test_epochs_may_be_raised_and_the_rate_plan_is_rebuilt(finished, image_tree,
     assert "changed on resume: epochs = 4, was 3 (the learning-rate schedule is rebuilt" in capfd.readouterr().out
     assert [record["epoch"] for record in figures(finished)] == [1, 2, 3, 4]
     assert checkpoint_files.read(finished / "last.pt")["schedule"]["step"] == 28
+
+
+def test_a_run_whose_averaging_is_moved_before_it_begins_equals_one_begun_so(image_tree, tmp_path):
+    for start in (0, 2):
+        run = tiny_run(image_tree, tmp_path / str(start), swa_start_epoch=start, epochs=2, checkpoint_every_epochs=1)
+        assert run_here(run) == 0
+    for before, after in ((0, 2), (2, 0)):
+        moved = tmp_path / f"{before}_to_{after}"
+        moved.mkdir()
+        shutil.copy(tmp_path / f"{before}/epoch_001.pt", moved)
+        assert run_here([f"--resume={moved}/epoch_001.pt", f"--swa-start-epoch={after}"]) == 0
+        ours, theirs = (checkpoint_files.read(folder / "last.pt") for folder in (moved, tmp_path / str(after)))
+        for name in ("model", "averaged_model", "optimizer", "schedule", "rng", "best"):
+            assert_same(ours[name], theirs[name], name)
 
 
 def test_a_flag_that_bends_the_run_is_refused_with_the_reason(finished):

@@ -7,6 +7,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from engine.inference.batch_norm import recompute_bn_stats  # noqa: F401 - train.py takes it from here
 
+MOST_OF_FIRST = 0.05  # of the EMA at a run's end, above which the first weights that entered it are too large a share
+
 
 def epochs_to_average(config, epochs_trained):
     """Return how many epochs' final weights the average holds after this many epochs of training."""
@@ -24,8 +26,32 @@ def build_ema_model(model, config):
     """Return an empty exponential moving average of the model's parameters and batch-norm statistics, or None for none."""
     if config["ema_half_life_images"] == 0:
         return None
-    decay = 0.5 ** (ema_every_steps(config) * config["batch_size"] / config["ema_half_life_images"])
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay(config)), use_buffers=True)
+
+
+def ema_decay(config):
+    """Return what is left of a share of the running average after each update."""
+    return 0.5 ** (ema_every_steps(config) * config["batch_size"] / config["ema_half_life_images"])
+
+
+def ema_updates(config, steps_done):
+    """Return how many times weights enter the running average in so many steps of a run."""
+    return steps_done // ema_every_steps(config) if config["ema_half_life_images"] else 0
+
+
+def warning_of_ema(config, steps_per_epoch):
+    """Return a line on a running average that stays empty, or that its first weights still fill at the run's end; else None."""
+    steps = config["epochs"] * steps_per_epoch
+    images, updates = steps * config["batch_size"], ema_updates(config, steps)
+    if config["ema_half_life_images"] == 0 or updates and ema_decay(config) ** (updates - 1) <= MOST_OF_FIRST:
+        return None
+    what = f"no weights enter the EMA: they do every {ema_every_steps(config)} steps, and the run has {steps}"
+    if updates:
+        what = f"the EMA keeps {ema_decay(config) ** (updates - 1):.0%} of the first weights that enter it: the run has "
+        what += f"{images:,} images, its half-life is {config['ema_half_life_images']:,}"
+    half_life = int(float(f"{max(images / 10, 1):.2g}"))
+    suits = f"--ema-half-life-images {half_life} --ema-every-images {max(half_life // 5, 1)}"
+    return f"WARNING: {what}; {suits} would suit this length, --ema-half-life-images 0 keeps no EMA"
 
 
 def ema_every_steps(config):

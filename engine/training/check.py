@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from engine.cli.unused_keys import notes_on_unused
 from engine.data.batches import resolution_of_epoch
 from engine.data.fetching import images_folder
 from engine.data.images import decode_rgb, training_view
@@ -34,6 +35,7 @@ from engine.system.interruption import spot_notice
 from engine.system.micro_batches import network_px
 from engine.system.object_store import ObjectStore, StorageError
 from engine.system.workers import available_cores
+from engine.training.averaging import warning_of_ema
 from engine.training.images import open_images, refuse_folders_among_classes
 from engine.training.initial_weights import with_initial_weights
 from engine.training.mirroring import IS_THE_SAME, is_same_folder, refuse_another_run
@@ -96,7 +98,10 @@ def whole_check(command, build_model):
         yield from _decoded(splits, config)
         (config, lines), failed = _tried("size_rule", lambda: adapted(command, config, splits["train"]), (config, []))
         yield from failed + [Finding(NOTE, "size_rule", line) for line in lines]
+        if of_ema := warning_of_ema(config, len(splits["train"]) // config["batch_size"]):
+            yield Finding(NOTE, "EMA", of_ema.removeprefix("WARNING: "))
         yield from _loaded(initial, config, splits["train"].classes, build_model)
+    yield from (Finding(NOTE, "flags", note) for note in notes_on_unused(config, command.given))
     yield from _tried("folders", lambda: refuse_folders_among_classes(config))[1]
     if "overwrite" not in command.options:
         yield from _tried("checkpoint_dir", lambda: refuse_to_overwrite(config["checkpoint_dir"]))[1]

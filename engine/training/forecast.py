@@ -3,7 +3,8 @@
 import time
 from typing import NamedTuple
 
-from engine.cli.keys import config_problems
+from engine.cli.keys import ConfigError
+from engine.cli.resume_rule import resumed_config
 from engine.data.batches import resolution_of_epoch
 from engine.system.micro_batches import network_px
 from engine.system.wording import duration
@@ -42,7 +43,7 @@ def work_of_epochs(config, counts, rates):
     at_largest = rates.training_at(network_px(config, config["train_resolution"])) / passes_of_a_step(config)
     for epoch in range(config["epochs"]):
         rate = rates.training_at(network_px(config, resolution_of_epoch(config, epoch))) / passes_of_a_step(config)
-        afterwards = validation_seconds(config, rates, epoch + 1, counts[1]) + rates.passes_seconds + rates.save_seconds
+        afterwards = validation_seconds(config, rates, epoch + 1, counts) + rates.passes_seconds + rates.save_seconds
         if averaging.epochs_to_average(config, epoch + 1):
             batches = min(config["swa_batch_norm_batches"] * config["batch_size"], images)
             statistics = rates.statistics or 3 * at_largest  # 0: not measured; a forward pass is a third of a step
@@ -134,9 +135,11 @@ class Forecast:
             work = work_of_epochs(self._config | {"epochs": epochs}, self._counts, self._rates)
             left = sum(map(sum, work[epoch:])) - work[epoch][0] * batch / self._steps_per_epoch
             if left * seconds / 3600 <= hours:
-                problems = config_problems(self._config | {"epochs": epochs})
-                if not problems:
-                    budget = "--dollars" if self._ledger.budget["dollars"] else "--hours"
-                    return f"{epochs} epochs would fit: stop it and go on with --epochs {epochs} in place of {budget}"
-                most = most or f"{epochs} epochs would fit, but this run has to be longer: {problems[0]}"
+                try:
+                    resumed_config(self._config, {"epochs": epochs}, batch, epoch)
+                except ConfigError as error:
+                    most = most or f"{epochs} epochs would fit, but {error.problems[0]}"
+                    continue
+                budget = "--dollars" if self._ledger.budget["dollars"] else "--hours"
+                return f"{epochs} epochs would fit: stop it and go on with --epochs {epochs} in place of {budget}"
         return most or "not even the epoch in progress fits"

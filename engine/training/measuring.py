@@ -114,7 +114,7 @@ def measure_with(batches, config, state, step, monitor, begun, seconds, clock):
     sizes = sorted({resolution_of_epoch(config, epoch) for epoch in range(config["epochs"])})
     repeats = sam.period(config) or 1
     at = {size: pace(work.train, training(size), repeats) for size in sorted({sizes[0], sizes[-1]})}
-    counts = sorted({1, networks_scored(config, config["epochs"])})
+    counts = sorted({1, networks_scored(config, config["epochs"], len(batches.splits["train"]))})
     scoring = {count: pace(work.score_with(count), endless(lambda epoch: batches.validation())) for count in counts}
     statistics = pace(work.recompute, training(sizes[-1])).images_per_s if config["swa_start_epoch"] else 0.0
     save_seconds, first_drawing, drawing_seconds = seconds_to_keep(config, state, monitor.log, clock)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from engine.cli.command_line import averaging_rate_in_words
+from engine.cli.unused_keys import notes_on_unused
 from engine.data.loader import BatchLoader
 from engine.preparation.packed import PackedSplit
 from engine.run.checkpoint_files import delete_run
@@ -27,6 +28,7 @@ from engine.system.lock import folder_lock
 from engine.system.plain_json import to_json
 from engine.system.workers import available_cores
 from engine.training import frontier
+from engine.training.averaging import warning_of_ema
 from engine.training.budget import for_what_is_left, open_ledger
 from engine.training.check import FAILS, OK, quick_check
 from engine.training.images import open_images, refuse_folders_among_classes
@@ -108,10 +110,13 @@ def _open(stack, stop, command, train_step, build_model, begun):
     if trials.rates is not None:
         ledger.rates = trials.rates.as_plain()
     first = frontier.remark_on_default(command) if checkpoint is None else None
+    of_ema = warning_of_ema(config, len(images) // config["batch_size"]) if checkpoint is None else None  # resumed, it stays
     stop.begin()
     remarks = [
         *lines,
+        *(f"note: {note}" for note in notes_on_unused(config, command.given)),
         *([lock.note] if lock.note else []),
+        *([of_ema] if of_ema else []),
         *of_mirror,
         *remarks,
         *of_budget,

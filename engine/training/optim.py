@@ -136,12 +136,18 @@ class ThenConstant:
         share = (1 - math.cos(math.pi * passed)) / 2
         return [rate + (constant - rate) * share for rate, constant in zip(rates, self.constant_rates, strict=True)]
 
+    def rates_at(self, step):
+        """Return the rate of each parameter group at `step`, counted from 0; nothing is changed."""
+        present, self.last_epoch = self.last_epoch, step
+        self._get_lr_called_within_step = True  # get_lr warns its callers otherwise
+        rates = self.get_lr()
+        self._get_lr_called_within_step = False
+        self.last_epoch = present
+        return rates
+
     def move_to(self, step):
         """Set the optimizer's rates to those of `step`, counted from 0."""
-        self.last_epoch = step
-        self._get_lr_called_within_step = True  # get_lr warns its callers otherwise
-        self._last_lr = self.get_lr()
-        self._get_lr_called_within_step = False
+        self._last_lr, self.last_epoch = self.rates_at(step), step
         for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = rate
 

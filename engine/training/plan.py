@@ -110,19 +110,24 @@ class Plan(NamedTuple):
         return sum(phase.hours for phase in self.phases) + sum(parts)
 
 
-def networks_scored(config, epochs_trained):
+def networks_scored(config, epochs_trained, train_images):
     """Return how many kinds of weights are validated after so many epochs: raw, averaged, EMA."""
     averages = averaging.epochs_to_average(config, epochs_trained) > 0
-    return 1 + averages + bool(config["ema_half_life_images"])
+    steps = epochs_trained * (train_images // config["batch_size"])
+    return 1 + averages + (averaging.ema_updates(config, steps) > 0)
 
 
-def validation_seconds(config, rates, epochs_done, val_images):
-    """Return the seconds in which the weights are scored after so many epochs of a run: 0 where they are not."""
+def validation_seconds(config, rates, epochs_done, counts):
+    """Return the seconds in which the weights are scored after so many epochs of a run: 0 where they are not.
+
+    Args:
+        counts: of the images for training and for validation.
+    """
     if not is_validated(config, epochs_done):
         return 0.0
     others = config["more_val_resolutions"] if epochs_done == config["epochs"] else []
     passes = 1 + sum((side / config["val_resolution"]) ** 2 for side in others)
-    return passes * val_images / rates.validation_of(networks_scored(config, epochs_done))
+    return passes * counts[1] / rates.validation_of(networks_scored(config, epochs_done, counts[0]))
 
 
 def plan_new_run(config, options, counts, measure, stretch, is_sound):
@@ -190,7 +195,8 @@ def plan_run(config, rates, train_images, val_images):
         hours = len(group) * steps * config["batch_size"] / rate / 3600
         phases.append(Phase(group[0] + 1, group[-1] + 1, resolution, rate, hours))
     averaged = averaging.epochs_to_average(config, epochs)
-    validation = sum(validation_seconds(config, rates, epoch + 1, val_images) for epoch in range(epochs))
+    counts = train_images, val_images
+    validation = sum(validation_seconds(config, rates, epoch + 1, counts) for epoch in range(epochs))
     statistics = 0.0
     for phase in phases if averaged else ():
         count = averaging.epochs_to_average(config, phase.last_epoch)

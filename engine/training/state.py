@@ -73,7 +73,8 @@ class TrainState:
 
     @property
     def learning_rate(self):
-        return self.schedule.get_last_lr()[0]
+        """The rate of the last step that was taken, or before any of the first; of the first parameter group."""
+        return self.schedule.rates_at(max(0, self.schedule.last_epoch - 1))[0]
 
     @property
     def device(self):
@@ -108,7 +109,7 @@ class TrainState:
     def load_state_dict(self, saved, config, steps_per_epoch):
         """Take over a checkpoint; the schedule is built from the configuration and moved to the checkpoint's step."""
         self.model.load_state_dict(saved["model"])
-        if self.averaged_model is not None:
+        if self.averaged_model is not None and saved["averaged_model"] is not None:  # a flag may bring averaging in
             self.averaged_model.load_state_dict(saved["averaged_model"])
         if self.ema_model is not None:
             self.ema_model.load_state_dict(saved["ema_model"])

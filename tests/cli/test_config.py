@@ -214,6 +214,40 @@ def test_a_run_that_was_begun_as_no_run_can_begin_now_may_go_on():
         resumed_config(saved, {"micro_batch_size": 512}, batch=2)
 
 
+def problems_on_resume(done, batch=0, **changes):
+    """Of the seed's run, which warms up for 10 epochs and averages from the 32nd on, resumed after `done` epochs."""
+    try:
+        return [] if resumed_config(CONFIG, changes, batch, done) == CONFIG | changes else ["not as asked for"]
+    except ConfigError as error:
+        return error.problems
+
+
+@pytest.mark.parametrize("batch", [0, 7])
+def test_a_run_that_does_not_average_yet_can_be_ended_earlier(batch):
+    (advice,) = problems_on_resume(5, batch, epochs=20)
+    assert "lower it, or set it to 0" in advice
+    assert problems_on_resume(5, batch, epochs=20, swa_start_epoch=0) == []
+    assert problems_on_resume(12, batch, epochs=20, swa_start_epoch=14) == []
+    assert problems_on_resume(30, batch, swa_start_epoch=90) == []
+    (advice,) = problems_on_resume(5, batch, epochs=8, swa_start_epoch=0)
+    assert "warmup_epochs = 10" in advice and "give at least 10" in advice
+    assert problems_on_resume(5, batch, epochs=10, swa_start_epoch=0) == []
+
+
+def test_when_averaging_begins_may_change_only_where_it_moves_no_step_that_is_done():
+    assert "start later than epoch 12, or" in problems_on_resume(12, 0, swa_start_epoch=12)[0]
+    assert problems_on_resume(12, 0, swa_start_epoch=13) == []
+    assert "start later than epoch 13, or" in problems_on_resume(12, 1, swa_start_epoch=13)[0]  # in its passage
+    assert problems_on_resume(31, 0, epochs=31, swa_start_epoch=0) == []
+    for done, batch in ((31, 1), (32, 0), (60, 3)):
+        assert "averages since epoch 32" in problems_on_resume(done, batch, swa_start_epoch=0)[0]
+        assert problems_on_resume(done, batch, epochs=done + 1, swa_start_epoch=32) == []
+    never = CONFIG | {"swa_start_epoch": 0}
+    assert resumed_config(never, {"swa_start_epoch": 80}, 3, 70) == CONFIG | {"swa_start_epoch": 80}
+    with pytest.raises(ConfigError, match="start later than epoch 71"):
+        resumed_config(never, {"swa_start_epoch": 71}, 3, 70)
+
+
 def test_learning_rate_auto_keeps_the_rate_that_was_found():
     saved = CONFIG | {"learning_rate": 0.0031}
     assert resumed_config(saved, {"learning_rate": "auto"}, batch=0)["learning_rate"] == 0.0031

@@ -1,10 +1,12 @@
 import copy
+import re
 
 import pytest
 import torch
+from conftest import run_here, tiny_run
 from torch.optim.swa_utils import update_bn
 
-from config import CONFIG
+from config import CONFIG, RECIPES
 from engine.system.device import autocast
 from engine.training.averaging import (
     build_ema_model,
@@ -13,6 +15,7 @@ from engine.training.averaging import (
     recompute_bn_stats,
     update_ema,
     update_swa,
+    warning_of_ema,
 )
 
 CONFIG_FROM_2 = CONFIG | {"swa_start_epoch": 2}
@@ -107,6 +110,52 @@ def test_the_running_average_halves_a_steps_share_after_its_half_life():
 def test_without_a_half_life_there_is_no_running_average():
     assert build_ema_model(network(), CONFIG) is None
     update_ema(None, network(), CONFIG, 20)
+
+
+def flags_named(text):
+    """{key: value} of the first flags that a line names."""
+    return {key: int(value) for key, value in re.findall(r"(ema_\w+) (\d+)", text.replace("--", "").replace("-", "_"))[:2]}
+
+
+@pytest.mark.parametrize("recipe", ["mild", "medium", "hot"])
+@pytest.mark.parametrize("images", [300, 1000, 5000, 10_000, 1_281_167])
+def test_an_ema_that_keeps_its_first_weights_is_warned_of_with_what_would_suit(recipe, images):
+    config = CONFIG | RECIPES[recipe]
+    steps = images // config["batch_size"]
+    warned = warning_of_ema(config, steps)
+    average, raw = build_ema_model(torch.nn.Linear(1, 1), config), torch.nn.Linear(1, 1)
+    for step in range(1, min(config["epochs"] * steps, 5000) + 1):  # the first weights are 1, all later ones 0
+        raw.weight.data.fill_(float(average.n_averaged == 0))
+        update_ema(average, raw, config, step)
+    share = average.module.weight.item() if average.n_averaged else None
+    if share is None:
+        assert warned.startswith(
+            f"WARNING: no weights enter the EMA: they do every 160 steps, and the run has {config['epochs'] * steps}; "
+        )
+    elif share > 0.05:
+        assert warned.startswith(f"WARNING: the EMA keeps {share:.0%} of the first weights that enter it: ")
+    else:
+        assert warned is None
+    if warned:
+        assert warning_of_ema(config | flags_named(warned), steps) is None
+
+
+@pytest.mark.parametrize("recipe", sorted(set(RECIPES) - {"mild", "medium", "hot"}))
+def test_a_recipe_without_an_ema_is_not_warned_of_one(recipe):
+    assert warning_of_ema(CONFIG | RECIPES[recipe], 1) is None
+
+
+def test_a_run_and_its_check_warn_of_an_ema_that_no_weights_enter_and_a_resumed_run_does_not(image_tree, tmp_path, capfd):
+    arguments = tiny_run(image_tree, tmp_path / "run", epochs=1, warmup_epochs=0, swa_start_epoch=0, ema_half_life_images=100)
+    said = (
+        "no weights enter the EMA: they do every 640 steps, and the run has 7; --ema-half-life-images 5 --ema-every-images 1 "
+    )
+    assert run_here([*arguments, "--check"]) == 0
+    assert re.search(f"^note   EMA +{said}", capfd.readouterr().out, re.M)
+    assert run_here(arguments) == 0
+    assert f"\nWARNING: {said}" in capfd.readouterr().out
+    assert run_here([f"--resume={tmp_path}/run"]) == 0  # which keeps its EMA
+    assert "no weights enter" not in capfd.readouterr().out
 
 
 def test_refreshed_statistics_have_the_bits_of_torchs_own():

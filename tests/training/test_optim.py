@@ -3,12 +3,13 @@ import math
 
 import pytest
 import torch
+from conftest import fresh_state
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import SWALR
 
-from config import CONFIG
+from config import CONFIG, RECIPES
 from engine.cli.command_line import parse_command_line
 from engine.cli.keys import config_problems
 from engine.training.optim import build_optimizer, build_schedule, parameter_groups
@@ -118,6 +119,21 @@ def test_the_rate_is_a_pure_function_of_the_step(schedule):
         again = schedule_for(config, optimizer=resumed)
         again.move_to(step)
         assert rates_of(again, 20 * STEPS - step) == rates[step:]
+
+
+@pytest.mark.parametrize("changes", [RECIPES["fast"], RECIPES["long"], {"schedule": "step", "step_epochs": 2}, {}])
+def test_the_rate_that_is_shown_is_that_of_the_last_step(changes):
+    """Not of the step to come: OneCycleLR's would be negative after the last one, and one after a drop below what was taken."""
+    config = CONFIG | changes | {"architecture": "resnet18"}
+    state = fresh_state(config, steps_per_epoch=2)
+    first, taken = state.learning_rate, []
+    for _ in range(2 * config["epochs"]):
+        taken += rates_of(state.schedule, 1)
+        assert state.learning_rate == taken[-1] >= 0
+    assert first == taken[0]
+    assert state.schedule.get_last_lr()[0] == state.optimizer.param_groups[0]["lr"]  # of the step to come, as before
+    state.schedule.move_to(7)
+    assert (state.learning_rate, state.optimizer.param_groups[0]["lr"]) == (taken[6], taken[7])
 
 
 def test_cosine_rises_straight_and_falls_along_a_half_cosine_to_zero():

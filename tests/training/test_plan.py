@@ -86,8 +86,16 @@ def test_validation_is_counted_once_for_each_kind_of_weights_and_twice_with_flip
     flipped = config | {"val_flip": True}
     assert plan_run(flipped, rates_stated(1000 / 3, flipped), 1000, 3600).validation_hours == pytest.approx(2 * plain)
     assert plan_run(config | {"swa_start_epoch": 6}, rates, 1000, 3600).validation_hours == pytest.approx(1.5 * plain)
-    both = config | {"swa_start_epoch": 6, "ema_half_life_images": 9, "val_flip": True}
+    both = config | {"swa_start_epoch": 6, "ema_half_life_images": 9, "ema_every_images": 256, "val_flip": True}
     assert plan_run(both, rates_stated(1000 / 3, both), 1000, 3600).validation_hours == pytest.approx(5 * plain)
+
+
+@pytest.mark.parametrize(("every_steps", "epochs_with_it"), [(1, 10), (4, 9), (30, 1), (31, 0)])
+def test_an_ema_is_counted_from_the_epoch_on_in_which_weights_enter_it(every_steps, epochs_with_it):
+    config = CONFIG | {"epochs": 10, "swa_start_epoch": 0, "warmup_epochs": 1}  # of 3 steps each
+    config |= {"ema_half_life_images": 9, "ema_every_images": 256 * every_steps}
+    hours = plan_run(config, rates_stated(1000 / 3, config), 1000, 3600).validation_hours
+    assert hours == pytest.approx((10 + epochs_with_it) / 1000)
 
 
 def test_epochs_that_are_not_validated_cost_no_validation_and_the_last_one_always_is():
