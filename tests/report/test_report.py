@@ -17,7 +17,7 @@ import evaluate
 import report
 from config import CONFIG
 from engine.report.charts import SERIES, VARIABLES, chart
-from engine.report.figures import read_run
+from engine.report.figures import read_run, why_not_comparable
 from engine.report.history import SILENT_END, interruptions, read_sessions
 from engine.report.one_run import report_of_run
 from engine.report.page import as_html, as_markdown, heading, paragraph, table
@@ -119,6 +119,31 @@ def test_the_sessions_positions_are_those_of_the_log(run_folder):
     assert sessions[0].environment["versions"]["torch"] == torch.__version__
 
 
+def on_imagenet(run, **changes):
+    """The Run as if it were a ResNet-50's on ImageNet-1K, but for the changes of session, config and records."""
+    facts = {"images": 1_281_167, "classes": 1000, "recipe": run.recipe} | changes
+    sessions = [session._replace(**{key: facts[key] for key in ("images", "classes", "recipe")}) for session in run.sessions]
+    config = run.config | {key: facts.get(key, default) for key, default in (("architecture", "resnet50"), ("epochs", 12))}
+    records = [record | {"val_images": facts.get("val_images", 50_000)} for record in run.records]
+    return run._replace(records=records, sessions=sessions, config=config)
+
+
+def test_another_network_and_other_images_are_not_compared_with_what_was_published(run_folder):
+    run = read_run(run_folder, CONFIG)
+    for changes, said in (
+        ({}, None),
+        ({"architecture": "resnet18"}, "of a resnet18"),
+        ({"val_images": 10_000}, "not on ImageNet-1K's 50,000 validation images"),
+        ({"images": 100_000}, "not trained on ImageNet-1K's images"),
+        ({"classes": 100}, "not trained on ImageNet-1K's images"),
+    ):
+        assert why_not_comparable(on_imagenet(run, **changes)) == said
+    title, blocks = report_of_run(on_imagenet(run, architecture="resnet18"))
+    page = as_markdown(title, blocks) + html.unescape(as_html(title, blocks))
+    assert "This run is of a resnet18: the accuracies cannot be compared." in page
+    assert "Published for this recipe" not in page and "published: " not in page
+
+
 def test_another_data_set_is_not_compared_with_imagenet(run_folder, tmp_path):
     markdown, _ = reported(run_folder, f"--log={run_folder}.log", folder=tmp_path)
     assert "the accuracies cannot be compared" in markdown
@@ -129,6 +154,8 @@ def test_another_data_set_is_not_compared_with_imagenet(run_folder, tmp_path):
     (tmp_path / "imagenet").mkdir()
     (tmp_path / "imagenet/metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     log = run_folder.with_suffix(".log").read_text().replace(str(run_folder), str(tmp_path / "imagenet"))
+    log = re.sub(r"resnet18 on 60 images of 10 classes", "resnet50 on 1,281,167 images of 1000 classes", log)
+    log = log.replace('"architecture": "resnet18"', '"architecture": "resnet50"')
     (tmp_path / "imagenet/training.log").write_text(log)
     markdown, page = reported(tmp_path / "imagenet", folder=tmp_path)
     assert "cannot be compared" not in markdown
@@ -429,10 +456,7 @@ def test_a_run_without_tensorboard_says_what_to_install(image_tree, tmp_path):
 def test_what_was_published_for_the_recipe_and_its_length_is_shown_and_interpolation_is_marked(
     recipe, epochs, said, curve, run_folder, tmp_path
 ):
-    run = read_run(run_folder, CONFIG)
-    records = [record | {"val_images": 50_000} for record in run.records]
-    sessions = [session._replace(recipe=recipe) for session in run.sessions]
-    run = run._replace(records=records, sessions=sessions, config=run.config | {"epochs": epochs})
+    run = on_imagenet(read_run(run_folder, CONFIG), recipe=recipe, epochs=epochs)
     page = as_markdown(*report_of_run(run)) + html.unescape(as_html(*report_of_run(run)))
     assert said is None or said in page
     assert curve is None or curve in page
