@@ -6,7 +6,7 @@ from config import CONFIG, RECIPES
 from engine.report.charts import chart, timeline
 from engine.report.figures import best_of, column, conditions, energy_kwh, machine_hours, phases, why_not_comparable
 from engine.report.galleries import blocks_of_galleries
-from engine.report.history import SILENT_END, interruptions
+from engine.report.history import FINISHED_END, SILENT_END, interruptions
 from engine.report.page import heading, paragraph, table
 from engine.report.words import clock, interruptions_of, percent, position, spread
 from engine.run.published import SEED_RUN, published_curve, published_result
@@ -31,7 +31,7 @@ def _state_in_words(run):
     last = run.sessions[-1]
     data = f"{last.images:,} images of {last.classes} classes"
     what = f"Recipe {run.recipe}: {run.config['architecture']} on {data}, {last.hardware}."
-    if last.ended == "finished":
+    if last.ended == FINISHED_END:
         return f"{what} Finished after {done} epochs."
     ended = f"{last.ended}, last heard of at {last.last_word:%Y-%m-%d %H:%M:%S}" if last.ended == SILENT_END else last.ended
     return f"{what} Not finished: {done} of {planned} epochs are done ({ended})."

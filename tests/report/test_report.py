@@ -16,6 +16,7 @@ from conftest import finish, run_here, run_program, start_program, tiny_run
 import evaluate
 import report
 from config import CONFIG
+from engine.report import one_run, side_by_side
 from engine.report.charts import SERIES, VARIABLES, chart
 from engine.report.figures import read_run, why_not_comparable
 from engine.report.history import SILENT_END, interruptions, read_sessions
@@ -256,6 +257,29 @@ def test_progress_in_the_log_tells_how_far_a_killed_session_came(tmp_path, monke
     assert (first.last_position, second.first_position) == ((2, 40), (2, 10))
     (one,) = interruptions([first, second])
     assert (one.steps_lost, one.images_lost) == (30, 30 * 256)
+
+
+def test_a_start_after_the_end_of_a_run_is_no_interruption(run_folder, tmp_path):
+    run = read_run(run_folder, CONFIG)
+    stopped, killed, finished = run.sessions
+    of = {"begun": finished.last_word, "last_word": finished.last_word, "first_position": (12, 0), "last_position": (12, 0)}
+    again, again_killed = finished._replace(**of), finished._replace(**of, ended=SILENT_END)
+    longer = finished._replace(**of | {"config": finished.config | {"epochs": 15}, "last_position": (13, 2)}, ended=SILENT_END)
+    resumed = longer._replace(first_position=(13, 0), last_position=(15, 0), ended="finished")
+    for sessions, expected in (
+        ([stopped, killed, finished], 2),
+        ([finished, again, again], 0),  # as --resume auto does at every boot
+        ([finished, again_killed, again], 0),  # with nothing left to do
+        ([stopped, finished, longer, resumed], 2),  # by --epochs: the extension itself was killed
+    ):
+        assert len(interruptions(sessions)) == expected
+        seen = run._replace(sessions=sessions)
+        course = as_markdown("", one_run.sessions(seen, None))
+        assert f"Sessions: {len(sessions)}; interruptions: {expected}." in course
+        assert ("stood still" in course) == (expected > 0)
+        assert ("interruptions", expected, expected) in side_by_side.result_rows([seen, seen], None)
+        rows = next(block["rows"] for block in one_run.published_figures(seen, None) if block["kind"] == "table")
+        assert ["interruptions", expected, 2] in rows
 
 
 # The page ------------------------------------------------------------------------------------------------------------
