@@ -113,6 +113,32 @@ def why_not_comparable(run):
     return None if run.config["architecture"] == PUBLISHED_FOR else f"of a {run.config['architecture']}"
 
 
+class Validated(NamedTuple):
+    """What a run was validated on; None as far as its records and its log do not tell."""
+
+    images: int | None
+    classes: int | None
+    px: int | None
+    crop_ratio: float | None
+    data_dir: str | None
+
+    def __str__(self):
+        of = f" of {self.classes:,} classes" if self.classes else ""
+        ratio = f", crop ratio {self.crop_ratio:.4g}" if self.crop_ratio else ""
+        return f"{self.images:,} images{of}, {self.px} px{ratio}"
+
+
+def validated_on(run):
+    """Return what a run was last Validated on, or None before."""
+    validated = [record for record in run.records if record.get("val_images")]
+    if not validated:
+        return None
+    images, px = (validated[-1].get(key) for key in ("val_images", "val_resolution"))
+    if not run.sessions:
+        return Validated(images, None, px, None, None)
+    return Validated(images, run.sessions[-1].classes, px, run.config["val_crop_ratio"], str(run.config["data_dir"]))
+
+
 def conditions(run):
     """Return what the accuracy was measured with, in words."""
     px = run.records[-1].get("val_resolution", run.config["val_resolution"]) if run.records else run.config["val_resolution"]

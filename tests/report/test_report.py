@@ -239,6 +239,47 @@ def test_a_shared_log_gives_each_run_its_own_sessions_and_a_replaced_run_is_forg
     assert page.count("<svg") >= 3
 
 
+def test_a_comparison_says_what_each_run_was_validated_on_and_where_that_differs(run_folder):
+    run = read_run(run_folder, CONFIG)
+    px = {"config": run.config | {"val_crop_ratio": 0.9}}
+    other_classes = [session._replace(classes=7) for session in run.sessions]
+    elsewhere = run._replace(config=run.config | {"data_dir": "elsewhere"})
+    alone = run._replace(sessions=[], config=dict(CONFIG))  # no log: what it was validated on is known in part
+    for other, said, cell in (
+        (run, None, "20 images of 10 classes, 32 px, crop ratio 0.875"),
+        (run._replace(**px), "on the same (crop ratio)", "20 images of 10 classes, 32 px, crop ratio 0.9"),
+        (run._replace(sessions=other_classes), "on the same (number of classes)", "20 images of 7 classes, 32 px"),
+        (on_imagenet(run), "on the same (number of images, number of classes)", "50,000 images of 1,000 classes, 32 px"),
+        (elsewhere, "whether their images are the same is not recorded", "20 images of 10 classes, 32 px"),
+        (alone, None, "20 images, 32 px"),
+    ):
+        of_each = next(row for row in side_by_side.result_rows([run, other], None) if row[0] == "validated on")[1:]
+        assert str(of_each[0]) == "20 images of 10 classes, 32 px, crop ratio 0.875" and str(of_each[1]).startswith(cell)
+        assert len(side_by_side.remarks([run, other])) == (said is not None)
+        assert said is None or said in side_by_side.remarks([run, other])[0]
+    assert side_by_side.remarks([run._replace(records=[]), on_imagenet(run)]) == []
+    page = as_markdown(*side_by_side.report_of_runs([run, on_imagenet(run)]))
+    assert "number of classes): the accuracies cannot be compared." in page
+    assert cells(page)["validated on"][1] == "50,000 images of 1,000 classes, 32 px, crop ratio 0.875"
+
+
+def test_a_comparison_leaves_the_first_runs_own_report_alone(run_folder, tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_bytes((run_folder / "metrics.jsonl").read_bytes())
+    assert report.main(report.parse_arguments([f"{tmp_path}/a"])) == 0
+    own = {path.name: path.read_bytes() for path in folders[0].iterdir()}
+    assert report.main(report.parse_arguments([str(folder) for folder in folders])) == 0
+    assert {path.name: path.read_bytes() for path in folders[0].iterdir() if path.name in own} == own
+    assert (folders[0] / "compared.md").read_text().startswith("# 2 runs compared")
+    assert "<title>2 runs compared" in (folders[0] / "compared.html").read_text()
+    (folders[1] / "compared.md").write_text("# My notes\n")
+    for folder in folders:
+        delete_run(folder)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")] == ["b/compared.md"]
+
+
 def test_progress_in_the_log_tells_how_far_a_killed_session_came(tmp_path, monkeypatch):
     monkeypatch.setattr("engine.run.monitor.PLAIN_LINE_SECONDS", 0.0)
     log = tmp_path / "log"
