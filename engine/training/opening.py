@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from engine.data.loader import BatchLoader
+from engine.inference.comparison import delete_details
 from engine.preparation.packed import PackedSplit
 from engine.run.checkpoint_files import delete_run
 from engine.run.ledger import Ledger
@@ -60,6 +61,7 @@ def open_run(command, train_step, build_model, begun):
                 run.config = with_found_rate(run.config, trials, run.batches, run.monitor)
             if run.checkpoint is None:  # refused before unless it is asked for or there is none
                 distributed.run_on_rank0(delete_run, run.config["checkpoint_dir"])
+                distributed.run_on_rank0(delete_details, run.config["checkpoint_dir"])
                 if run.mirror is not None:
                     clear_mirror(run.mirror)
             torch.manual_seed(run.config["seed"] + distributed.rank())
