@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from engine.inference.calibration import write_calibration
-from engine.inference.confusion import picture_path, write_details
+from engine.inference.confusion import count_confusions, picture_path, write_details
 from engine.inference.gallery import GALLERY, write_gallery
 from engine.inference.images import open_loader
 from engine.inference.outputs import (
@@ -21,7 +21,7 @@ from engine.inference.outputs import (
     user_error_on_failure,
 )
 from engine.inference.provenance import checkpoints_of, images_in_words, is_of_folder
-from engine.inference.scoring import ENSEMBLE, evaluate
+from engine.inference.scoring import ENSEMBLE, evaluate, seen_in
 from engine.inference.test_sets import (
     SUBSET_RULE,
     classes_present,
@@ -117,7 +117,7 @@ def _score_members(members, loader, view, resolution, subject, details, real, tr
 
 
 def _write_details(prefix, subject, scores, split, crop, origin, training):
-    """Write the details of a subject, and print their names.
+    """Write the details of a subject, and print their names; where images of some of the classes are there, by those alone.
 
     Args:
         scores: evaluate()'s of the subject, with its logits where they are needed.
@@ -126,10 +126,15 @@ def _write_details(prefix, subject, scores, split, crop, origin, training):
     """
     present, labels, logits = classes_present(split), torch.from_numpy(split.labels), scores.get("logits")
     rule = _rule(split, present)
-    if rule and not training:
+    if rule:
         logits = subset_logits(logits, present)
+        seen = [of[:, : len(present)] if of.ndim == 2 else of for of in seen_in(logits, labels)]
+        scores = subset_scores(scores["logits"], labels, present) | {
+            "seen": seen,
+            "confusions": count_confusions(logits, labels),
+        }
     where = "" if origin["images"].startswith("validation") else f", {origin['images']}"
-    title = f"{subject}: {scores_in_words(scores, len(present))}, {_crop_in_words(*crop)}{where}"
+    title = f"{subject}: {scores_in_words(scores, len(present))}, {_crop_in_words(*crop)}{where}{rule}"
     with user_error_on_failure("details", prefix):
         written = write_details(prefix, scores["confusions"], split.classes, getattr(split, "class_names", {}), title)
         confusions = scores["confusions"].cpu().numpy()
@@ -137,7 +142,7 @@ def _write_details(prefix, subject, scores, split, crop, origin, training):
         if not training:  # which a network is sure of
             drawn, calibrated = write_calibration(f"{prefix}{CALIBRATION}", logits, labels, title)
             written += [f"{prefix}{CALIBRATION}"] * drawn
-            print(calibrated)
+            print(f"{calibrated}{rule}")
         print(f"wrote {', '.join(written)}")
 
 

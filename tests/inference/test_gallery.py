@@ -178,6 +178,25 @@ def test_deleting_a_run_deletes_the_details_of_its_networks_and_no_others(short_
     assert headings_of(short_run) == ["Pictures: validation images, of ../other/best.pt (epoch 7)"]
 
 
+def test_details_of_another_test_set_name_it_and_have_one_rule_for_its_classes(short_run, image_tree, tmp_path, capsys):
+    for name in sorted(path.name for path in (image_tree / "val").iterdir())[2:4]:
+        shutil.copytree(image_tree / "val" / name, tmp_path / "sub" / name)
+    evaluated(short_run / "best.pt", "--weights=raw", f"--data-dir={tmp_path}/sub", f"--details={short_run}/sub")
+    said = capsys.readouterr().out.splitlines()
+    of_present, _, calibrated = [line for line in said if re.match("calibration:|.*best.pt, raw weights: ", line)]
+    heading, paragraph, *_ = blocks_of_galleries(short_run)
+    rule = "logits of the 2 classes present alone"
+    assert heading["text"] == f"Pictures: images of {tmp_path}/sub"
+    assert rule in paragraph["text"] and of_present.endswith(rule) and calibrated.endswith(rule)
+    assert re.search(r"top-1 [\d.]+ %, .* on 4 images of 2 classes", of_present)[0] in paragraph["text"]
+    gallery = json.loads((short_run / "sub_gallery.json").read_text())
+    assert 100 * gallery["calibration_error"] == pytest.approx(float(re.search(r"error ([\d.]+) %", calibrated)[1]), abs=0.02)
+    seen = {name for section in gallery["sections"] for shot in section["shots"] for name, _ in shot["best"]}
+    assert seen == {name for name, *_ in gallery["classes"]} and len(seen) == 2
+    right = sum(int(row["correct"]) for row in rows_of(short_run / "sub_classes.csv"))
+    assert f"top-1 {25 * right:.2f} %" in of_present
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_a_browser_shows_names_at_a_click_on_any_width_in_light_and_dark(run, tmp_path):
