@@ -183,7 +183,7 @@ def delete_details(folder):
             continue  # whatever it is, it is none
         marks = details_files(str(gallery).removesuffix(GALLERY), training=False) if is_own else {}
         for path, mark in marks.items():
-            if os.path.isfile(path) and has_mark(path, mark):
+            if os.path.isfile(path) and (os.path.getsize(path) == 0 or has_mark(path, mark)):  # 0: no confusions
                 os.unlink(path)
 
 

@@ -13,7 +13,7 @@ WORST_CLASSES = 10
 
 
 def galleries_in(folder):
-    """Return the contents of the files *_gallery.json of a folder, those of validation first; damaged ones are passed over."""
+    """Return the contents of the files *_gallery.json of a folder, the run's validation first; damaged ones are passed over."""
     found = []
     for path in sorted(folder.glob("*_gallery.json")):
         try:
@@ -22,7 +22,7 @@ def galleries_in(folder):
             continue
         if isinstance(content, dict) and isinstance(content.get("sections"), list):
             found.append(content)
-    return sorted(found, key=lambda content: bool(content.get("training")))
+    return sorted(found, key=lambda content: (bool(content.get("training")), content.get("images") != "validation images"))
 
 
 def blocks_of_galleries(folder):

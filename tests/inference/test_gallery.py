@@ -166,6 +166,7 @@ def test_deleting_a_run_deletes_the_details_of_its_networks_and_no_others(short_
     evaluated(short_run / "best.pt", "--weights=raw", f"--details={short_run}/val")
     evaluated(short_run / "best.pt", "--weights=raw", "--split=train", "--resolution", 32, 48, f"--details={short_run}/")
     assert len({path.name for path in short_run.iterdir()} - before) == 6 + 2 * 5
+    (short_run / "val_confusions.csv").write_bytes(b"")  # of a network that confuses nothing
     (short_run / "val.png").write_bytes(b"my picture")
     (short_run / "val_classes.csv").write_text("class,remark\n")
     (short_run / "val_reviewed.csv").write_bytes((short_run / "val_images.csv").read_bytes())
@@ -185,6 +186,8 @@ def test_details_of_another_test_set_name_it_and_have_one_rule_for_its_classes(s
     said = capsys.readouterr().out.splitlines()
     of_present, _, calibrated = [line for line in said if re.match("calibration:|.*best.pt, raw weights: ", line)]
     heading, paragraph, *_ = blocks_of_galleries(short_run)
+    evaluated(short_run / "best.pt", "--weights=raw", f"--details={short_run}/val")
+    assert headings_of(short_run) == ["Pictures: validation images", f"Pictures: images of {tmp_path}/sub"]
     rule = "logits of the 2 classes present alone"
     assert heading["text"] == f"Pictures: images of {tmp_path}/sub"
     assert rule in paragraph["text"] and of_present.endswith(rule) and calibrated.endswith(rule)
