@@ -2,7 +2,7 @@
 
 python report.py                                  checkpoints/report.html and report.md, of the run in checkpoints/
 python report.py checkpoints/demo --price-per-hour 0.752
-python report.py runs/a runs/b --output compared  several runs on one page
+python report.py runs/a runs/b                    several runs on one page, runs/a/compared.html
 python report.py checkpoints --serve              in a browser, renewed as epochs end
 
 Reads metrics.jsonl and events.jsonl, of runs from before these the log; the run may still be going on.
@@ -19,7 +19,7 @@ from engine.report.figures import read_run
 from engine.report.one_run import report_of_run
 from engine.report.serving import serve
 from engine.report.side_by_side import report_of_runs
-from engine.report.writing import REPORT, write_report
+from engine.report.writing import COMPARED, REPORT, write_report
 from engine.run.checkpoint_files import is_report
 from engine.system.console import protect_output
 from engine.system.errors import UserError, run_program
@@ -32,7 +32,8 @@ def main(arguments):
     if arguments.serve is not None:
         serve(arguments.folders, lambda: report_of(arguments), arguments.serve)
         return 0
-    output = named_prefix("output", arguments.output or arguments.folders[0] / REPORT)
+    name = REPORT if len(arguments.folders) == 1 else COMPARED
+    output = named_prefix("output", arguments.output or arguments.folders[0] / name)
     if arguments.output or arguments.folders[0].is_dir():  # else there is no run, which is said below
         claim("output", dict.fromkeys((f"{output}.html", f"{output}.md"), is_report), [arguments.log_file or ""])
     title, blocks = report_of(arguments)
@@ -61,7 +62,8 @@ def parse_arguments(arguments=None):
     parser.add_argument("--log-file", type=path_argument, metavar="FILE", help=where)
     parser.add_argument("--log", dest="log_file", type=path_argument, help=argparse.SUPPRESS)  # its former name
     parser.add_argument("--price-per-hour", type=positive_number, help="what an hour of the machine costs")
-    parser.add_argument("--output", type=path_text, help="of the files OUTPUT.html and OUTPUT.md; default FOLDER/report")
+    where = "of the files OUTPUT.html and OUTPUT.md; default FOLDER/report, of several runs FOLDER/compared of the first"
+    parser.add_argument("--output", type=path_text, help=where)
     how = "show the report in a browser while the run goes on, on this machine's PORT (8000)"
     parser.add_argument("--serve", type=int, nargs="?", const=8000, metavar="PORT", help=how)
     return parser.parse_args(arguments)

@@ -52,7 +52,9 @@ def average_networks(networks, splits, device):
             return loader.training(itertools.islice(requests, first.config["swa_batch_norm_batches"]), set())
 
         retry_pass_on_oom(recompute, batches, first.config["batch_size"], device)
-    return first._replace(name=f"mean of the weights of {' and '.join(network.name for network in networks)}", kind="mean")
+    name = f"mean of the weights of {' and '.join(network.name for network in networks)}"
+    members = [network._replace(model=None) for network in networks]
+    return first._replace(name=name, kind="mean", checkpoint=first.checkpoint | {"members": members})
 
 
 def mean_of_weights(states):

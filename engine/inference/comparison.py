@@ -1,11 +1,13 @@
 """The scores of networks from files on the validation images, beside each other and as an ensemble."""
 
 import contextlib
+import os
+from pathlib import Path
 
 import torch
 
 from engine.inference.calibration import write_calibration
-from engine.inference.confusion import picture_path, write_details
+from engine.inference.confusion import count_confusions, picture_path, write_details
 from engine.inference.gallery import GALLERY, write_gallery
 from engine.inference.images import open_loader
 from engine.inference.outputs import (
@@ -14,10 +16,12 @@ from engine.inference.outputs import (
     DETAILS_SOURCE,
     GALLERY_MARK,
     IMAGES_MARK,
+    has_mark,
     picture_mark,
     user_error_on_failure,
 )
-from engine.inference.scoring import ENSEMBLE, evaluate
+from engine.inference.provenance import checkpoints_of, images_in_words, is_of_folder
+from engine.inference.scoring import ENSEMBLE, evaluate, seen_in
 from engine.inference.test_sets import (
     SUBSET_RULE,
     classes_present,
@@ -29,6 +33,7 @@ from engine.inference.test_sets import (
 from engine.inference.views import differing_views, view_of
 from engine.system.device import autocast
 from engine.system.errors import UserError
+from engine.system.plain_json import from_json
 
 CALIBRATION = "_calibration.png"
 
@@ -52,6 +57,10 @@ def compare_networks(networks, splits, device, resolutions=None, details=None, r
         raise UserError(f"--details of several networks without an ensemble: {cure}")
     if several and differing:
         print(f"no ensemble: {differing}")
+    origin = details and {
+        "images": images_in_words(networks, splits["val"], training),
+        "checkpoints": checkpoints_of(networks, os.path.dirname(details)),
+    }
     real = read_real_labels(real_labels, splits["val"]) if real_labels else None
     if len(classes_present(splits["val"])) < len(splits["val"].classes):
         print(SUBSET_RULE)
@@ -63,13 +72,17 @@ def compare_networks(networks, splits, device, resolutions=None, details=None, r
         with contextlib.closing(open_loader(splits, settings, device)) as loader:
             for resolution in view.resolutions:
                 prefix = details and prefixes_of(details, view.resolutions)[resolution]
-                _score_members(members, loader, view, resolution, subject, prefix, real, training)
+                subject_scores = _score_members(members, loader, view, resolution, subject, bool(details), real, training)
+                if details:
+                    crop = resolution, view.crop_ratio
+                    _write_details(prefix, subject, subject_scores, splits["val"], crop, origin, training)
 
 
 def _score_members(members, loader, view, resolution, subject, details, real, training):
-    """Print the scores of the networks that share a View, at one resolution; write the details of the subject.
+    """Print the scores of the networks that share a View, at one resolution; return evaluate()'s of the subject, if any.
 
     Args:
+        details: whether those of the subject are wanted.
         real: of read_real_labels, or None.
     """
     split, precision = loader.splits["val"], members[0].config["precision"]
@@ -87,34 +100,59 @@ def _score_members(members, loader, view, resolution, subject, details, real, tr
         confusions_of=subject if details else None,
         logits_of=needed,
     )
-    crop = f"{resolution} px centre crop (ratio {view.crop_ratio:.4g})"
+    crop = _crop_in_words(resolution, view.crop_ratio)
     for name, scores in results.items():
         name = f"{ENSEMBLE} of {len(models)}" if name == ENSEMBLE else name
         classes, plain = len(present), f"{crop}, no test-time augmentation, {precision}"
         if is_subset:
             among = subset_scores(scores["logits"], labels, present)
-            print(f"{name}: {scores_in_words(among, classes)}, {plain}, logits of the {classes:,} classes present alone")
+            print(f"{name}: {scores_in_words(among, classes)}, {plain}{_rule(split, present)}")
         whole = f", all {len(split.classes):,} logits" if is_subset else ""
         print(f"{name}: {scores_in_words(scores, classes)}, {plain}{whole}")
         if real is not None:
             print(f"{name}: {real_in_words(scores['logits'], real)}, {plain}")
         if view.flip:
             print(f"{name}: {scores_in_words(scores, classes, 'flip_')}, {crop}, image and mirror image, {precision}{whole}")
-    if details:
-        title = f"{subject}: {scores_in_words(results[subject], len(present))}, {crop}"
-        names = getattr(split, "class_names", {})
-        with user_error_on_failure("details", details):
-            confusions, seen = results[subject]["confusions"], results[subject]["seen"]
-            written = write_details(details, confusions, split.classes, names, title)
-            shown = resolution, view.crop_ratio
-            written += write_gallery(details, seen, confusions.cpu().numpy(), split, shown, title, training)
-            if not training:  # which a network is sure of
-                logits = results[subject]["logits"]
-                logits = subset_logits(logits, present) if is_subset else logits
-                drawn, calibrated = write_calibration(f"{details}{CALIBRATION}", logits, labels, title)
-                written += [f"{details}{CALIBRATION}"] * drawn
-                print(calibrated)
-            print(f"wrote {', '.join(written)}")
+    return results.get(subject)
+
+
+def _write_details(prefix, subject, scores, split, crop, origin, training):
+    """Write the details of a subject, and print their names; where images of some of the classes are there, by those alone.
+
+    Args:
+        scores: evaluate()'s of the subject, with its logits where they are needed.
+        crop: (resolution in px, crop ratio).
+        origin: of write_gallery.
+    """
+    present, labels, logits = classes_present(split), torch.from_numpy(split.labels), scores.get("logits")
+    rule = _rule(split, present)
+    if rule:
+        logits = subset_logits(logits, present)
+        seen = [of[:, : len(present)] if of.ndim == 2 else of for of in seen_in(logits, labels)]
+        scores = subset_scores(scores["logits"], labels, present) | {
+            "seen": seen,
+            "confusions": count_confusions(logits, labels),
+        }
+    where = "" if origin["images"].startswith("validation") else f", {origin['images']}"
+    title = f"{subject}: {scores_in_words(scores, len(present))}, {_crop_in_words(*crop)}{where}{rule}"
+    with user_error_on_failure("details", prefix):
+        written = write_details(prefix, scores["confusions"], split.classes, getattr(split, "class_names", {}), title)
+        confusions = scores["confusions"].cpu().numpy()
+        written += write_gallery(prefix, scores["seen"], confusions, split, crop, title, origin, training)
+        if not training:  # which a network is sure of
+            drawn, calibrated = write_calibration(f"{prefix}{CALIBRATION}", logits, labels, title)
+            written += [f"{prefix}{CALIBRATION}"] * drawn
+            print(f"{calibrated}{rule}")
+        print(f"wrote {', '.join(written)}")
+
+
+def _rule(split, present):
+    """Return by which logits a set of some of the classes is scored, in words; nothing of a set of all classes."""
+    return f", logits of the {len(present):,} classes present alone" if len(present) < len(split.classes) else ""
+
+
+def _crop_in_words(resolution, crop_ratio):
+    return f"{resolution} px centre crop (ratio {crop_ratio:.4g})"
 
 
 def prefixes_of(details, resolutions):
@@ -133,6 +171,20 @@ def details_files(prefix, training):
         picture_path(prefix): picture,
     }
     return marks if training else marks | {f"{prefix}{CALIBRATION}": picture}
+
+
+def delete_details(folder):
+    """Delete the details of checkpoints of a folder that lie in it, as far as they are as --details has written them."""
+    for gallery in list(Path(folder).glob(f"*{GALLERY}")):
+        try:
+            content = from_json(gallery.read_text(encoding="utf-8"))
+            is_own = has_mark(gallery, GALLERY_MARK) and is_of_folder(content.get("checkpoints"))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # whatever it is, it is none
+        marks = details_files(str(gallery).removesuffix(GALLERY), training=False) if is_own else {}
+        for path, mark in marks.items():
+            if os.path.isfile(path) and (os.path.getsize(path) == 0 or has_mark(path, mark)):  # 0: no confusions
+                os.unlink(path)
 
 
 def scores_in_words(scores, classes, view=""):

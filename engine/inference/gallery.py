@@ -21,7 +21,7 @@ THUMBNAIL, QUALITY = 96, 75  # px; of JPEG
 SHOWN, MISLABELS_SHOWN, PAIRS, OF_A_PAIR = 24, 48, 8, 4
 
 
-def write_gallery(prefix, seen, confusions, split, view, title, training=False):
+def write_gallery(prefix, seen, confusions, split, view, title, origin, training=False):
     """Write what a network sees in each image; return the names of the files written.
 
     Args:
@@ -30,6 +30,7 @@ def write_gallery(prefix, seen, confusions, split, view, title, training=False):
         split: whose images these are.
         view: (resolution in px, crop ratio) of the validation view.
         title: what was scored and how, in words.
+        origin: {'images': which they are, in words, 'checkpoints': of checkpoints_of}.
         training: whether they are training images, among which wrong labels are looked for.
     """
     shares, classes, of_label = (np.asarray(of) for of in seen)
@@ -67,6 +68,7 @@ def write_gallery(prefix, seen, confusions, split, view, title, training=False):
         "title": title,
         "training": training,
         "calibration_error": error,
+        **origin,
         "reliability": bins,
         "classes": sorted(by_class, key=lambda row: row[2]),
         "sections": sections,

@@ -80,12 +80,13 @@ def _problem(path, mark, inputs):
         return "is no regular file: name another"
     if any(os.path.exists(other) and os.path.samefile(path, other) for other in inputs):
         return "is one of the inputs: name another file"
-    if path.stat().st_size and not _has_mark(path, mark):
+    if path.stat().st_size and not has_mark(path, mark):
         return "is there and was not written by this flag: name another file, or move that one away"
     return None
 
 
-def _has_mark(path, mark):
+def has_mark(path, mark):
+    """Return whether a file has a mark, as of claim()."""
     return mark(path) if callable(mark) else mark_in(path, mark) is not None
 
 

@@ -2,7 +2,7 @@
 
 from datetime import datetime
 
-from engine.report.history import SILENT_END, Session
+from engine.report.history import FINISHED_END, SILENT_END, Session
 from engine.run.events import read_events
 
 
@@ -57,4 +57,4 @@ def _with_event(session, event, instant):
         return session._replace(ended=f"stopped by {event['reason']}, {saved}")
     if kind == "error":
         return session._replace(ended=f"stopped: {event['reason']}")
-    return session._replace(ended="finished") if kind == "end" else session
+    return session._replace(ended=FINISHED_END) if kind == "end" else session

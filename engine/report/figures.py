@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.preparation.trees import IMAGENET_COUNTS
 from engine.report.events import sessions_of_events
 from engine.report.history import sessions_of_run
 from engine.run.checkpoint_files import RECORDS
 from engine.run.events import EVENTS
+from engine.run.published import PUBLISHED_FOR, trains_on_imagenet, validates_on_imagenet
 from engine.run.records import read_records
 from engine.run.weights import WEIGHTS
 from engine.system.errors import UserError
@@ -104,9 +104,39 @@ def energy_kwh(run):
     return sum(energies.values()) / 1000 if energies else None
 
 
-def is_imagenet(run):
-    """Tell whether the run was validated on ImageNet-1K's 50,000 images."""
-    return IMAGENET_COUNTS[1] in list(column(run.records, "val_images").values())[-1:]
+def why_not_comparable(run):
+    """Return why the published figures, of ResNet-50 on ImageNet-1K, are not about the run: what it is; None if they are."""
+    if not validates_on_imagenet(next(reversed(column(run.records, "val_images").values()), None)):
+        return "not on ImageNet-1K's 50,000 validation images"
+    if run.sessions and not trains_on_imagenet(run.sessions[-1].classes, run.sessions[-1].images):
+        return "not trained on ImageNet-1K's images"
+    return None if run.config["architecture"] == PUBLISHED_FOR else f"of a {run.config['architecture']}"
+
+
+class Validated(NamedTuple):
+    """What a run was validated on; None as far as its records and its log do not tell."""
+
+    images: int | None
+    classes: int | None
+    px: int | None
+    crop_ratio: float | None
+    data_dir: str | None
+
+    def __str__(self):
+        of = f" of {self.classes:,} classes" if self.classes else ""
+        ratio = f", crop ratio {self.crop_ratio:.4g}" if self.crop_ratio else ""
+        return f"{self.images:,} images{of}, {self.px} px{ratio}"
+
+
+def validated_on(run):
+    """Return what a run was last Validated on, or None before."""
+    validated = [record for record in run.records if record.get("val_images")]
+    if not validated:
+        return None
+    images, px = (validated[-1].get(key) for key in ("val_images", "val_resolution"))
+    if not run.sessions:
+        return Validated(images, None, px, None, None)
+    return Validated(images, run.sessions[-1].classes, px, run.config["val_crop_ratio"], str(run.config["data_dir"]))
 
 
 def conditions(run):

@@ -3,6 +3,7 @@
 A session is one process. Every line of the log is read by itself, so that damaged ones cost only themselves.
 """
 
+import math
 import re
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +22,7 @@ EPOCH_DONE = re.compile(r"epoch (\d+)/\d+: .*(?:val loss|not validated)")
 STOPPED = re.compile(r"stopped by (.+) in epoch (\d+) after (\d+) batches; (saved|NOT saved)")
 FAILED = re.compile(r"stopped: (.+)")
 FINISHED = re.compile(r"finished \d+ epochs: ")
+FINISHED_END = "finished"
 SILENT_END = "no word of an end: killed, or still going"
 
 
@@ -31,7 +33,7 @@ class Session(NamedTuple):
     last_word: datetime
     first_position: tuple
     last_position: tuple  # the last one that the log knows of
-    ended: str  # 'finished', 'stopped by SIGTERM, saved', an error, or SILENT_END
+    ended: str  # FINISHED_END, 'stopped by SIGTERM, saved', an error, or SILENT_END
     recipe: str
     images: int
     classes: int
@@ -86,7 +88,7 @@ def _with_line(session, instant, text):
     if found := STOPPED.match(text):
         return session._replace(last_position=(int(found[2]) - 1, int(found[3])), ended=f"stopped by {found[1]}, {found[4]}")
     if FINISHED.match(text):
-        return session._replace(ended="finished")
+        return session._replace(ended=FINISHED_END)
     if found := FAILED.match(text):
         return session._replace(ended=f"stopped: {found[1]}")
     if text.startswith(("WARNING", "bad image", "out of GPU memory")):
@@ -128,9 +130,12 @@ class Interruption(NamedTuple):
 
 
 def interruptions(sessions):
-    """Return the Interruption between each session and the next."""
+    """Return the Interruption between each session and the next; one that the run had come to its end before is none."""
     found = []
     for before, after in zip(sessions, sessions[1:], strict=False):
+        began_at_the_end = before.first_position[0] >= before.config.get("epochs", math.inf)
+        if before.ended == FINISHED_END or began_at_the_end:
+            continue
         (epochs, batches), (last_epochs, last_batches) = after.first_position, before.last_position
         steps = (last_epochs - epochs) * before.steps_per_epoch + last_batches - batches
         away = (after.begun - before.last_word).total_seconds()

@@ -4,9 +4,9 @@ import statistics
 
 from config import CONFIG, RECIPES
 from engine.report.charts import chart, timeline
-from engine.report.figures import best_of, column, conditions, energy_kwh, is_imagenet, machine_hours, phases
+from engine.report.figures import best_of, column, conditions, energy_kwh, machine_hours, phases, why_not_comparable
 from engine.report.galleries import blocks_of_galleries
-from engine.report.history import SILENT_END, interruptions
+from engine.report.history import FINISHED_END, SILENT_END, interruptions
 from engine.report.page import heading, paragraph, table
 from engine.report.words import clock, interruptions_of, percent, position, spread
 from engine.run.published import SEED_RUN, published_curve, published_result
@@ -31,7 +31,7 @@ def _state_in_words(run):
     last = run.sessions[-1]
     data = f"{last.images:,} images of {last.classes} classes"
     what = f"Recipe {run.recipe}: {run.config['architecture']} on {data}, {last.hardware}."
-    if last.ended == "finished":
+    if last.ended == FINISHED_END:
         return f"{what} Finished after {done} epochs."
     ended = f"{last.ended}, last heard of at {last.last_word:%Y-%m-%d %H:%M:%S}" if last.ended == SILENT_END else last.ended
     return f"{what} Not finished: {done} of {planned} epochs are done ({ended})."
@@ -104,7 +104,7 @@ def curves(run, price_per_hour):
     names = {weights.column: weights.in_words for weights in WEIGHTS.values()} | {"val": "validation"}
     top1 = [(name, column(records, f"{prefix}_top1")) for prefix, name in names.items()]
     top1.append(("training, augmented", column(records, "train_top1")))
-    published = published_curve(run.recipe, run.config["epochs"]) if is_imagenet(run) else None
+    published = published_curve(run.recipe, run.config["epochs"]) if why_not_comparable(run) is None else None
     if published is not None:
         top1.append((f"published: {published[1]}", published[0], "dotted"))
     loss = [("validation", column(records, "val_loss")), ("averaged weights", column(records, "averaged_val_loss"))]
@@ -210,7 +210,8 @@ def _highest(records, key, unit):
 
 def published_figures(run, price_per_hour):
     """Return the run beside the seed's, and beside what was published for its recipe."""
-    published = published_result(run.recipe, run.config["epochs"])
+    differs = why_not_comparable(run)
+    published = published_result(run.recipe, run.config["epochs"]) if differs is None else None
     speeds = list(column(run.records, "images_per_s").values())
     memory = list(column(run.records, "gpu_memory_used_mib").values())
     best = best_of(run.records)
@@ -228,8 +229,8 @@ def published_figures(run, price_per_hour):
         at = SEED_RUN["price_per_hour"]
         rows.append(("cost", f"{hours * price_per_hour:,.2f}", f"{SEED_RUN['hours'] * at:,.2f} at {at:g} per hour, on demand"))
     found = [heading("Beside the seed's run and what was published")]
-    if not is_imagenet(run):
-        found.append(paragraph("This run is not on ImageNet-1K's 50,000 validation images: the accuracies cannot be compared."))
+    if differs is not None:
+        found.append(paragraph(f"This run is {differs}: the accuracies cannot be compared."))
     found.append(table(("", "this run", SEED_RUN["name"]), rows))
     if published is not None:
         found.append(paragraph(_published_in_words(published, run.config["epochs"])))

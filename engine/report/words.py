@@ -2,6 +2,7 @@
 
 import statistics
 
+from engine.report.history import interruptions
 from engine.system.wording import duration
 
 
@@ -24,7 +25,7 @@ def clock(hours):
 
 def interruptions_of(run):
     """Return how often a run was interrupted; only its log knows."""
-    return len(run.sessions) - 1 if run.sessions else "unknown: no log"
+    return len(interruptions(run.sessions)) if run.sessions else "unknown: no log"
 
 
 def position(of):

@@ -6,7 +6,7 @@ from engine.report.page import as_html, as_markdown
 from engine.run.checkpoint_files import is_report
 from engine.system.files import replacing
 
-REPORT = "report"
+REPORT, COMPARED = "report", "compared"  # of one run, and of several beside each other
 
 
 def write_report(output, title, blocks):

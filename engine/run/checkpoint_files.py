@@ -22,6 +22,7 @@ EPOCH_PATTERN = re.compile(r"epoch_(\d{3,})\.pt")
 RECORDS = "metrics.jsonl"
 CURVES = "curves.png"
 REPORTS = ("report.html", "report.md")
+COMPARISONS = ("compared.html", "compared.md")  # of the run beside others
 _REPORT_MARK = re.compile(rb"(\A# |<title>)(Training report: |\d+ runs compared)")  # in a report's head: it is no other file
 
 _COMMENT = re.compile(rb"sha256:([0-9a-f]{64})")
@@ -293,7 +294,7 @@ def is_report(path):
 def delete_run(folder):
     """Delete a run's files, and nothing else, from the folder."""
     folder = Path(folder)
-    reports = (path for name in REPORTS if (path := folder / name).is_file() and is_report(path))
+    reports = (path for name in (*REPORTS, *COMPARISONS) if (path := folder / name).is_file() and is_report(path))
     for path in [*checkpoints_in(folder), *(folder / name for name in (RECORDS, CURVES, EVENTS)), *reports]:
         if path.is_symlink() or not path.is_dir():
             path.unlink(missing_ok=True)

@@ -4,6 +4,8 @@ import itertools
 import math
 from typing import NamedTuple
 
+from engine.preparation.trees import IMAGENET_COUNTS
+
 SEED_RUN = {
     "name": "the seed's run",
     "source": "the run that this project set out to beat: ResNet-50 on a T4 (g4dn.2xlarge), recipe seed",
@@ -28,6 +30,19 @@ FFCV_16_CURVE = dict(
 )
 MILD_SOURCE = "Mosaic's mild recipe (mosaicml/benchmarks, blogs/resnet), 224 of 232 px"
 RANGE_SOURCE = "an end of the range that MosaicML gives (databricks.com/blog/mosaic-resnet-deep-dive)"
+
+
+PUBLISHED_FOR = "resnet50"  # the architecture of all these figures
+
+
+def trains_on_imagenet(classes, images):
+    """Return whether training images are ImageNet-1K's, by their numbers; a hundredth of them may be missing."""
+    return classes == 1000 and abs(images - IMAGENET_COUNTS[0]) < 0.01 * IMAGENET_COUNTS[0]
+
+
+def validates_on_imagenet(images):
+    """Return whether validation images are ImageNet-1K's, by their number (None: not known)."""
+    return images == IMAGENET_COUNTS[1]
 
 
 class Published(NamedTuple):

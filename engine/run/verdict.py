@@ -8,8 +8,7 @@ import math
 import statistics
 from typing import NamedTuple
 
-from engine.preparation.trees import IMAGENET_COUNTS
-from engine.run.published import published_curve
+from engine.run.published import PUBLISHED_FOR, published_curve, trains_on_imagenet, validates_on_imagenet
 from engine.run.weights import WEIGHTS
 
 WAITING_SECONDS = 60.0  # of training, over which the waiting for data is judged
@@ -121,7 +120,7 @@ class Verdict:
     def __init__(self, config, recipe, classes, images, data, guess_top1):
         self.active = {}
         self._config, self._recipe, self._data, self._guess_top1 = config, recipe, data, guess_top1
-        self._is_imagenet = classes == 1000 and abs(images - IMAGENET_COUNTS[0]) < 0.01 * IMAGENET_COUNTS[0]
+        self._is_published_for = config["architecture"] == PUBLISHED_FOR and trains_on_imagenet(classes, images)
         self._steps_per_epoch = images // config["batch_size"]
         self._guessing = loss_of_guessing(config["loss"], classes)
         self._before = self._epoch = None
@@ -306,8 +305,8 @@ class Verdict:
 
     def _judge_curve(self, record):
         top1, published = _comparable_top1(record), self._published_at(record["epoch"])
-        is_val = record.get("val_images") == IMAGENET_COUNTS[1]
-        if top1 is None or published is None or not (self._is_imagenet and is_val):
+        is_about_it = self._is_published_for and validates_on_imagenet(record.get("val_images"))
+        if top1 is None or published is None or not is_about_it:
             return []
         (now, earlier), name = published
         below, view = now - top1, f"{record['val_resolution']} px" + (", with flip" if "val_flip_top1" in record else "")
@@ -321,7 +320,7 @@ class Verdict:
     def _published_at(self, epoch):
         """Return ((top-1 after an epoch, the same EPOCHS_LATE earlier), name) of the recipe's published curve, or None."""
         found = published_curve(self._recipe, self._config["epochs"])
-        if found is None or self._config["architecture"] != "resnet50" or len(found[0]) < 2:
+        if found is None or len(found[0]) < 2:
             return None
         curve, name = found
         now, earlier = (_between(curve, number) for number in (epoch, epoch - EPOCHS_LATE))

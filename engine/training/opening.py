@@ -8,6 +8,7 @@ import torch
 from engine.cli.command_line import averaging_rate_in_words
 from engine.cli.unused_keys import notes_on_unused
 from engine.data.loader import BatchLoader
+from engine.inference.comparison import delete_details
 from engine.preparation.packed import PackedSplit
 from engine.run.checkpoint_files import delete_run
 from engine.run.ledger import Ledger
@@ -63,6 +64,7 @@ def open_run(command, train_step, build_model, begun):
                 run.config = with_found_rate(run.config, run.recipe, command.given, trials, run.batches, run.monitor)
             if run.checkpoint is None:  # refused before unless it is asked for or there is none
                 distributed.run_on_rank0(delete_run, run.config["checkpoint_dir"])
+                distributed.run_on_rank0(delete_details, run.config["checkpoint_dir"])
                 if run.mirror is not None:
                     clear_mirror(run.mirror)
             torch.manual_seed(run.config["seed"] + distributed.rank())

@@ -16,8 +16,9 @@ from conftest import finish, run_here, run_program, start_program, tiny_run
 import evaluate
 import report
 from config import CONFIG
+from engine.report import one_run, side_by_side
 from engine.report.charts import SERIES, VARIABLES, chart
-from engine.report.figures import read_run
+from engine.report.figures import read_run, why_not_comparable
 from engine.report.history import SILENT_END, interruptions, read_sessions
 from engine.report.one_run import report_of_run
 from engine.report.page import as_html, as_markdown, heading, paragraph, table
@@ -119,6 +120,31 @@ def test_the_sessions_positions_are_those_of_the_log(run_folder):
     assert sessions[0].environment["versions"]["torch"] == torch.__version__
 
 
+def on_imagenet(run, **changes):
+    """The Run as if it were a ResNet-50's on ImageNet-1K, but for the changes of session, config and records."""
+    facts = {"images": 1_281_167, "classes": 1000, "recipe": run.recipe} | changes
+    sessions = [session._replace(**{key: facts[key] for key in ("images", "classes", "recipe")}) for session in run.sessions]
+    config = run.config | {key: facts.get(key, default) for key, default in (("architecture", "resnet50"), ("epochs", 12))}
+    records = [record | {"val_images": facts.get("val_images", 50_000)} for record in run.records]
+    return run._replace(records=records, sessions=sessions, config=config)
+
+
+def test_another_network_and_other_images_are_not_compared_with_what_was_published(run_folder):
+    run = read_run(run_folder, CONFIG)
+    for changes, said in (
+        ({}, None),
+        ({"architecture": "resnet18"}, "of a resnet18"),
+        ({"val_images": 10_000}, "not on ImageNet-1K's 50,000 validation images"),
+        ({"images": 100_000}, "not trained on ImageNet-1K's images"),
+        ({"classes": 100}, "not trained on ImageNet-1K's images"),
+    ):
+        assert why_not_comparable(on_imagenet(run, **changes)) == said
+    title, blocks = report_of_run(on_imagenet(run, architecture="resnet18"))
+    page = as_markdown(title, blocks) + html.unescape(as_html(title, blocks))
+    assert "This run is of a resnet18: the accuracies cannot be compared." in page
+    assert "Published for this recipe" not in page and "published: " not in page
+
+
 def test_another_data_set_is_not_compared_with_imagenet(run_folder, tmp_path):
     markdown, _ = reported(run_folder, f"--log={run_folder}.log", folder=tmp_path)
     assert "the accuracies cannot be compared" in markdown
@@ -129,6 +155,8 @@ def test_another_data_set_is_not_compared_with_imagenet(run_folder, tmp_path):
     (tmp_path / "imagenet").mkdir()
     (tmp_path / "imagenet/metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     log = run_folder.with_suffix(".log").read_text().replace(str(run_folder), str(tmp_path / "imagenet"))
+    log = re.sub(r"resnet18 on 60 images of 10 classes", "resnet50 on 1,281,167 images of 1000 classes", log)
+    log = log.replace('"architecture": "resnet18"', '"architecture": "resnet50"')
     (tmp_path / "imagenet/training.log").write_text(log)
     markdown, page = reported(tmp_path / "imagenet", folder=tmp_path)
     assert "cannot be compared" not in markdown
@@ -211,6 +239,47 @@ def test_a_shared_log_gives_each_run_its_own_sessions_and_a_replaced_run_is_forg
     assert page.count("<svg") >= 3
 
 
+def test_a_comparison_says_what_each_run_was_validated_on_and_where_that_differs(run_folder):
+    run = read_run(run_folder, CONFIG)
+    px = {"config": run.config | {"val_crop_ratio": 0.9}}
+    other_classes = [session._replace(classes=7) for session in run.sessions]
+    elsewhere = run._replace(config=run.config | {"data_dir": "elsewhere"})
+    alone = run._replace(sessions=[], config=dict(CONFIG))  # no log: what it was validated on is known in part
+    for other, said, cell in (
+        (run, None, "20 images of 10 classes, 32 px, crop ratio 0.875"),
+        (run._replace(**px), "on the same (crop ratio)", "20 images of 10 classes, 32 px, crop ratio 0.9"),
+        (run._replace(sessions=other_classes), "on the same (number of classes)", "20 images of 7 classes, 32 px"),
+        (on_imagenet(run), "on the same (number of images, number of classes)", "50,000 images of 1,000 classes, 32 px"),
+        (elsewhere, "whether their images are the same is not recorded", "20 images of 10 classes, 32 px"),
+        (alone, None, "20 images, 32 px"),
+    ):
+        of_each = next(row for row in side_by_side.result_rows([run, other], None) if row[0] == "validated on")[1:]
+        assert str(of_each[0]) == "20 images of 10 classes, 32 px, crop ratio 0.875" and str(of_each[1]).startswith(cell)
+        assert len(side_by_side.remarks([run, other])) == (said is not None)
+        assert said is None or said in side_by_side.remarks([run, other])[0]
+    assert side_by_side.remarks([run._replace(records=[]), on_imagenet(run)]) == []
+    page = as_markdown(*side_by_side.report_of_runs([run, on_imagenet(run)]))
+    assert "number of classes): the accuracies cannot be compared." in page
+    assert cells(page)["validated on"][1] == "50,000 images of 1,000 classes, 32 px, crop ratio 0.875"
+
+
+def test_a_comparison_leaves_the_first_runs_own_report_alone(run_folder, tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_bytes((run_folder / "metrics.jsonl").read_bytes())
+    assert report.main(report.parse_arguments([f"{tmp_path}/a"])) == 0
+    own = {path.name: path.read_bytes() for path in folders[0].iterdir()}
+    assert report.main(report.parse_arguments([str(folder) for folder in folders])) == 0
+    assert {path.name: path.read_bytes() for path in folders[0].iterdir() if path.name in own} == own
+    assert (folders[0] / "compared.md").read_text().startswith("# 2 runs compared")
+    assert "<title>2 runs compared" in (folders[0] / "compared.html").read_text()
+    (folders[1] / "compared.md").write_text("# My notes\n")
+    for folder in folders:
+        delete_run(folder)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")] == ["b/compared.md"]
+
+
 def test_progress_in_the_log_tells_how_far_a_killed_session_came(tmp_path, monkeypatch):
     monkeypatch.setattr("engine.run.monitor.PLAIN_LINE_SECONDS", 0.0)
     log = tmp_path / "log"
@@ -229,6 +298,29 @@ def test_progress_in_the_log_tells_how_far_a_killed_session_came(tmp_path, monke
     assert (first.last_position, second.first_position) == ((2, 40), (2, 10))
     (one,) = interruptions([first, second])
     assert (one.steps_lost, one.images_lost) == (30, 30 * 256)
+
+
+def test_a_start_after_the_end_of_a_run_is_no_interruption(run_folder, tmp_path):
+    run = read_run(run_folder, CONFIG)
+    stopped, killed, finished = run.sessions
+    of = {"begun": finished.last_word, "last_word": finished.last_word, "first_position": (12, 0), "last_position": (12, 0)}
+    again, again_killed = finished._replace(**of), finished._replace(**of, ended=SILENT_END)
+    longer = finished._replace(**of | {"config": finished.config | {"epochs": 15}, "last_position": (13, 2)}, ended=SILENT_END)
+    resumed = longer._replace(first_position=(13, 0), last_position=(15, 0), ended="finished")
+    for sessions, expected in (
+        ([stopped, killed, finished], 2),
+        ([finished, again, again], 0),  # as --resume auto does at every boot
+        ([finished, again_killed, again], 0),  # with nothing left to do
+        ([stopped, finished, longer, resumed], 2),  # by --epochs: the extension itself was killed
+    ):
+        assert len(interruptions(sessions)) == expected
+        seen = run._replace(sessions=sessions)
+        course = as_markdown("", one_run.sessions(seen, None))
+        assert f"Sessions: {len(sessions)}; interruptions: {expected}." in course
+        assert ("stood still" in course) == (expected > 0)
+        assert ("interruptions", expected, expected) in side_by_side.result_rows([seen, seen], None)
+        rows = next(block["rows"] for block in one_run.published_figures(seen, None) if block["kind"] == "table")
+        assert ["interruptions", expected, 2] in rows
 
 
 # The page ------------------------------------------------------------------------------------------------------------
@@ -429,10 +521,7 @@ def test_a_run_without_tensorboard_says_what_to_install(image_tree, tmp_path):
 def test_what_was_published_for_the_recipe_and_its_length_is_shown_and_interpolation_is_marked(
     recipe, epochs, said, curve, run_folder, tmp_path
 ):
-    run = read_run(run_folder, CONFIG)
-    records = [record | {"val_images": 50_000} for record in run.records]
-    sessions = [session._replace(recipe=recipe) for session in run.sessions]
-    run = run._replace(records=records, sessions=sessions, config=run.config | {"epochs": epochs})
+    run = on_imagenet(read_run(run_folder, CONFIG), recipe=recipe, epochs=epochs)
     page = as_markdown(*report_of_run(run)) + html.unescape(as_html(*report_of_run(run)))
     assert said is None or said in page
     assert curve is None or curve in page
