@@ -1,5 +1,6 @@
 """What the study of optimizers found: its tables, how many steps Muon saves, and a picture."""
 
+import functools
 import math
 import statistics
 
@@ -131,6 +132,7 @@ def epochs_for_muons_top1(runs, kind, name):
     return needed
 
 
+@functools.cache
 def newton_schulz_share(architecture, px, batch_size):
     """Return the FLOP of an optimizer step's Newton-Schulz steps over those of the network, forward and backward."""
     with torch.device("meta"):

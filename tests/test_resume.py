@@ -75,9 +75,8 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize(
-    "blocks", ["of MosaicML", *(pytest.param(name, marks=pytest.mark.slow) for name in BLOCKS if name != "of MosaicML")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("blocks", BLOCKS)
 def test_a_run_with_every_building_block_goes_on_as_if_nothing_had_happened(blocks, image_tree, tmp_path):
     changes = {"mixup_alpha": 0.2, "loss": "bce", "schedule": "cosine", "nesterov": True, "optimizer": "sgd"}
     changes |= {"swa_start_epoch": 0, "epochs": 2, "train_resolution": 64, "stochastic_depth": 0.2}
@@ -98,7 +97,7 @@ def test_a_run_with_every_building_block_goes_on_as_if_nothing_had_happened(bloc
     assert output.count("running average: top-1") == 2  # plain, and with the mirror image
 
 
-QUICK = ("a training step", "the recomputation of batch norm", "the writing of a checkpoint")
+QUICK = ("a training step", "the writing of a checkpoint")
 
 
 @pytest.mark.parametrize("moment", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MOMENTS])
@@ -122,7 +121,13 @@ def then_sigterm(batches, after):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("where", ["engine.training.averaging.recompute_bn_stats", "engine.training.validation.evaluate"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param("engine.training.averaging.recompute_bn_stats", marks=pytest.mark.slow),
+        "engine.training.validation.evaluate",
+    ],
+)
 def test_a_stop_between_an_epochs_last_step_and_its_record_is_resumed_bit_by_bit(where, image_tree, tmp_path, monkeypatch):
     changes = {"stochastic_depth": 0.5, "swa_start_epoch": 2, "epochs": 3}  # the recomputation draws random numbers
     assert run_here(tiny_run(image_tree, tmp_path / "whole", **changes)) == 0
@@ -139,6 +144,7 @@ def test_a_stop_between_an_epochs_last_step_and_its_record_is_resumed_bit_by_bit
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_speed_of_an_epoch_is_that_of_the_whole_epoch_however_often_it_was_resumed(image_tree, tmp_path, monkeypatch):
     arguments = [*tiny_run(image_tree, tmp_path / "run", swa_start_epoch=0, epochs=2), "--resume=auto"]
     original, last = to_device, tmp_path / "run/last.pt"
@@ -377,6 +383,7 @@ def test_epochs_may_be_raised_and_the_rate_plan_is_rebuilt(finished, image_tree,
     assert checkpoint_files.read(finished / "last.pt")["schedule"]["step"] == 28
 
 
+@pytest.mark.slow
 def test_a_run_whose_averaging_is_moved_before_it_begins_equals_one_begun_so(image_tree, tmp_path):
     for start in (0, 2):
         run = tiny_run(image_tree, tmp_path / str(start), swa_start_epoch=start, epochs=2, checkpoint_every_epochs=1)
@@ -444,6 +451,7 @@ def test_a_damaged_last_pt_is_said_and_the_newest_good_one_used(image_tree, refe
 # Files of earlier versions -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_format_1_is_resumed_and_ends_as_it_did_then(image_tree, tmp_path, monkeypatch):
     """Commit f6ab1fd wrote it after epoch 2 of 3; its filters were set to a pattern that packs well. Its figures."""
     pytest.importorskip("simplejpeg", reason="Pillow decodes to slightly other pixels")

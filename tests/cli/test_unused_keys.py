@@ -62,6 +62,7 @@ IN_VAIN = """--adamw-learning-rate=0.02 --momentum=0.5 --randaugment-ops=9 --ste
 ITS_NOTE = "adamw_learning_rate is not used: it counts with optimizer muon"
 
 
+@pytest.mark.slow
 def test_a_run_a_check_and_a_range_test_begin_with_the_notes(image_tree, tmp_path, capfd, monkeypatch):
     arguments = [*tiny_run(image_tree, tmp_path / "run", epochs=1, warmup_epochs=0, swa_start_epoch=1), *IN_VAIN.split()]
     assert run_here([*arguments, "--check"]) == 0

@@ -125,6 +125,7 @@ def test_the_mean_of_checkpoints_weights_gets_batch_norm_statistics_of_its_own(r
     assert line.startswith("mean of the weights of ")
 
 
+@pytest.mark.slow
 def test_torchvisions_own_weights_are_scored_from_pt_and_safetensors(image_tree, tmp_path, capsys):
     torch.manual_seed(0)
     network = torchvision.models.resnet50(num_classes=10).eval()

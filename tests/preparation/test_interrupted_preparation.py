@@ -68,7 +68,7 @@ def test_killed_again_and_again_it_ends_with_the_same_files(long_work, tmp_path)
     assert_same_files(destination, long_work)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_stops_it_with_a_word_and_the_same_command_goes_on(number, long_work, tmp_path):
     destination = tmp_path / "packed"
     process = start_program("prepare_data.py", arguments_for(long_work, destination), start_new_session=True)

@@ -51,6 +51,7 @@ def test_a_runs_events_tell_its_start_stop_resumption_and_end(image_tree, tmp_pa
     assert times == sorted(times)
 
 
+@pytest.mark.slow
 def test_a_new_run_in_the_same_folder_has_events_of_its_own(tiny_arguments, tmp_path):
     assert run_here([*tiny_arguments, "--epochs=2"]) == 0
     assert run_here([*tiny_arguments, "--epochs=2", "--overwrite"]) == 0

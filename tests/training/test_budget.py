@@ -158,6 +158,7 @@ def test_what_was_measured_for_the_plan_is_kept_for_the_forecast(tiny_arguments,
     assert rates.save_seconds > 0 and rates == Rates.from_plain(read_hours(tmp_path / "run")["rates"])
 
 
+@pytest.mark.slow
 def test_a_budget_survives_in_the_checkpoint_and_a_run_without_one_gets_none(tiny_arguments, tmp_path, capfd):
     arguments = [*(word for word in tiny_arguments if "--epochs" not in word), "--swa-start-epoch=0", "--recipe=seed"]
     budget = ["--hours=0.0001", "--images-per-s=25", "--price-per-hour=3600"]

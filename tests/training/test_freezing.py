@@ -97,6 +97,7 @@ def test_recomputed_statistics_leave_frozen_norms_alone(image_tree, tmp_path):
     assert not torch.equal(first["layer3.0.bn1.running_var"], second["model"]["layer3.0.bn1.running_var"])
 
 
+@pytest.mark.slow
 def test_a_frozen_run_resumes_to_the_same_bits(image_tree, tmp_path):
     changes = {"freeze": "layer1", "backbone_rate_factor": 0.1, "class_weights": "balanced", "optimizer": "muon"}
     arguments = {

@@ -137,10 +137,10 @@ def fail_in_clipping(state, monkeypatch, error):
     ("fail", "error"),
     [
         (fail_in_forward, KINDS[2]),
-        (fail_in_forward, KINDS[7]),
+        pytest.param(fail_in_forward, KINDS[7], marks=pytest.mark.slow),
         (fail_in_backward, KINDS[0]),
-        (fail_in_backward, KINDS[11]),
-        (fail_in_unscaling, KINDS[4]),
+        pytest.param(fail_in_backward, KINDS[11], marks=pytest.mark.slow),
+        pytest.param(fail_in_unscaling, KINDS[4], marks=pytest.mark.slow),
         (fail_in_clipping, KINDS[1]),
     ],
 )
@@ -242,6 +242,7 @@ def test_a_pass_whose_batches_do_not_fit_is_done_in_parts_and_remembers_what_fit
         retry_in_parts_on_oom(lambda images: (_ for _ in ()).throw(KINDS[0]))(images)
 
 
+@pytest.mark.slow
 def test_validation_and_recomputed_statistics_that_do_not_fit_are_done_in_parts(image_tree, tmp_path, monkeypatch):
     arguments = tiny_run(image_tree, tmp_path / "run", epochs=2, swa_start_epoch=2, stochastic_depth=0.3)
     assert run_here(arguments) == 0

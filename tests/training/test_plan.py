@@ -353,6 +353,7 @@ def test_epochs_that_a_budget_overrules_are_said(recipe, capsys, tmp_path):
         assert (note in capsys.readouterr().out) == (said is not None)
 
 
+@pytest.mark.slow
 def test_hours_chooses_the_epochs_and_trains(image_tree, tmp_path):
     flags = [
         "--hours",
