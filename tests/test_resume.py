@@ -223,6 +223,7 @@ def test_a_run_stopped_before_its_first_step_can_be_resumed(image_tree, referenc
     assert_same_run(tmp_path / "run", reference)
 
 
+@pytest.mark.slow
 def test_a_worker_killed_by_the_system_is_said_and_the_state_saved(image_tree, reference, tmp_path):
     arguments = tiny_run(image_tree, tmp_path / "run", num_workers=1)
     process = start_program("train.py", arguments)

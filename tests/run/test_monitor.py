@@ -45,6 +45,7 @@ def run_on_a_terminal(arguments):
     return written.decode()
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_a_bar_with_loss_top1_rate_and_speed(image_tree, tmp_path):
     written = run_on_a_terminal([*tiny_run(image_tree, tmp_path / "run", epochs=2), "--price-per-hour=3600"])
     bar = next(line for line in reversed(written.split("\r")) if line.startswith("epoch 2/2") and "loss=" in line)

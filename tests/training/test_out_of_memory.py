@@ -323,6 +323,7 @@ def test_no_room_for_the_network_or_the_checkpoint_ends_every_program_in_words(i
             begin()
 
 
+@pytest.mark.slow
 def test_out_of_memory_between_two_steps_is_said_and_the_state_saved(image_tree, tmp_path, monkeypatch):
     def no_room(*arguments, **options):
         raise KINDS[1]
