@@ -265,6 +265,7 @@ def processes_of_group(group):
 # A full disk ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_a_full_disk_and_says_that_its_result_is_not_saved(image_tree, tmp_path):
     arguments = tiny_run(image_tree, tmp_path / "run", swa_start_epoch=0)
     assert run_here([*arguments, "--epochs=1"]) == 0

@@ -94,6 +94,7 @@ def test_a_killed_worker_ends_it_with_a_word(long_work, tmp_path):
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_it_with_a_word_and_the_same_command_goes_on(long_work, tmp_path):
     destination, limit = tmp_path / "packed", (long_work[1] / "train.arrow").stat().st_size // 2
     process = start_program(

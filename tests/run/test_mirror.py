@@ -392,6 +392,7 @@ def test_a_run_is_found_again_in_an_empty_folder_to_the_bit(image_tree, tmp_path
     assert "finished 2 epochs" in (tmp_path / "mirror/training.log").read_text()
 
 
+@pytest.mark.slow
 def test_an_older_last_pt_does_not_take_the_place_of_a_newer_one_in_the_mirror(image_tree, tmp_path, capsys):
     first, second, place = tmp_path / "first", tmp_path / "second", tmp_path / "mirror"
     arguments = tiny_run(image_tree, first, mirror=place, epochs=1, swa_start_epoch=0)
