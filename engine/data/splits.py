@@ -29,9 +29,8 @@ def open_splits(data_dir, needed=SPLITS, log=print, val_share=0.0):
     """
     data_dir = Path(data_dir)
     packed = {split: data_dir / f"{split}.arrow" for split in needed}
-    splits = {
-        split: PackedSplit(path) for split, path in packed.items() if os.path.isfile(path)
-    }  # False where it must not be read
+    # os.path.isfile is False, too, where the folder must not be read
+    splits = {split: PackedSplit(path) for split, path in packed.items() if os.path.isfile(path)}
     if rest := tuple(split for split in needed if split not in splits):
         classes = splits["train"].classes if "train" in splits else None
         opened = None

@@ -4,6 +4,11 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
+def norms_of(model):
+    """Return the model's batch norms, in order."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
+
+
 @torch.no_grad()
 def recompute_bn_stats(averaged_model, device_batches, autocast):
     """Recompute the batch-norm statistics of the averaged weights, as the plain mean over the batches.
@@ -16,7 +21,7 @@ def recompute_bn_stats(averaged_model, device_batches, autocast):
         autocast: context of the run's precision.
     """
     averaged_model.train()
-    norms = [module for module in averaged_model.modules() if isinstance(module, _BatchNorm) and module.training]  # not frozen
+    norms = [norm for norm in norms_of(averaged_model) if norm.training]  # not frozen
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()

@@ -4,8 +4,9 @@ import contextlib
 import functools
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from engine.inference.batch_norm import norms_of
 
 
 def with_activation_checkpointing(block_class, memory):
@@ -51,7 +52,7 @@ def _keeps(context, operation, *arguments, **options):
 @contextlib.contextmanager
 def frozen_bn_stats(network):
     """Keep the network's batch norms from counting the same batch twice (pytorch issue 96136); they normalise as before."""
-    norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.training]
+    norms = [norm for norm in norms_of(network) if norm.training]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from engine.inference.batch_norm import norms_of
 from engine.system.device import rebuilt_scaler
 from engine.system.distributed import all_gather_object, size
 from engine.system.errors import TrainingStopped
@@ -12,7 +13,7 @@ from engine.system.micro_batches import enough_for_batch_norm
 from engine.system.random_state import random_state, set_random_state
 from engine.training.activation_checkpointing import frozen_bn_stats
 from engine.training.compiling import COMPILE_ERRORS, fall_back_to_eager
-from engine.training.statistics_snapshot import StatisticsSnapshot, norms_of
+from engine.training.statistics_snapshot import StatisticsSnapshot
 from engine.training.sync_batch_norm import SYNCED_NORMS, local_batch_norm
 
 

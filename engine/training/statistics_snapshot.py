@@ -1,12 +1,8 @@
 """The batch-norm statistics that a step began with, to be put back where it is broken off or skipped."""
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
-
-def norms_of(model):
-    """Return the model's batch norms, in order."""
-    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
+from engine.inference.batch_norm import norms_of
 
 
 class StatisticsSnapshot:
