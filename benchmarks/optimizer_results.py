@@ -48,7 +48,7 @@ def _study_lines(runs):
     where = " and ".join(dict.fromkeys(f"{run['gpu'] or run['cpu']} with PyTorch {run['versions']['torch']}" for run in runs))
     scanned = scanned_epochs(runs)
     lines = [
-        f"{study['architecture']}, {study['train_images']:,} made training images of {CLASSES} classes, "
+        f"{study['architecture']}, {study['train_images']:,} synthetic training images of {CLASSES} classes, "
         f"{study['val_images']:,} for validation, {SHARED['train_resolution']} px, batches of {SHARED['batch_size']}, "
         f"{where}, {max(run['date'] for run in runs)}; top-1 in % after the last epoch.",
         "",
