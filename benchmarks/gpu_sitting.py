@@ -33,6 +33,7 @@ from engine.system.workers import available_cores
 
 FILE, REHEARSAL_FILE = RESULTS / "gpu.jsonl", RESULTS / "gpu_rehearsal.jsonl"
 RESERVE_SECONDS = 5.0  # kept for the report
+GIB_OF_TESTS = 24  # of GPU memory that a process of the GPU tests may need
 MOST_TIMES_LONGER = 3  # than calculated: then a part is taken to hang, and the sitting goes on
 PLAIN = {
     "torchvision": {"loop": "reference"},
@@ -267,7 +268,10 @@ def in_a_process(job, seconds):
 
 def gpu_tests(job):
     """Return the outcomes of the tests that need a GPU: how many passed, failed, were skipped, and the names of the failed."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0", "-q", "-rfE", "--no-header", "-p", "no:cacheprovider"]
+    gib = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 0
+    processes = min(int(gib / GIB_OF_TESTS), available_cores() // 4) if gib >= 2 * GIB_OF_TESTS else 0
+    flags = ["-m", "gpu", "-n", processes, "-q", "-rfE", "--no-header", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *map(str, flags)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines() or [done.stderr.strip()]
     counts = {name.rstrip("s"): int(count) for count, name in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", lines[-1])}

@@ -74,17 +74,14 @@ def missing_runs(runs, arguments):
     for kind in arguments.kinds:
         for name in OPTIMIZERS:
             wanted += [(kind, name, rate, arguments.epochs, 0) for rate in scan_of(runs, kind, name, arguments.epochs)]
-    for epochs in (arguments.epochs, *arguments.lengths):
-        for seed in range(arguments.seeds):
-            for kind in arguments.kinds:
-                for name in OPTIMIZERS:
-                    rate = best_rate(runs, kind, name, arguments.epochs)
-                    wanted += [(kind, name, rate, epochs, seed)] if rate else []
-    for name in VARIANTS if arguments.variants else ():
-        for seed in range(arguments.seeds):
-            for kind in arguments.kinds:
-                rate = best_rate(runs, kind, "Muon", arguments.epochs)
-                wanted += [(kind, name, rate, arguments.epochs, seed)] if rate else []
+    compared = [(name, arguments.epochs, seed) for seed in range(arguments.seeds) for name in OPTIMIZERS]
+    for seed in range(arguments.seeds):
+        compared += [(name, epochs, seed) for epochs in arguments.lengths for name in OPTIMIZERS]
+        compared += [(name, arguments.epochs, seed) for name in VARIANTS if arguments.variants]
+    for name, epochs, seed in compared:
+        for kind in arguments.kinds:
+            rate = best_rate(runs, kind, name if name in OPTIMIZERS else "Muon", arguments.epochs)
+            wanted += [(kind, name, rate, epochs, seed)] if rate else []
     return [run for run in dict.fromkeys(wanted) if run not in done]
 
 
@@ -124,17 +121,21 @@ def optimizer_benchmark(arguments):
     runs = [run for run in recorded(NAME) if run["study"] == study]
     ends = time.monotonic() + 60 * arguments.minutes
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        at_work = {}
+        at_work, failed = {}, set()
         while True:
-            started = {key for key, _ in at_work.values()}
             for key in missing_runs(runs, arguments):
-                if len(at_work) < arguments.jobs and key not in started and time.monotonic() < ends:
-                    at_work[pool.submit(one_run, key, study, arguments)] = (key, time.monotonic())
+                if len(at_work) < arguments.jobs and key not in failed | set(at_work.values()) and time.monotonic() < ends:
+                    at_work[pool.submit(one_run, key, study, arguments)] = key
             if not at_work:
                 return runs
             for future in wait(at_work, return_when=FIRST_COMPLETED).done:
-                key, _ = at_work.pop(future)
-                run = environment() | {"study": study} | future.result()
+                key = at_work.pop(future)
+                try:
+                    run = environment() | {"study": study} | future.result()
+                except RuntimeError as error:  # one run costs no other
+                    print(f"{key}: {error}", flush=True)
+                    failed.add(key)
+                    continue
                 print(f"{key}: top-1 {run['top1'][-1]:.2f} % in {run['seconds']:.0f} s", flush=True)
                 runs.append(run)
                 if not arguments.no_record:
