@@ -16,6 +16,7 @@ from benchmarks.other_pictures import DRAW
 from benchmarks.recipe_evidence import some_classes
 from engine.data.demo import make_demo_data
 from engine.run.records import read_records
+from engine.run.weights import PREFERENCE, WEIGHTS
 from engine.system.environment import environment
 
 NAME = "optimizers"
@@ -35,6 +36,7 @@ SHARED = {  # of all runs; what is not said here is CONFIG's
     "compile": "off",
 }
 WARMUP_SHARE = 1 / 8
+COLUMNS = [f"{WEIGHTS[kind].column}_top1" for kind in PREFERENCE]  # of an epoch's record, the first that it has counts
 MUON = {"optimizer": "muon", "momentum": 0.95, "weight_decay": 0.1, "adamw_learning_rate": 0.003}
 OPTIMIZERS = {  # name: what it sets, and the rates of its scan, each about three times the one before
     "AdamW": ({"optimizer": "adamw", "weight_decay": 0.05}, (3e-4, 1e-3, 3e-3, 1e-2)),
@@ -52,6 +54,7 @@ VARIANTS = {  # of Muon, at its best rate
     "Muon, twice the warm-up": {"warmup_share": 2 * WARMUP_SHARE},
     "Muon, no label smoothing": {"label_smoothing": 0.0},
     "Muon, EMA": {"ema_half_life_images": 3200, "ema_every_images": 640},
+    "Muon, SWA": {"swa_start_epoch": 6, "swa_anneal_epochs": 1},  # of 8, at a twentieth of the rate
     "Muon, AdamW's rate 0.001": {"adamw_learning_rate": 0.001},
     "Muon, AdamW's rate 0.01": {"adamw_learning_rate": 0.01},
 }
@@ -164,9 +167,8 @@ def one_run(key, study, arguments):
         run_quietly([sys.executable, REPOSITORY / "train.py", *(f"--{key}={value}" for key, value in flags.items())])
         seconds = time.perf_counter() - started
         records = read_records(Path(folder) / "metrics.jsonl")
-    column = "ema_top1" if "ema_half_life_images" in flags else "val_top1"
     return dict(zip(("kind", "optimizer", "rate", "epochs", "seed"), key, strict=True)) | {
-        "top1": [line[column] for line in records],
+        "top1": [line[next(column for column in COLUMNS if column in line)] for line in records],
         "train_loss": records[-1]["train_loss"],
         "precision": arguments.precision,
         "seconds": round(seconds, 1),

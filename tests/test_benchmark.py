@@ -21,7 +21,7 @@ from benchmarks.gpu_results import gpu_tables
 from benchmarks.gpu_sitting import ON_A_GPU, REHEARSED, in_a_process, newest_sitting, parts_of, parts_to_do
 from benchmarks.input_speed import input_tables, read_originals
 from benchmarks.measuring import last_words, recorded
-from benchmarks.optimizer_evidence import OPTIMIZERS, best_rate, missing_runs
+from benchmarks.optimizer_evidence import KINDS, OPTIMIZERS, SHARED, best_rate, missing_runs, one_run
 from benchmarks.optimizer_results import draw_optimizers, epochs_for_muons_top1, newton_schulz_share, optimizer_tables
 from benchmarks.other_pictures import DRAW, TRAIN_FONTS, VAL_FONTS
 from benchmarks.recipe_evidence import compute, contenders, recipe_tables
@@ -31,6 +31,8 @@ from benchmarks.train_speed import train_tables
 from benchmarks.transfer import transfer_tables
 from config import CONFIG
 from engine.cli.keys import config_problems
+from engine.data.demo import make_demo_data
+from engine.run.records import read_records
 from model import build_model
 
 
@@ -370,6 +372,21 @@ def test_the_recipe_benchmark_trains_and_goes_on_with_what_is_missing(tmp_path, 
     assert recorded("recipes") == first
     again = benchmark.recipe_benchmark(arguments)
     assert again == first  # nothing is trained twice
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Muon", "Muon, EMA", "Muon, SWA"])
+def test_an_optimizer_is_scored_by_the_average_of_its_weights_where_it_keeps_one(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.optimizer_evidence.SHARED", SHARED | {"batch_size": 16, "train_resolution": 32})
+    classes, draw = KINDS["waves"]
+    make_demo_data(tmp_path / "waves", 96, 40, 0, classes, (40, 48), draw)
+    arguments = argparse.Namespace(data_dir=tmp_path, device="cpu", precision="fp32")
+    kept = {}
+    monkeypatch.setattr("benchmarks.optimizer_evidence.read_records", lambda path: kept.setdefault("all", read_records(path)))
+    run = one_run(("waves", name, 0.1, 8, 0), {"architecture": "resnet18"}, arguments)
+    column = {"Muon": "val", "Muon, EMA": "ema_val", "Muon, SWA": "averaged_val"}[name]
+    assert run["top1"][-1] == kept["all"][-1][f"{column}_top1"]
+    assert len(run["top1"]) == 8
 
 
 def test_a_scan_of_rates_widens_until_its_best_one_lies_inside_and_only_then_come_the_seeds():
