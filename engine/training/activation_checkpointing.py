@@ -1,10 +1,10 @@
 """Less GPU memory for more time: what of a residual block is computed again in the backward pass instead of being kept."""
 
 import contextlib
-import functools
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
+from torchvision.models.resnet import Bottleneck
 
 from engine.inference.batch_norm import norms_of
 
@@ -12,9 +12,9 @@ from engine.inference.batch_norm import norms_of
 def with_activation_checkpointing(block_class, memory):
     """Return the residual block's class as config['memory'] wants it, with the same parameters, keys and results.
 
-    fast: everything is kept. low: norms, activations and the convolutions that widen are computed again from the outputs of
-    the others. lowest: the whole block is computed again from its input. Gradients and batch-norm statistics are the same to
-    the last bit.
+    fast: everything is kept. low: the block's input and what its first two convolutions give are kept, and its norms,
+    activations and the convolutions that widen are computed again. lowest: the whole block is computed again from its input.
+    Gradients and batch-norm statistics are the same to the last bit.
     """
     if memory == "fast":
         return block_class
@@ -26,27 +26,33 @@ def with_activation_checkpointing(block_class, memory):
                 return super().forward(images)
             if not (images.requires_grad or any(weight.requires_grad for weight in self.parameters())):  # frozen
                 return super().forward(images)
-            contexts = functools.partial(_contexts, self, memory)
-            return checkpoint(super().forward, images, use_reentrant=False, context_fn=contexts)
+            if memory == "lowest":
+                return _recomputed(self, super().forward, images)
+            first = self.conv1(images)
+            second = _recomputed(self.bn1, self._second_convolution, first)
+            return _recomputed(self, self._end, second, images)
+
+        def _second_convolution(self, first):  # its own product is not computed again: nothing in here needs it
+            return self.conv2(self.relu(self.bn1(first)))
+
+        def _end(self, second, images):
+            out = self.bn2(second)
+            if isinstance(self, Bottleneck):
+                out = self.bn3(self.conv3(self.relu(out)))
+            out += images if self.downsample is None else self.downsample(images)
+            return self.relu(out)
 
     return Recomputing
 
 
-def _contexts(block, memory):
-    """Return the contexts of the first and of the second computation."""
-    if memory == "lowest":
-        return contextlib.nullcontext(), frozen_bn_stats(block)
-    first, second = create_selective_checkpoint_contexts(_keeps)
-    return first, _both(frozen_bn_stats(block), second)  # in this order: `second` knows the block's own operations alone
+def _recomputed(module, function, *inputs):
+    """Return function(*inputs), of which the backward pass computes again what it needs; the module has its batch norms."""
+    draws = any(part._forward_hooks for part in module.modules())  # stochastic depth, the only one that draws at random
 
+    def contexts():
+        return contextlib.nullcontext(), frozen_bn_stats(module)
 
-def _keeps(context, operation, *arguments, **options):
-    """Keep what a convolution gives that does not widen: it costs the most to compute and the least to keep."""
-    if operation is torch.ops.aten.convolution.default:
-        weight, stride = arguments[1], arguments[3]
-        if weight.shape[0] <= weight.shape[1] * max(stride) ** 2:  # channels out, in; a stride leaves fewer pixels
-            return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=draws, context_fn=contexts)
 
 
 @contextlib.contextmanager
@@ -61,9 +67,3 @@ def frozen_bn_stats(network):
     finally:
         for norm, (momentum, batches) in zip(norms, before, strict=True):
             norm.momentum, norm.num_batches_tracked = momentum, batches
-
-
-@contextlib.contextmanager
-def _both(first, second):
-    with first, second:
-        yield

@@ -48,8 +48,8 @@ LEAST_PYTHON, LEAST_TORCH = (3, 11), (2, 8)
 SAMPLE = 64  # images of each split that are decoded
 READING_SECONDS = 2.0
 # MiB an image at the peak of a 16-bit step at 224 px, from the bytes alive on the stand-in for a GPU (docs/speed.md): 10.87,
-# 6.32 and 4.54 GiB for 256 images, less weights and optimizer. BlurPool: 8.72 GiB at 192 px.
-PEAK_MIB = {"fast": 42.0, "low": 23.8, "lowest": 16.6}
+# 5.97 and 4.54 GiB for 256 images, less weights and optimizer. BlurPool: 8.72 GiB at 192 px.
+PEAK_MIB = {"fast": 42.0, "low": 22.4, "lowest": 16.6}
 BLUR = 1.08
 AROUND_MIB = 550  # context and workspaces: what NVML counted in the seed's run on a T4, above its tensors
 OPTIMIZER_COPIES = {"adamw": 2, "adam": 2, "sgd": 1, "sgdw": 1, "muon": 1}  # of the weights
