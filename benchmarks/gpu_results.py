@@ -29,7 +29,8 @@ def _largest_batch_lines(results):
     largest = {part.split("memory ")[1]: result for part, result in results.items() if part.startswith("longest batch")}
     if not largest:
         return []
-    text = "; ".join(f"`{memory}` {result['images']:,} ({result['stopped_by']})" for memory, result in largest.items())
+    why = {memory: result["stopped_by"].split(". ")[0] for memory, result in largest.items()}  # CUDA's messages go on and on
+    text = "; ".join(f"`{memory}` {result['images']:,} ({why[memory]})" for memory, result in largest.items())
     px = next(iter(largest.values()))["resolution"]
     return [f"Longest batch that fits at {px} px, by --memory: {text}.", ""]
 
