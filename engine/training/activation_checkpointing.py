@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from torchvision.models.resnet import Bottleneck
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from engine.inference.batch_norm import norms_of
 
@@ -13,8 +13,8 @@ def with_activation_checkpointing(block_class, memory):
     """Return the residual block's class as config['memory'] wants it, with the same parameters, keys and results.
 
     fast: everything is kept. low: the block's input and what its first two convolutions give are kept, and its norms,
-    activations and the convolutions that widen are computed again. lowest: the whole block is computed again from its input.
-    Gradients and batch-norm statistics are the same to the last bit.
+    activations and the convolutions that widen are computed again. lowest: the whole block is computed again from its input,
+    as at low a block whose forward() is not torchvision's. Gradients and batch-norm statistics are the same to the last bit.
     """
     if memory == "fast":
         return block_class
@@ -26,7 +26,7 @@ def with_activation_checkpointing(block_class, memory):
                 return super().forward(images)
             if not (images.requires_grad or any(weight.requires_grad for weight in self.parameters())):  # frozen
                 return super().forward(images)
-            if memory == "lowest":
+            if memory == "lowest" or block_class.forward not in (BasicBlock.forward, Bottleneck.forward):  # or one of its own
                 return _recomputed(self, super().forward, images)
             first = self.conv1(images)
             second = _recomputed(self.bn1, self._second_convolution, first)
@@ -47,12 +47,11 @@ def with_activation_checkpointing(block_class, memory):
 
 def _recomputed(module, function, *inputs):
     """Return function(*inputs), of which the backward pass computes again what it needs; the module has its batch norms."""
-    draws = any(part._forward_hooks for part in module.modules())  # stochastic depth, the only one that draws at random
 
     def contexts():
         return contextlib.nullcontext(), frozen_bn_stats(module)
 
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=draws, context_fn=contexts)
+    return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts)
 
 
 @contextlib.contextmanager
