@@ -4,7 +4,7 @@ from engine.cli.keys import ConfigError
 from engine.run.ledger import read_hours
 from engine.system.wording import duration
 from engine.training.mirroring import ledgers_there, require_same_run
-from engine.training.plan import PlanError, budget_hours, positive
+from engine.training.plan import BUDGETS, PlanError, budget_flag, budget_hours, positive
 
 
 def open_ledger(ledger, command, beginning, folder, mirror):
@@ -35,10 +35,8 @@ def _settle_budget(options, ledger, checkpoint):
     """Let the ledger's budget be the one that holds, and return lines on it."""
     hours, before = budget_hours(options), ledger.budget
     if checkpoint is not None and hours is not None and before is None:
-        asked = "dollars" if "dollars" in options else "hours"
-        raise ConfigError(
-            [f"--{asked}: {checkpoint['path']} was begun without a budget, and a plan is made for a new run; change --epochs"]
-        )
+        begun = f"{checkpoint['path']} was begun without a budget"
+        raise ConfigError([f"--{budget_flag(options)}: {begun}, and a plan is made for a new run; change --epochs"])
     if hours is not None:
         ledger.budget = {"hours": hours, "dollars": positive("dollars", options)}
     if ledger.budget is None or not ledger.earlier_sessions:
@@ -57,7 +55,7 @@ def for_what_is_left(command, ledger):
     Raises:
         PlanError: they have left nothing.
     """
-    for name, used in zip(("hours", "dollars"), ledger.used_before(), strict=True):
+    for name, used in zip(BUDGETS, ledger.used_before(), strict=True):
         if name in command.options and used:
             given = positive(name, command.options)
             if used >= given:

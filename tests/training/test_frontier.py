@@ -90,8 +90,10 @@ def test_what_the_figures_are_not_about_is_said():
     images = Images(1000, 1_281_167)
     assert frontier.remarks_on_figures(command_of("--data-dir=elsewhere"), images) == []
     assert frontier.remarks_on_figures(command_of(), None) == []
-    (line,) = frontier.remarks_on_figures(command_of(), Images(1000, 60))
-    assert "only rank the recipes" in line
+    assert frontier.remarks_on_figures(command_of(), Images(1000, 1_270_000)) == []
+    for other in (Images(1000, 60), Images(1000, 1_100_000), Images(1000, 2_000_000), Images(999, 1_281_167)):
+        (line,) = frontier.remarks_on_figures(command_of(), other)
+        assert "only rank the recipes" in line
     (line,) = frontier.remarks_on_figures(command_of("--batch-size=512"), images)
     assert line.endswith("without --batch-size")
 
