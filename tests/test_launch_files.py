@@ -279,6 +279,7 @@ def test_a_machine_of_ones_own_starts_a_run_again_unless_it_was_stopped_or_has_c
     unit = (LAUNCH / "resnet50.service").read_text()
     settings = dict(line.split("=", 1) for line in unit.splitlines() if "=" in line and not line.startswith("#"))
     assert (settings["SuccessExitStatus"], settings["RestartPreventExitStatus"]) == ("143", "2")
+    assert settings["RestartForceExitStatus"] == "75"
     folder, marker = settings["WorkingDirectory"], settings["ConditionPathExists"]
     command = re.fullmatch(r"/bin/sh -c '(.*)'", settings["ExecStopPost"])[1]
     for code, status, finished in (
@@ -289,6 +290,39 @@ def test_a_machine_of_ones_own_starts_a_run_again_unless_it_was_stopped_or_has_c
     ):
         subprocess.run(["sh", "-c", command], cwd=tmp_path, env={"EXIT_CODE": code, "EXIT_STATUS": status}, check=True)
         assert (tmp_path / os.path.relpath(marker.removeprefix("!"), folder)).exists() == finished
+
+
+OWN_SYSTEMD = """
+umount -l /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup && mount -t tmpfs none /run || exit
+mkdir -p /run/systemd/system
+/usr/lib/systemd/systemd --user &
+for _ in {1..100}; do sleep 0.1; if systemctl --user start resnet50; then break; fi; done
+for _ in {1..200}; do
+    sleep 0.1
+    case $(systemctl --user show --value --property ActiveState resnet50) in failed | inactive) break ;; esac
+    [ "$(wc -l <starts)" -lt 9 ] || break
+done
+kill %1
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("status", "starts"), [(75, 9), (1, 5), (143, 1)])
+def test_systemd_starts_a_run_that_is_in_use_again_without_end_and_one_that_fails_five_times(status, starts, tmp_path):
+    if os.getuid() != 0 or not all(map(shutil.which, ("unshare", "systemctl"))):
+        pytest.skip("a systemd of its own needs root, unshare and systemd")
+    unit = (LAUNCH / "resnet50.service").read_text().replace("systemctl", "systemctl --user").replace("User=ubuntu", "")
+    unit = unit.replace("/home/ubuntu/resnet50", str(tmp_path)).replace("RestartSec=30", "RestartSec=100ms")
+    unit = re.sub("ExecStart=.*", f"ExecStart=/bin/sh -c 'echo started >>starts; exit {status}'", unit)
+    (tmp_path / ".config/systemd/user").mkdir(parents=True)
+    (tmp_path / ".config/systemd/user/resnet50.service").write_text(unit)
+    command = ["unshare", "--mount", "--cgroup", "--pid", "--fork", "--mount-proc", "bash", "-c", OWN_SYSTEMD]
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "XDG_RUNTIME_DIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    if done.returncode == 1 and not (tmp_path / "starts").exists():
+        pytest.skip(f"no systemd of its own here: {done.stderr}")
+    count = len((tmp_path / "starts").read_text().splitlines())
+    assert count >= starts if status == 75 else count == starts, done.stderr
 
 
 def test_a_container_is_built_without_what_git_ignores_and_its_result_outlives_it():
