@@ -17,7 +17,6 @@ from engine.run.checkpoint_files import BEST, CHECKSUM_BYTES, CURVES, EPOCH_PATT
 from engine.run.events import EVENTS
 from engine.run.generations import MANIFEST, Generation, MirroredFile, files_in, position_in_words, read_manifest
 from engine.run.ledger import HOURS
-from engine.system import lock
 from engine.system.errors import first_line
 from engine.system.object_store import CHUNK_BYTES, Conflict, StorageError
 from engine.system.plain_json import to_json
@@ -80,7 +79,12 @@ class Mirror:
         self.store.delete_unfinished([f"{OBJECTS}epoch_*.pt", MANIFEST, *BESIDES])  # before there is anything of its own
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._thread.start()
-        threading.Thread(target=self._show_hours, name="mirror-hours", daemon=True).start()
+
+    def write_hours(self):
+        """Let hours.json there be the ledger as it is now, unless the storage does not answer."""
+        with contextlib.suppress(StorageError):
+            if self.lock.lost_to is None:
+                self.store.put(HOURS, (to_json(self.ledger.state()) + "\n").encode())
 
     def offer(self, names, place, saves):
         """Have these checkpoints of the folder uploaded; returns at once. An upload that waits is overtaken by this one."""
@@ -375,10 +379,3 @@ class Mirror:
             if name in self._manifest["files"]:
                 self._left = f"{name} under its own name"
                 self.store.copy(self._manifest["files"][name]["object"], name)
-
-    def _show_hours(self):
-        while not self._closing:
-            with contextlib.suppress(StorageError):
-                if self.lock.lost_to is None:
-                    self.store.put(HOURS, (to_json(self.ledger.state()) + "\n").encode())
-            time.sleep(lock.SIGN_OF_LIFE_SECONDS)

@@ -2,7 +2,9 @@
 
 import functools
 import json
+import os
 import re
+import shutil
 import signal
 import time
 
@@ -13,7 +15,7 @@ from config import CONFIG
 from engine.cli.keys import ConfigError
 from engine.run import checkpoint_files, ledger
 from engine.run.ledger import HOURS, Ledger, read_hours
-from engine.training import settling
+from engine.training import images, settling
 from engine.training.budget import _settle_budget
 from engine.training.forecast import Forecast
 from engine.training.plan import PlanError, Rates
@@ -236,3 +238,26 @@ def test_the_hours_of_killed_sessions_are_counted(image_tree, tmp_path):
     counted = sum(session["seconds"] for session in sessions.values())
     assert len(sessions) == 4
     assert seconds - 3 * (ledger.WRITE_SECONDS + 3) < counted
+
+
+def test_hours_of_a_session_that_ends_while_images_are_fetched_are_counted_here_and_in_the_mirror(
+    image_tree, tmp_path, monkeypatch
+):
+    pytest.importorskip("obstore", reason="obstore is not installed: pip install obstore")
+    place, fetch = tmp_path / "mirror", images.fetch_images
+
+    def stopped(config, log):
+        wait_for((place / HOURS).exists, 10)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return fetch(config, log)
+
+    arguments = [*tiny_run(image_tree, tmp_path / "run", mirror=place), "--resume=auto"]
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "fetch_images", stopped)
+        assert run_here(arguments) == 143
+    here, there = read_hours(tmp_path / "run"), read_hours(place)
+    assert here["sessions"].keys() == there["sessions"].keys() and len(here["sessions"]) == 1
+    shutil.rmtree(tmp_path / "run")
+    assert run_here([*arguments, "--epochs=1", "--swa-start-epoch=0"]) == 0
+    ledger = checkpoint_files.read(tmp_path / "run/last.pt")["ledger"]
+    assert ledger["run"] == here["run"] and len(ledger["sessions"]) == 2
