@@ -153,7 +153,8 @@ def with_found_rate(config, recipe, given, trials, batches, monitor):
 
 def require_consistent_flags(command):
     """Raise ConfigError where the program's own flags do not go together."""
-    if {"plan", "resume"} <= command.options.keys():
+    resume = command.options.get("resume")
+    if resume is not None and "plan" in command.options:
         raise ConfigError(["--plan with --resume: a plan is made for a new run; change --epochs"])
     if command.options.keys() >= set(BUDGETS):
         raise ConfigError(["--hours and --dollars: each is a budget; give one of them"])
@@ -163,6 +164,10 @@ def require_consistent_flags(command):
         raise ConfigError(["--images-per-s: belongs to a plan; add --plan or --hours, or --dollars"])
     if {"plan", "stop_after_hours"} <= command.options.keys():
         raise ConfigError(["--stop-after-hours: belongs to a run, and --plan only prints"])
+    if frontier.leaves_recipe_open(command) and command.config["size_rule"] != "none" and resume in (None, "auto"):
+        asked = budget_flag(command.options) or "plan"
+        advice = "the one follows these images, the other what is published for ImageNet-1K; add --recipe finetune, or another"
+        raise ConfigError([f"--size-rule {command.config['size_rule']} with --{asked} and no recipe: {advice}"])
     positive("stop_after_hours", command.options)
 
 

@@ -182,6 +182,8 @@ def test_the_machine_is_measured_once_for_all_recipes(image_tree, tmp_path):
             "--plan with --resume: a plan is made for",
         ),
         (["--plan", "--stop-after-hours=1"], "--stop-after-hours: belongs to a run"),
+        (["--hours=5", "--size-rule=bit"], "--size-rule bit with --hours and no recipe: "),
+        (["--plan", "--size-rule=bit"], "--size-rule bit with --plan and no recipe: "),
     ],
 )
 def test_budgets_that_contradict_are_refused(flags, reason):
