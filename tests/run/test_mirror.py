@@ -111,6 +111,19 @@ def test_damage_in_the_mirror_is_found_and_the_generation_before_is_taken(writer
         fetched(writer, tmp_path / "newer")
 
 
+def test_a_machine_that_is_cut_off_while_it_takes_the_run_over_takes_all_of_it_the_next_time(writer, tmp_path):
+    writer.saved(1, "best.pt")
+    writer.saved(2)
+    (tmp_path / "new/metrics.jsonl").mkdir(parents=True)  # where no file can be written
+    with pytest.raises(CheckpointError, match="could not be written"):
+        fetched(writer, tmp_path / "new")
+    assert not (tmp_path / "new/last.pt").exists()  # which says that the folder is up to date
+    (tmp_path / "new/metrics.jsonl").rmdir()
+    assert fetched(writer, tmp_path / "new")[0] == 2
+    assert checkpoint_files.read(tmp_path / "new/best.pt")["epoch"] == 1
+    assert len((tmp_path / "new/metrics.jsonl").read_text().splitlines()) == 2
+
+
 def test_a_checkpoint_that_is_damaged_on_the_disk_is_not_uploaded(writer, tmp_path):
     writer.saved(1)
     path = writer.folder / "last.pt"
