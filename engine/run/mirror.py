@@ -320,8 +320,10 @@ class Mirror:
             self._small[name] = found.st_size, found.st_mtime_ns
 
     def _write_manifest(self, manifest):
-        """Replace run.json, on the condition that nobody else has."""
+        """Replace run.json, on the condition that nobody else has; a folder has no such condition, and its lock is asked."""
         manifest |= {"ledger": self.ledger.state()}
+        if self.store.is_folder and (other := self.lock.other_holder()) is not None:
+            raise Conflict(f"it is held by {other}")
         condition = {} if self.store.is_folder else {"version": self._version} if self._version else {"create": True}
         content = (to_json(manifest, indent=1) + "\n").encode()
         try:

@@ -2,6 +2,7 @@
 
 import builtins
 import contextlib
+import json
 import os
 import re
 import resource
@@ -122,6 +123,17 @@ def test_a_machine_that_is_cut_off_while_it_takes_the_run_over_takes_all_of_it_t
     assert fetched(writer, tmp_path / "new")[0] == 2
     assert checkpoint_files.read(tmp_path / "new/best.pt")["epoch"] == 1
     assert len((tmp_path / "new/metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_machine_that_wakes_up_names_nothing_in_a_folder_that_another_one_has_taken_over(writer, tmp_path):
+    writer.mirror.lock.acquire(print)
+    writer.saved(1)
+    (tmp_path / "mirror/run.lock").write_text(json.dumps(lock.this_process()._asdict()))  # of the other's
+    named = (tmp_path / "mirror/run.json").read_bytes()
+    writer.save(2)
+    wait_for(lambda: writer.said, 10)
+    writer.mirror.lock.lost_to = lock.UNKNOWN  # as it finds out by itself within 15 s
+    assert "is held by process" in writer.said[0] and (tmp_path / "mirror/run.json").read_bytes() == named
 
 
 def test_a_checkpoint_that_is_damaged_on_the_disk_is_not_uploaded(writer, tmp_path):
