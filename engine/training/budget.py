@@ -7,10 +7,11 @@ from engine.training.mirroring import ledgers_there, require_same_run
 from engine.training.plan import BUDGETS, PlanError, budget_flag, budget_hours, positive
 
 
-def open_ledger(ledger, command, beginning, folder, mirror):
+def open_ledger(ledger, command, source, beginning, folder, mirror):
     """Let a session's Ledger be that of the run that it begins or goes on with; return lines on the budget.
 
     Args:
+        source: as source_of_run returns it; 'auto' also where torchrun starts a new run again.
         beginning: the run's Beginning.
         folder: the run's, where hours.json may know more of its sessions than the checkpoint.
         mirror: Mirror, which may know more, too; or None.
@@ -22,12 +23,12 @@ def open_ledger(ledger, command, beginning, folder, mirror):
     known = [other for other in (*ledgers_there(mirror), read_hours(folder)) if other]
     if checkpoint is not None:
         ledger.take_over(checkpoint.get("ledger"))  # absent in a checkpoint of old
-    elif options.get("resume") == "auto" and known:  # killed before the first save
+    elif source == "auto" and known:  # killed before the first save
         ledger.run = known[-1]["run"]
     for other in known:
         ledger.merge(other)
     if checkpoint is not None:
-        require_same_run(mirror, ledger, command, checkpoint["path"])
+        require_same_run(mirror, ledger, source, checkpoint["path"])
     return _settle_budget(options, ledger, checkpoint)
 
 

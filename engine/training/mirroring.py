@@ -124,7 +124,7 @@ def ledgers_there(mirror):
     return found
 
 
-def require_same_run(mirror, ledger, command, path):
+def require_same_run(mirror, ledger, source, path):
     """Let the mirror hold the ledger's run, and no later state of it than a last.pt that was asked for; count its saves on.
 
     Raises:
@@ -135,7 +135,7 @@ def require_same_run(mirror, ledger, command, path):
     url, there = mirror.store.url, mirror.manifest
     if there["ledger"]["run"] != ledger.run:
         raise CheckpointError(f"mirror = {url!r} holds another run than this one: name another --mirror")
-    if there["saves"] > ledger.saves and command.options["resume"] != "auto" and Path(path).name == LAST:
+    if there["saves"] > ledger.saves and source != "auto" and Path(path).name == LAST:
         raise CheckpointError(
             f"the mirror {url} holds a later state of this run than {path}, {position_in_words(there)}. Go on with it: "
             "--resume auto. Do again what came after this one: --mirror OTHER, or --mirror none"

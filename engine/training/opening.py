@@ -86,7 +86,7 @@ def _open(stack, stop, command, train_step, build_model, begun):
     mirror, of_mirror = _open_mirror(stack, command, source, folder, ledger)
     beginning = distributed.run_on_rank0(beginning_of_run, command, source, folder)
     config, recipe, checkpoint, remarks = beginning
-    of_budget = distributed.run_on_rank0(open_ledger, ledger, command, beginning, folder, mirror)
+    of_budget = distributed.run_on_rank0(open_ledger, ledger, command, source, beginning, folder, mirror)
     initial = None
     if checkpoint is None:
         command = distributed.run_on_rank0(for_what_is_left, command, ledger)

@@ -12,13 +12,16 @@ import pytest
 from conftest import finish, run_here, run_program, start_driver, tiny_run, wait_for
 
 from config import CONFIG
+from engine.cli.command_line import parse_command_line
 from engine.cli.keys import ConfigError
 from engine.run import checkpoint_files, ledger
 from engine.run.ledger import HOURS, Ledger, read_hours
 from engine.training import images, settling
-from engine.training.budget import _settle_budget
+from engine.training.budget import _settle_budget, open_ledger
 from engine.training.forecast import Forecast
 from engine.training.plan import PlanError, Rates
+from engine.training.resuming import Beginning
+from train import OWN_FLAGS
 
 QUICK = CONFIG | {"batch_size": 8, "epochs": 4, "warmup_epochs": 1, "swa_start_epoch": 0, "train_resolution": 32}
 
@@ -207,6 +210,17 @@ def test_a_run_killed_before_its_first_save_is_planned_for_what_is_left_of_the_b
     saved = checkpoint_files.read(tmp_path / "run/last.pt")
     assert saved["epoch"] == saved["config"]["epochs"]  # which are thousands for the whole budget
     assert saved["ledger"]["budget"]["hours"] == 1.0001 and len(saved["ledger"]["sessions"]) == 2
+
+
+def test_hours_before_the_first_save_count_where_torchrun_starts_the_run_again(tmp_path):
+    killed = Ledger(time.perf_counter() - 3600)
+    killed.keep(tmp_path)
+    killed.close()
+    again = Ledger(time.perf_counter())  # with the command line of a new run
+    open_ledger(
+        again, parse_command_line(["--hours=2"], OWN_FLAGS), "auto", Beginning(CONFIG, "seed", None, []), tmp_path, None
+    )
+    assert again.run == killed.run and again.used_before()[0] == pytest.approx(1.0, abs=0.01)
 
 
 def test_stop_after_hours_saves_and_ends_with_status_0_and_the_run_goes_on(image_tree, tmp_path, capfd):
