@@ -69,7 +69,7 @@ def instance(tmp_path, training="exit 0", fetching=""):
     stand_in(tmp_path / "venv", "pip")
     stand_in(tmp_path / "venv", "python", training)
     stand_in(programs, "python3", f'mkdir -p "${{@: -1}}/bin" && cp {tmp_path}/venv/* "${{@: -1}}/bin"')
-    places = {"DISK": disk, "DISKS": tmp_path / "by-id", "AMI_DISK": tmp_path / "dlami"}
+    places = {"DISK": disk, "DISKS": tmp_path / "by-id", "AMI_DISK": tmp_path / "dlami", "BOOT": tmp_path / "per-boot"}
     return {name: str(place) for name, place in places.items()} | {"MIRROR": "s3://b/run", "IMAGES": "s3://b/images"}
 
 
@@ -115,6 +115,29 @@ def test_an_instance_takes_the_disk_that_its_image_has_mounted_and_brings_what_i
         " python3-venv"
     )
     assert f"--data-dir {tmp_path / 'dlami'}/imagenet" in asked[13]
+
+
+def test_an_instance_tries_a_download_that_fails_again_for_minutes_before_it_gives_up(tmp_path):
+    tried = tmp_path / "tried"
+    environment = instance(tmp_path, fetching=f"if [ ! -e {tried} ]; then touch {tried}; exit 1; fi;")
+    stand_in(tmp_path / "venv", "pip", "exit 1")
+    _, asked, output = run_script(LAUNCH / "ec2_user_data.sh", tmp_path, **environment)
+    programs = [line.split()[0] for line in asked[5:]]
+    assert programs[:5] == ["aws", "sleep", "aws", "git", "python3"], output
+    assert programs[5:-3] == ["pip", *4 * ["sleep", "pip"]] and programs[-3:] == ["sleep", "aws", "shutdown"]
+
+
+def test_an_instance_that_boots_again_goes_on_with_the_run(tmp_path):
+    environment = instance(tmp_path, 'touch "${DISK:?}/code/of_before"; exit 143')
+    (tmp_path / "per-boot").mkdir()
+    stand_in(tmp_path / "bin", "git", '[ ! -e "${@: -1}" ] && mkdir "${@: -1}"')  # as git clones into no folder that is there
+    for script in (LAUNCH / "ec2_user_data.sh", *2 * [tmp_path / "per-boot/resnet50"]):
+        (tmp_path / "asked").unlink(missing_ok=True)
+        _, asked, output = run_script(script, tmp_path, **environment)
+        assert last_asked(tmp_path) == "python" and os.access(tmp_path / "per-boot/resnet50", os.X_OK), output
+    stand_in(tmp_path / "venv", "python", "exit 0")
+    run_script(tmp_path / "per-boot/resnet50", tmp_path, **environment)
+    assert not list((tmp_path / "per-boot").iterdir())  # a machine that is started to look at it stays on
 
 
 FOREVER = "exec /bin/sleep 60"
