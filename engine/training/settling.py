@@ -168,7 +168,8 @@ def require_consistent_flags(command):
         asked = budget_flag(command.options) or "plan"
         advice = "the one follows these images, the other what is published for ImageNet-1K; add --recipe finetune, or another"
         raise ConfigError([f"--size-rule {command.config['size_rule']} with --{asked} and no recipe: {advice}"])
-    positive("stop_after_hours", command.options)
+    for name in (*BUDGETS, "images_per_s", "price_per_hour", "stop_after_hours"):
+        positive(name, command.options)
 
 
 def open_device(config):

@@ -191,6 +191,14 @@ def test_budgets_that_contradict_are_refused(flags, reason):
         settling.require_consistent_flags(parse_command_line(flags, train.OWN_FLAGS))
 
 
+@pytest.mark.parametrize("flag", ["--hours", "--images-per-s", "--price-per-hour", "--stop-after-hours"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "12h"])
+def test_numbers_that_are_none_are_refused_before_images_are_fetched(flag, value):
+    words = [f"{flag}={value}", *(["--plan"] if flag == "--images-per-s" else [])]
+    with pytest.raises(PlanError, match=f"{flag} {value}: must be a number above 0"):
+        settling.require_consistent_flags(parse_command_line(words, train.OWN_FLAGS))
+
+
 def test_dollars_that_are_too_few_are_refused():
     with pytest.raises(PlanError, match="--dollars 0.001: too short for this recipe"):
         chosen_by("--dollars=0.001", "--price-per-hour=1")
