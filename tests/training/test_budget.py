@@ -260,10 +260,10 @@ def test_hours_of_a_session_that_ends_while_images_are_fetched_are_counted_here_
     pytest.importorskip("obstore", reason="obstore is not installed: pip install obstore")
     place, fetch = tmp_path / "mirror", images.fetch_images
 
-    def stopped(config, log):
+    def stopped(*arguments):
         wait_for((place / HOURS).exists, 10)
         os.kill(os.getpid(), signal.SIGTERM)
-        return fetch(config, log)
+        return fetch(*arguments)
 
     arguments = [*tiny_run(image_tree, tmp_path / "run", mirror=place), "--resume=auto"]
     with monkeypatch.context() as patch:
