@@ -385,6 +385,12 @@ def test_without_obstore_the_user_is_told_what_to_install(monkeypatch, tmp_path)
         ObjectStore("s3://bucket/run", "mirror")
 
 
+@pytest.mark.parametrize("name", ["run#2", "run?2"])
+def test_an_address_of_which_the_storage_would_drop_a_part_is_refused(name):
+    with pytest.raises(UserError, match="mirror = 's3://bucket/run.2': what follows . would not count"):
+        ObjectStore(f"s3://bucket/{name}", "mirror")
+
+
 def test_a_run_is_found_again_in_an_empty_folder_to_the_bit(image_tree, tmp_path, monkeypatch, capfd):
     mirrored = {"mirror": tmp_path / "mirror", "swa_start_epoch": 0, "epochs": 2, "report": "true"}
     whole, step, taken = tmp_path / "whole", train.train_step, []
