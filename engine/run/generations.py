@@ -1,5 +1,6 @@
 """What a mirror holds of a run: the checkpoints of one save, and run.json, which names them."""
 
+import contextlib
 from typing import NamedTuple
 
 from engine.system.errors import first_line
@@ -37,6 +38,11 @@ class Generation:
                 file.close()
             else:
                 self.files[name] = file
+
+    def add(self, path):
+        """Take one file more, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self.files[path.name] = open(path, "rb", buffering=0)  # noqa: SIM115
 
     def drop(self, name):
         """Close a file that is not to be uploaded."""

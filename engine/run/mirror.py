@@ -204,6 +204,8 @@ class Mirror:
 
     def _upload(self, generation):
         """Upload a generation, and let run.json name it."""
+        if self._manifest is None and BEST not in generation.files:  # of a run that is not there any more
+            generation.add(self.folder / BEST)
         entries, names = {}, sorted(generation.files, key=lambda name: name != LAST)
         for number, name in enumerate(names):
             self._left = ", ".join(names[number:])
@@ -330,7 +332,11 @@ class Mirror:
             self._version = self.store.put(MANIFEST, content, **condition)
         except Conflict:  # an answer was lost, or the former holder of the lock, woken up, was quicker: it has no lock now
             _, found = self.store.read(MANIFEST)
-            if found is None or not self.lock.is_mine():
+            if not self.lock.is_mine():
+                raise
+            if found is None:  # deleted by hand, or by a rule of the bucket: the next try uploads all anew
+                self._manifest, self._version, self._there = None, None, set(self.store.list(OBJECTS))
+                self._small.clear()
                 raise
             self._version = self.store.put(MANIFEST, content, version=found.version)
         self._manifest = manifest

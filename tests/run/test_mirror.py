@@ -356,6 +356,22 @@ def test_google_storage_takes_each_generation_and_each_sign_of_life(google, tmp_
     assert fetched(writer, tmp_path / "new")[0] == 3 and "run/run.lock" not in google.objects
 
 
+def test_a_run_whose_objects_were_deleted_in_the_storage_is_uploaded_anew(google, tmp_path, monkeypatch):
+    monkeypatch.setattr(mirror, "RETRY_SECONDS", (0.05, 0.1))
+    writer = Writer(tmp_path / "run", "gs://bucket/emptied")
+    writer.mirror.lock.acquire(print)
+    writer.saved(1, "best.pt")
+    for name in writer.store.list():  # by hand, or by a rule of the bucket
+        writer.store.delete(name)
+    writer.saved(2)
+    assert "could not be written to" in writer.said[0]
+    assert fetched(writer, tmp_path / "new")[0] == 2
+    assert checkpoint_files.read(tmp_path / "new/best.pt")["epoch"] == 1
+    assert len((tmp_path / "new/metrics.jsonl").read_text().splitlines()) == 2
+    writer.mirror.close()
+    writer.mirror.lock.release()
+
+
 @pytest.mark.slow
 def test_a_lock_in_google_storage_is_taken_over_from_a_holder_that_is_silent(google, monkeypatch):
     store = ObjectStore("gs://bucket/run", "mirror")
