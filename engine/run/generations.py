@@ -66,7 +66,9 @@ def read_manifest(store):
         manifest = from_json(content.decode())
         if manifest["format"] > 1:
             raise StorageError(f"{store.url}/{MANIFEST} was written by a newer version of this program: update the program")
-    except (ValueError, TypeError, KeyError) as error:
+        if missing := {"saves", "epoch", "batch", "files", "previous", "ledger"} - manifest.keys():
+            raise ValueError(f"it lacks {min(missing)}")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise StorageError(f"{store.url}/{MANIFEST} cannot be read ({first_line(error)})") from error
     return manifest, found.version
 

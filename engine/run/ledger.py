@@ -62,7 +62,7 @@ class Ledger:
 
     def merge(self, other):
         """Take over what another ledger of the same run knows of its sessions."""
-        if not _is_ledger(other) or other["run"] != self.run:
+        if not is_ledger(other) or other["run"] != self.run:
             return
         for token, session in other["sessions"].items():
             known = self._earlier.get(token)
@@ -123,8 +123,10 @@ def _dollars(sessions):
     return sum(session["seconds"] / 3600 * (session["price_per_hour"] or 0.0) for session in sessions.values())
 
 
-def _is_ledger(saved):
-    return isinstance(saved, dict) and {"run", "saves", "budget", "sessions"} <= saved.keys()
+def is_ledger(saved):
+    """Return whether something read is the state of a Ledger."""
+    known = isinstance(saved, dict) and {"run", "saves", "budget", "sessions"} <= saved.keys()
+    return known and isinstance(saved["sessions"], dict)
 
 
 def read_hours(folder):
@@ -133,4 +135,4 @@ def read_hours(folder):
         saved = from_json((Path(folder) / HOURS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return saved if _is_ledger(saved) else None
+    return saved if is_ledger(saved) else None

@@ -13,7 +13,7 @@ from engine.run import checkpoint_files
 from engine.run.checkpoint_files import BEST, LAST, PREVIOUS, RECORDS
 from engine.run.events import EVENTS
 from engine.run.generations import MirroredFile, position_in_words
-from engine.run.ledger import HOURS
+from engine.run.ledger import HOURS, is_ledger
 from engine.run.mirror import LOG, Mirror
 from engine.system.errors import CheckpointError, UserError
 from engine.system.files import ADDRESS, keep_as, replacing
@@ -121,7 +121,7 @@ def ledgers_there(mirror):
     with contextlib.suppress(StorageError, ValueError):
         content, _ = mirror.store.read(HOURS)
         found += [from_json(content.decode())] if content else []
-    return found
+    return list(filter(is_ledger, found))
 
 
 def require_same_run(mirror, ledger, source, path):

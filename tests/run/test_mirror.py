@@ -23,11 +23,11 @@ import train
 from config import CONFIG
 from engine.cli.command_line import Command
 from engine.run import checkpoint_files, mirror
-from engine.run.ledger import Ledger
+from engine.run.ledger import Ledger, read_hours
 from engine.run.mirror import MANIFEST, Mirror
 from engine.system import lock, object_store
 from engine.system.errors import CheckpointError, UserError
-from engine.system.object_store import Conflict, ObjectStore
+from engine.system.object_store import Conflict, ObjectStore, StorageError
 from engine.system.store_lock import lock_of_store
 from engine.training import mirroring
 from engine.training.mirroring import fetch_newer
@@ -123,6 +123,20 @@ def test_a_machine_that_is_cut_off_while_it_takes_the_run_over_takes_all_of_it_t
     assert fetched(writer, tmp_path / "new")[0] == 2
     assert checkpoint_files.read(tmp_path / "new/best.pt")["epoch"] == 1
     assert len((tmp_path / "new/metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1]", "{}", '{"format": 1}', '{"run": 1, "saves": 1, "budget": 1, "sessions": []}']
+)
+def test_what_is_no_run_or_no_ledger_in_the_mirror_is_told_in_words_or_passed_over(content, writer, tmp_path):
+    writer.saved(1)
+    (tmp_path / "mirror/hours.json").write_text(content)
+    assert [known["run"] for known in mirroring.ledgers_there(writer.mirror)] == [writer.ledger.run]
+    (tmp_path / "run/hours.json").write_text(content)
+    assert read_hours(tmp_path / "run") is None
+    (tmp_path / "mirror/run.json").write_text(content)
+    with pytest.raises(StorageError, match="run.json cannot be read"):
+        fetched(writer, tmp_path / "new")
 
 
 def test_a_machine_that_wakes_up_names_nothing_in_a_folder_that_another_one_has_taken_over(writer, tmp_path):
