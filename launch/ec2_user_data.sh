@@ -10,15 +10,29 @@ set -euo pipefail
 : "${DISK:=/mnt/nvme}" "${DISKS:=/dev/disk/by-id}"
 : "${AMI_DISK:=/opt/dlami/nvme}" # where AWS's Deep Learning AMIs mount the instance store by themselves
 : "${METADATA:=http://169.254.169.254/latest}"
+: "${BOOT:=/var/lib/cloud/scripts/per-boot}" # what cloud-init runs at every boot; user data it runs at the first one alone
 
 switch_off() { # else the group would start another instance in place of this one
     sleep 10   # where this machine is going away, the programs of this script end before it is told so itself
+    rm -f "$BOOT/resnet50"
     aws autoscaling set-desired-capacity --auto-scaling-group-name "$GROUP" --desired-capacity 0 || true
     shutdown -h now
 }
 status=1
 trap 'if [ "$status" -ne 143 ]; then switch_off; fi' EXIT # 143: interrupted; the group starts the next instance
 trap 'status=143; exit 143' TERM                          # this machine is going away; bash waits for the program in progress
+
+if [ -d "$BOOT" ] && [ ! "$0" -ef "$BOOT/resnet50" ]; then # else a machine that boots again would idle, and cost
+    install -m 755 "$0" "$BOOT/resnet50"
+fi
+
+patiently() { # what fails now may go well in a minute; ending here would end the run
+    for _ in {1..4}; do
+        if "$@"; then return; fi
+        sleep 60
+    done
+    "$@"
+}
 
 # The mirror's client takes us-east-1 where nothing names the region, and the AWS CLI may take none.
 token=$(curl -sSf -X PUT -H "X-aws-ec2-metadata-token-ttl-seconds: 300" "$METADATA/api/token")
@@ -39,16 +53,17 @@ else
     mount "$device" "$DISK"
 fi
 
-aws s3 sync --only-show-errors "$IMAGES" "$DISK/imagenet"
+patiently aws s3 sync --only-show-errors "$IMAGES" "$DISK/imagenet"
 (cd "$DISK/imagenet" && sha256sum --check --quiet SHA256SUMS)
 
-git clone --quiet --depth 1 "$REPOSITORY" "$DISK/code"
+rm -rf "$DISK/code" # of an earlier boot
+patiently git clone --quiet --depth 1 "$REPOSITORY" "$DISK/code"
 if ! python3 -m venv "$DISK/venv"; then # Ubuntu's Python comes without
-    apt-get update --quiet
-    apt-get install --quiet --yes -o DPkg::Lock::Timeout=300 python3-venv
+    patiently apt-get update --quiet
+    patiently apt-get install --quiet --yes -o DPkg::Lock::Timeout=300 python3-venv
     python3 -m venv --clear "$DISK/venv"
 fi
-"$DISK/venv/bin/pip" install --quiet -r "$DISK/code/requirements.txt" obstore
+patiently "$DISK/venv/bin/pip" install --quiet -r "$DISK/code/requirements.txt" obstore
 
 cd "$DISK/code"
 while true; do

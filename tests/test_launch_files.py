@@ -69,7 +69,7 @@ def instance(tmp_path, training="exit 0", fetching=""):
     stand_in(tmp_path / "venv", "pip")
     stand_in(tmp_path / "venv", "python", training)
     stand_in(programs, "python3", f'mkdir -p "${{@: -1}}/bin" && cp {tmp_path}/venv/* "${{@: -1}}/bin"')
-    places = {"DISK": disk, "DISKS": tmp_path / "by-id", "AMI_DISK": tmp_path / "dlami"}
+    places = {"DISK": disk, "DISKS": tmp_path / "by-id", "AMI_DISK": tmp_path / "dlami", "BOOT": tmp_path / "per-boot"}
     return {name: str(place) for name, place in places.items()} | {"MIRROR": "s3://b/run", "IMAGES": "s3://b/images"}
 
 
@@ -115,6 +115,29 @@ def test_an_instance_takes_the_disk_that_its_image_has_mounted_and_brings_what_i
         " python3-venv"
     )
     assert f"--data-dir {tmp_path / 'dlami'}/imagenet" in asked[13]
+
+
+def test_an_instance_tries_a_download_that_fails_again_for_minutes_before_it_gives_up(tmp_path):
+    tried = tmp_path / "tried"
+    environment = instance(tmp_path, fetching=f"if [ ! -e {tried} ]; then touch {tried}; exit 1; fi;")
+    stand_in(tmp_path / "venv", "pip", "exit 1")
+    _, asked, output = run_script(LAUNCH / "ec2_user_data.sh", tmp_path, **environment)
+    programs = [line.split()[0] for line in asked[5:]]
+    assert programs[:5] == ["aws", "sleep", "aws", "git", "python3"], output
+    assert programs[5:-3] == ["pip", *4 * ["sleep", "pip"]] and programs[-3:] == ["sleep", "aws", "shutdown"]
+
+
+def test_an_instance_that_boots_again_goes_on_with_the_run(tmp_path):
+    environment = instance(tmp_path, 'touch "${DISK:?}/code/of_before"; exit 143')
+    (tmp_path / "per-boot").mkdir()
+    stand_in(tmp_path / "bin", "git", '[ ! -e "${@: -1}" ] && mkdir "${@: -1}"')  # as git clones into no folder that is there
+    for script in (LAUNCH / "ec2_user_data.sh", *2 * [tmp_path / "per-boot/resnet50"]):
+        (tmp_path / "asked").unlink(missing_ok=True)
+        _, asked, output = run_script(script, tmp_path, **environment)
+        assert last_asked(tmp_path) == "python" and os.access(tmp_path / "per-boot/resnet50", os.X_OK), output
+    stand_in(tmp_path / "venv", "python", "exit 0")
+    run_script(tmp_path / "per-boot/resnet50", tmp_path, **environment)
+    assert not list((tmp_path / "per-boot").iterdir())  # a machine that is started to look at it stays on
 
 
 FOREVER = "exec /bin/sleep 60"
@@ -279,6 +302,7 @@ def test_a_machine_of_ones_own_starts_a_run_again_unless_it_was_stopped_or_has_c
     unit = (LAUNCH / "resnet50.service").read_text()
     settings = dict(line.split("=", 1) for line in unit.splitlines() if "=" in line and not line.startswith("#"))
     assert (settings["SuccessExitStatus"], settings["RestartPreventExitStatus"]) == ("143", "2")
+    assert settings["RestartForceExitStatus"] == "75"
     folder, marker = settings["WorkingDirectory"], settings["ConditionPathExists"]
     command = re.fullmatch(r"/bin/sh -c '(.*)'", settings["ExecStopPost"])[1]
     for code, status, finished in (
@@ -289,6 +313,39 @@ def test_a_machine_of_ones_own_starts_a_run_again_unless_it_was_stopped_or_has_c
     ):
         subprocess.run(["sh", "-c", command], cwd=tmp_path, env={"EXIT_CODE": code, "EXIT_STATUS": status}, check=True)
         assert (tmp_path / os.path.relpath(marker.removeprefix("!"), folder)).exists() == finished
+
+
+OWN_SYSTEMD = """
+umount -l /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup && mount -t tmpfs none /run || exit
+mkdir -p /run/systemd/system
+/usr/lib/systemd/systemd --user &
+for _ in {1..100}; do sleep 0.1; if systemctl --user start resnet50; then break; fi; done
+for _ in {1..200}; do
+    sleep 0.1
+    case $(systemctl --user show --value --property ActiveState resnet50) in failed | inactive) break ;; esac
+    [ "$(wc -l <starts)" -lt 9 ] || break
+done
+kill %1
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("status", "starts"), [(75, 9), (1, 5), (143, 1)])
+def test_systemd_starts_a_run_that_is_in_use_again_without_end_and_one_that_fails_five_times(status, starts, tmp_path):
+    if os.getuid() != 0 or not all(map(shutil.which, ("unshare", "systemctl"))):
+        pytest.skip("a systemd of its own needs root, unshare and systemd")
+    unit = (LAUNCH / "resnet50.service").read_text().replace("systemctl", "systemctl --user").replace("User=ubuntu", "")
+    unit = unit.replace("/home/ubuntu/resnet50", str(tmp_path)).replace("RestartSec=30", "RestartSec=100ms")
+    unit = re.sub("ExecStart=.*", f"ExecStart=/bin/sh -c 'echo started >>starts; exit {status}'", unit)
+    (tmp_path / ".config/systemd/user").mkdir(parents=True)
+    (tmp_path / ".config/systemd/user/resnet50.service").write_text(unit)
+    command = ["unshare", "--mount", "--cgroup", "--pid", "--fork", "--mount-proc", "bash", "-c", OWN_SYSTEMD]
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "XDG_RUNTIME_DIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    if done.returncode == 1 and not (tmp_path / "starts").exists():
+        pytest.skip(f"no systemd of its own here: {done.stderr}")
+    count = len((tmp_path / "starts").read_text().splitlines())
+    assert count >= starts if status == 75 else count == starts, done.stderr
 
 
 def test_a_container_is_built_without_what_git_ignores_and_its_result_outlives_it():

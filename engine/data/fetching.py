@@ -4,9 +4,11 @@ import errno
 import hashlib
 import os
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from engine.system import object_store
 from engine.system.disks import free_bytes
 from engine.system.errors import DataError
 from engine.system.files import SCHEMES, replacing
@@ -22,9 +24,11 @@ def images_folder(config):
     return config["local_data_dir"] if config["data_dir"].startswith(SCHEMES) else config["data_dir"]
 
 
-def fetch_images(config, log):
+def fetch_images(config, log, resumed=False):
     """Copy the files that SHA256SUMS at data_dir names to local_data_dir, unless they are there; nothing where it is no URL.
 
+    Args:
+        resumed: the run knows its images by their labels, and goes on with whole ones here while the storage does not answer.
     Raises:
         DataError: they are not there, cannot be read, have no room here, or arrive damaged.
     """
@@ -34,7 +38,7 @@ def fetch_images(config, log):
     lock = FolderLock(folder.parent / f".{folder.name}.lock", "local_data_dir", "name another --local-data-dir")
     lock.acquire(log)
     try:
-        _fetch(ObjectStore(config["data_dir"], "data_dir"), folder, log)
+        _fetch(ObjectStore(config["data_dir"], "data_dir"), folder, log, resumed)
     except StorageError as error:
         raise DataError(f"data_dir = {config['data_dir']!r}: {error}; what has arrived stays, start again") from error
     except OSError as error:
@@ -46,27 +50,53 @@ def fetch_images(config, log):
         lock.release()
 
 
-def _fetch(store, folder, log):
-    listing, _ = store.read(CHECKSUMS)
+def _fetch(store, folder, log, resumed=False):
+    try:
+        listing = _listing(store, log)
+    except StorageError as error:
+        if not (resumed and _is_complete(folder)):
+            raise
+        log(f"WARNING: data_dir: {store.url}: {error}; the run goes on with the images in {folder}, verified when they came")
+        return
     if listing is None:
         there = _what_is_there(store)
         raise DataError(f"{store.url} holds no {CHECKSUMS}, {there}: copy the folder that prepare_data.py wrote there")
-    checksums, sizes = _checksums_in(listing, store), {}
+    checksums, sizes = _checksums_in(listing, store.url), {}
     for name in checksums:
         if (found := store.head(name)) is None:
             raise DataError(f"{store.url} holds no {name}, which its {CHECKSUMS} names")
         sizes[name] = found.bytes
-    if (folder / CHECKSUMS).is_file() and (folder / CHECKSUMS).read_bytes() == listing:  # verified when they came
+    known = folder / CHECKSUMS
+    if is_same := known.is_file() and known.read_bytes() == listing:  # verified when they came
         sizes = {name: size for name, size in sizes.items() if _bytes_of(folder / name) != size}
         if not sizes:
             return
     _require_room(folder, sizes)
     folder.mkdir(parents=True, exist_ok=True)
+    if not is_same:
+        known.unlink(missing_ok=True)  # of other files than those that come now
     log(f"fetching {sum(sizes.values()) / 1e9:.2f} GB from {store.url} to {folder}")
     for name, size in sizes.items():
         _fetch_file(store, name, size, checksums[name], folder)
-    with replacing(folder / CHECKSUMS) as file:
+    with replacing(known) as file:
         file.write(listing)
+
+
+def _listing(store, log):
+    """Return the SHA256SUMS of a store, or None if it has none; storage that does not answer is asked again for a while."""
+    for seconds in object_store.RANGE_TRIES_SECONDS:
+        try:
+            return store.read(CHECKSUMS)[0]
+        except StorageError as error:
+            log(f"WARNING: data_dir: {store.url}: {error}; tried again in {seconds:.0f} s")
+            time.sleep(seconds)
+    return store.read(CHECKSUMS)[0]
+
+
+def _is_complete(folder):
+    """Return whether a folder has all files that its SHA256SUMS names; that is written once they are verified."""
+    listing = folder / CHECKSUMS
+    return listing.is_file() and all((folder / name).is_file() for name in _checksums_in(listing.read_bytes(), folder))
 
 
 def _what_is_there(store):
@@ -77,13 +107,13 @@ def _what_is_there(store):
     return f"but {', '.join(found[:3])}" if found else "nor anything else"
 
 
-def _checksums_in(listing, store):
+def _checksums_in(listing, place):
     """Return {name: SHA-256} of what sha256sum wrote."""
     lines = listing.decode("utf-8", "replace").splitlines()
     found = [re.fullmatch(r"([0-9a-f]{64}) [ *](?:\./)?([^/\\]+)", line) for line in lines]
     if not found or not all(found):
         line = lines[found.index(None)] if lines else ""
-        raise DataError(f"{store.url}/{CHECKSUMS} is not what sha256sum writes of the files beside it: {line!r}")
+        raise DataError(f"{place}/{CHECKSUMS} is not what sha256sum writes of the files beside it: {line!r}")
     return {line[2]: line[1] for line in found}
 
 

@@ -1,5 +1,6 @@
 """What a mirror holds of a run: the checkpoints of one save, and run.json, which names them."""
 
+import contextlib
 from typing import NamedTuple
 
 from engine.system.errors import first_line
@@ -38,6 +39,11 @@ class Generation:
             else:
                 self.files[name] = file
 
+    def add(self, path):
+        """Take one file more, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self.files[path.name] = open(path, "rb", buffering=0)  # noqa: SIM115
+
     def drop(self, name):
         """Close a file that is not to be uploaded."""
         self.files.pop(name).close()
@@ -60,7 +66,9 @@ def read_manifest(store):
         manifest = from_json(content.decode())
         if manifest["format"] > 1:
             raise StorageError(f"{store.url}/{MANIFEST} was written by a newer version of this program: update the program")
-    except (ValueError, TypeError, KeyError) as error:
+        if missing := {"saves", "epoch", "batch", "files", "previous", "ledger"} - manifest.keys():
+            raise ValueError(f"it lacks {min(missing)}")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise StorageError(f"{store.url}/{MANIFEST} cannot be read ({first_line(error)})") from error
     return manifest, found.version
 

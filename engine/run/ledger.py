@@ -7,6 +7,7 @@ import time
 import uuid
 from pathlib import Path
 
+from engine.system import lock
 from engine.system.files import delete_leftovers
 from engine.system.plain_json import from_json, to_json
 
@@ -33,7 +34,7 @@ class Ledger:
         self.rates = None  # of the machine that it was planned on, as Rates.as_plain() has them
         self.saves = 0  # of the whole run: the larger number is the newer state
         self._begun, self._earlier = begun, {}
-        self._ended = threading.Event()
+        self._ended, self._writing = threading.Event(), threading.Lock()
 
     def state(self):
         """Return the ledger as plain values."""
@@ -61,7 +62,7 @@ class Ledger:
 
     def merge(self, other):
         """Take over what another ledger of the same run knows of its sessions."""
-        if not _is_ledger(other) or other["run"] != self.run:
+        if not is_ledger(other) or other["run"] != self.run:
             return
         for token, session in other["sessions"].items():
             known = self._earlier.get(token)
@@ -86,12 +87,13 @@ class Ledger:
         """Return (hours, dollars) of the earlier sessions."""
         return sum(session["seconds"] for session in self._earlier.values()) / 3600, _dollars(self._earlier)
 
-    def keep(self, folder):
-        """Write hours.json in the folder from now on, in a thread of its own, until close()."""
+    def keep(self, folder, mirror=None):
+        """Write hours.json in the folder, and in a Mirror, from now on, in a thread of its own each, until close()."""
         delete_leftovers(folder, HOURS)
         self._path = Path(folder) / HOURS
-        self._write()
-        threading.Thread(target=self._keep, name="hours", daemon=True).start()
+        self._repeat("hours", self._write, WRITE_SECONDS)
+        if mirror is not None:
+            self._repeat("mirror-hours", mirror.write_hours, lock.SIGN_OF_LIFE_SECONDS)
 
     def close(self):
         """Write hours.json for the last time."""
@@ -99,13 +101,20 @@ class Ledger:
         if hasattr(self, "_path"):
             self._write()
 
-    def _keep(self):
-        while not self._ended.wait(WRITE_SECONDS):
-            self._write()
+    def _repeat(self, name, write, seconds):
+        def repeat():
+            write()
+            while not self._ended.wait(seconds):
+                write()
+
+        threading.Thread(target=repeat, name=name, daemon=True).start()
 
     def _write(self):
         temporary = self._path.with_name(f".{os.getpid()}-{HOURS}.tmp")
-        with contextlib.suppress(OSError):  # every checkpoint has the ledger, too; a sync every few seconds is not worth it
+        with (
+            self._writing,
+            contextlib.suppress(OSError),
+        ):  # every checkpoint has the ledger, too; a sync every few seconds is not worth it
             temporary.write_text(to_json(self.state()) + "\n", encoding="utf-8")
             os.replace(temporary, self._path)
 
@@ -114,8 +123,10 @@ def _dollars(sessions):
     return sum(session["seconds"] / 3600 * (session["price_per_hour"] or 0.0) for session in sessions.values())
 
 
-def _is_ledger(saved):
-    return isinstance(saved, dict) and {"run", "saves", "budget", "sessions"} <= saved.keys()
+def is_ledger(saved):
+    """Return whether something read is the state of a Ledger."""
+    known = isinstance(saved, dict) and {"run", "saves", "budget", "sessions"} <= saved.keys()
+    return known and isinstance(saved["sessions"], dict)
 
 
 def read_hours(folder):
@@ -124,4 +135,4 @@ def read_hours(folder):
         saved = from_json((Path(folder) / HOURS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return saved if _is_ledger(saved) else None
+    return saved if is_ledger(saved) else None

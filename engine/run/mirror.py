@@ -17,7 +17,6 @@ from engine.run.checkpoint_files import BEST, CHECKSUM_BYTES, CURVES, EPOCH_PATT
 from engine.run.events import EVENTS
 from engine.run.generations import MANIFEST, Generation, MirroredFile, files_in, position_in_words, read_manifest
 from engine.run.ledger import HOURS
-from engine.system import lock
 from engine.system.errors import first_line
 from engine.system.object_store import CHUNK_BYTES, Conflict, StorageError
 from engine.system.plain_json import to_json
@@ -80,7 +79,12 @@ class Mirror:
         self.store.delete_unfinished([f"{OBJECTS}epoch_*.pt", MANIFEST, *BESIDES])  # before there is anything of its own
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._thread.start()
-        threading.Thread(target=self._show_hours, name="mirror-hours", daemon=True).start()
+
+    def write_hours(self):
+        """Let hours.json there be the ledger as it is now, unless the storage does not answer."""
+        with contextlib.suppress(StorageError):
+            if self.lock.lost_to is None:
+                self.store.put(HOURS, (to_json(self.ledger.state()) + "\n").encode())
 
     def offer(self, names, place, saves):
         """Have these checkpoints of the folder uploaded; returns at once. An upload that waits is overtaken by this one."""
@@ -200,6 +204,8 @@ class Mirror:
 
     def _upload(self, generation):
         """Upload a generation, and let run.json name it."""
+        if self._manifest is None and BEST not in generation.files:  # of a run that is not there any more
+            generation.add(self.folder / BEST)
         entries, names = {}, sorted(generation.files, key=lambda name: name != LAST)
         for number, name in enumerate(names):
             self._left = ", ".join(names[number:])
@@ -316,15 +322,21 @@ class Mirror:
             self._small[name] = found.st_size, found.st_mtime_ns
 
     def _write_manifest(self, manifest):
-        """Replace run.json, on the condition that nobody else has."""
+        """Replace run.json, on the condition that nobody else has; a folder has no such condition, and its lock is asked."""
         manifest |= {"ledger": self.ledger.state()}
+        if self.store.is_folder and (other := self.lock.other_holder()) is not None:
+            raise Conflict(f"it is held by {other}")
         condition = {} if self.store.is_folder else {"version": self._version} if self._version else {"create": True}
         content = (to_json(manifest, indent=1) + "\n").encode()
         try:
             self._version = self.store.put(MANIFEST, content, **condition)
         except Conflict:  # an answer was lost, or the former holder of the lock, woken up, was quicker: it has no lock now
             _, found = self.store.read(MANIFEST)
-            if found is None or not self.lock.is_mine():
+            if not self.lock.is_mine():
+                raise
+            if found is None:  # deleted by hand, or by a rule of the bucket: the next try uploads all anew
+                self._manifest, self._version, self._there = None, None, set(self.store.list(OBJECTS))
+                self._small.clear()
                 raise
             self._version = self.store.put(MANIFEST, content, version=found.version)
         self._manifest = manifest
@@ -375,10 +387,3 @@ class Mirror:
             if name in self._manifest["files"]:
                 self._left = f"{name} under its own name"
                 self.store.copy(self._manifest["files"][name]["object"], name)
-
-    def _show_hours(self):
-        while not self._closing:
-            with contextlib.suppress(StorageError):
-                if self.lock.lost_to is None:
-                    self.store.put(HOURS, (to_json(self.ledger.state()) + "\n").encode())
-            time.sleep(lock.SIGN_OF_LIFE_SECONDS)

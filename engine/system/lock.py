@@ -145,6 +145,11 @@ class FolderLock:
                 if self._made_folder:
                     self.path.parent.rmdir()  # fails where it holds a run by now
 
+    def other_holder(self):
+        """Return the Holder that the file names now, if it is another one than this process; else None."""
+        holder = self._holder()
+        return None if holder == self.me else holder
+
     def require(self):
         """Raise TrainingStopped if somebody else has taken the lock over: this process was silent for too long."""
         if self.lost_to is not None:

@@ -1,6 +1,7 @@
 """Object storage as the programs see it: S3, Google Cloud Storage, Azure, or a folder, through obstore, which is optional."""
 
 import contextlib
+import re
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -58,6 +59,8 @@ class ObjectStore:
         self.url = url.rstrip("/")
         self.is_folder = not ADDRESS.match(url)
         self.path = Path(url).absolute() if self.is_folder else None
+        if not self.is_folder and (cut := re.search("[?#]", url)):  # two runs would share a place
+            raise UserError(f"{setting} = {url!r}: what follows {cut[0]} would not count: name it without ? and #")
         try:
             import obstore
             from obstore.store import LocalStore, from_url

@@ -4,13 +4,14 @@ from engine.cli.keys import ConfigError
 from engine.run.ledger import read_hours
 from engine.system.wording import duration
 from engine.training.mirroring import ledgers_there, require_same_run
-from engine.training.plan import PlanError, budget_hours, positive
+from engine.training.plan import BUDGETS, PlanError, budget_flag, budget_hours, positive
 
 
-def open_ledger(ledger, command, beginning, folder, mirror):
+def open_ledger(ledger, command, source, beginning, folder, mirror):
     """Let a session's Ledger be that of the run that it begins or goes on with; return lines on the budget.
 
     Args:
+        source: as source_of_run returns it; 'auto' also where torchrun starts a new run again.
         beginning: the run's Beginning.
         folder: the run's, where hours.json may know more of its sessions than the checkpoint.
         mirror: Mirror, which may know more, too; or None.
@@ -22,12 +23,12 @@ def open_ledger(ledger, command, beginning, folder, mirror):
     known = [other for other in (*ledgers_there(mirror), read_hours(folder)) if other]
     if checkpoint is not None:
         ledger.take_over(checkpoint.get("ledger"))  # absent in a checkpoint of old
-    elif options.get("resume") == "auto" and known:  # killed before the first save
+    elif source == "auto" and known:  # killed before the first save
         ledger.run = known[-1]["run"]
     for other in known:
         ledger.merge(other)
     if checkpoint is not None:
-        require_same_run(mirror, ledger, command, checkpoint["path"])
+        require_same_run(mirror, ledger, source, checkpoint["path"])
     return _settle_budget(options, ledger, checkpoint)
 
 
@@ -35,10 +36,8 @@ def _settle_budget(options, ledger, checkpoint):
     """Let the ledger's budget be the one that holds, and return lines on it."""
     hours, before = budget_hours(options), ledger.budget
     if checkpoint is not None and hours is not None and before is None:
-        asked = "dollars" if "dollars" in options else "hours"
-        raise ConfigError(
-            [f"--{asked}: {checkpoint['path']} was begun without a budget, and a plan is made for a new run; change --epochs"]
-        )
+        begun = f"{checkpoint['path']} was begun without a budget"
+        raise ConfigError([f"--{budget_flag(options)}: {begun}, and a plan is made for a new run; change --epochs"])
     if hours is not None:
         ledger.budget = {"hours": hours, "dollars": positive("dollars", options)}
     if ledger.budget is None or not ledger.earlier_sessions:
@@ -57,7 +56,7 @@ def for_what_is_left(command, ledger):
     Raises:
         PlanError: they have left nothing.
     """
-    for name, used in zip(("hours", "dollars"), ledger.used_before(), strict=True):
+    for name, used in zip(BUDGETS, ledger.used_before(), strict=True):
         if name in command.options and used:
             given = positive(name, command.options)
             if used >= given:

@@ -6,10 +6,11 @@ from typing import NamedTuple
 from config import CONFIG, HYPERPARAMETERS, RECIPES
 from engine.cli.keys import ConfigError, config_problems
 from engine.preparation.trees import IMAGENET_COUNTS
-from engine.run.published import POINTS, SEED_RUN, Published, published_result, top1_on_line
+from engine.run.published import POINTS, SEED_RUN, Published, published_result, top1_on_line, trains_on_imagenet
 from engine.system.wording import duration
 from engine.training.plan import (
     Rates,
+    asks_for_plan,
     budget_hours,
     epochs_within,
     overruled,
@@ -25,7 +26,6 @@ LIKELIEST = "mild"  # what a machine is measured with; chosen, too, where nothin
 MENU_HOURS = (6, 12, 25, 65)
 HALF = 0.5
 UNPROVEN = "  below them, as nobody has published it: recipe muon, mild with another optimizer (docs/recipes.md#muon)"
-IMAGENET_LIKE = (1_000, 1_000_000)  # classes, and training images at least
 
 
 class Prospect(NamedTuple):
@@ -50,13 +50,7 @@ class Option(NamedTuple):
 
 def leaves_recipe_open(command):
     """Return whether a budget or a plan is asked for, but neither a recipe nor epochs."""
-    return bool({"plan", "hours", "dollars"} & set(command.options)) and not (command.recipe or "epochs" in command.given)
-
-
-def is_imagenet_like(images):
-    """Return whether training images are as many, and of as many classes, as those that the figures were published for."""
-    classes, fewest = IMAGENET_LIKE
-    return len(images.classes) == classes and len(images) >= fewest
+    return asks_for_plan(command) and not (command.recipe or "epochs" in command.given)
 
 
 # What each recipe is here ----------------------------------------------------------------------------------------------
@@ -223,7 +217,7 @@ def choose(command, prospects, counts, remarks=()):
 def remarks_on_figures(command, images):
     """Return lines on what the published figures are not about: these training images (None: ImageNet-1K's), these flags."""
     lines = []
-    if images is not None and not is_imagenet_like(images):
+    if images is not None and not trains_on_imagenet(len(images.classes), len(images)):
         lines.append("note: these images are not ImageNet-1K's, whose figures these are: here they only rank the recipes")
     if changed := [f"--{key.replace('_', '-')}" for key in command.given if key in HYPERPARAMETERS]:
         lines.append(f"note: the figures are those of the recipes without {', '.join(changed)}")

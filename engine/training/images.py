@@ -29,7 +29,7 @@ def open_images(config, checkpoint, log):
         made = distributed.run_on_all_ranks(lambda: distributed.local_rank() == 0 and make_demo_data(config["data_dir"]))
         if made:
             log(f"made the demo's pictures in {config['data_dir']}")
-    distributed.run_on_all_ranks(lambda: distributed.local_rank() == 0 and fetch_images(config, log))
+    distributed.run_on_all_ranks(lambda: distributed.local_rank() == 0 and fetch_images(config, log, checkpoint is not None))
     folder, val_share = images_folder(config), config["val_share"]
     splits = distributed.run_on_all_ranks(lambda: open_splits(folder, log=log, val_share=val_share))
     images = splits["train"]

@@ -13,7 +13,7 @@ from engine.run import checkpoint_files
 from engine.run.checkpoint_files import BEST, LAST, PREVIOUS, RECORDS
 from engine.run.events import EVENTS
 from engine.run.generations import MirroredFile, position_in_words
-from engine.run.ledger import HOURS
+from engine.run.ledger import HOURS, is_ledger
 from engine.run.mirror import LOG, Mirror
 from engine.system.errors import CheckpointError, UserError
 from engine.system.files import ADDRESS, keep_as, replacing
@@ -121,10 +121,10 @@ def ledgers_there(mirror):
     with contextlib.suppress(StorageError, ValueError):
         content, _ = mirror.store.read(HOURS)
         found += [from_json(content.decode())] if content else []
-    return found
+    return list(filter(is_ledger, found))
 
 
-def require_same_run(mirror, ledger, command, path):
+def require_same_run(mirror, ledger, source, path):
     """Let the mirror hold the ledger's run, and no later state of it than a last.pt that was asked for; count its saves on.
 
     Raises:
@@ -135,7 +135,7 @@ def require_same_run(mirror, ledger, command, path):
     url, there = mirror.store.url, mirror.manifest
     if there["ledger"]["run"] != ledger.run:
         raise CheckpointError(f"mirror = {url!r} holds another run than this one: name another --mirror")
-    if there["saves"] > ledger.saves and command.options["resume"] != "auto" and Path(path).name == LAST:
+    if there["saves"] > ledger.saves and source != "auto" and Path(path).name == LAST:
         raise CheckpointError(
             f"the mirror {url} holds a later state of this run than {path}, {position_in_words(there)}. Go on with it: "
             "--resume auto. Do again what came after this one: --mirror OTHER, or --mirror none"
@@ -183,22 +183,25 @@ def _fetch_newer(mirror, folder, command):
         if ledger["saves"] > manifest["saves"] or same:
             return remarks
     candidates = [newest[LAST]] + ([MirroredFile(**manifest["previous"])] if manifest["previous"] else [])
-    taken = next((entry for entry in candidates if _fetched(mirror, entry, folder / LAST, remarks)), None)
+
+    def fetch_the_rest(last):
+        best = manifest["files"].get(BEST)
+        if best and _checksum_of(folder / BEST) != best["checksum"]:
+            _fetched(mirror, MirroredFile(**best), folder / BEST, remarks)
+        for name in (RECORDS, EVENTS):
+            content, _ = mirror.store.read(name)
+            if content is not None:
+                _write(folder / name, content)
+        log_file = command.given.get("log_file") or _config_of(last).get("log_file", CONFIG["log_file"])
+        _fetch_log(mirror.store, Path(log_file), remarks)
+
+    taken = next((entry for entry in candidates if _fetched(mirror, entry, folder / LAST, remarks, fetch_the_rest)), None)
     if taken is None:
         if here is None:
             raise CheckpointError(
                 "\n".join([*remarks, f"no checkpoint in {mirror.store.url} is whole: start anew with --overwrite"])
             )
         return remarks
-    best = manifest["files"].get(BEST)
-    if best and _checksum_of(folder / BEST) != best["checksum"]:
-        _fetched(mirror, MirroredFile(**best), folder / BEST, remarks)
-    log_file = command.given.get("log_file") or (_config_of(folder / LAST)).get("log_file", CONFIG["log_file"])
-    for name, path in ((RECORDS, folder / RECORDS), (EVENTS, folder / EVENTS)):
-        content, _ = mirror.store.read(name)
-        if content is not None:
-            _write(path, content)
-    _fetch_log(mirror.store, Path(log_file), remarks)
     remarks.append(f"note: {folder / LAST} was fetched from {mirror.store.url} ({taken.bytes / 1e6:,.0f} MB)")
     return remarks
 
@@ -233,9 +236,12 @@ def _checksum_of(path):
         return None
 
 
-def _fetched(mirror, entry, path, remarks):
+def _fetched(mirror, entry, path, remarks, before=lambda arrived: None):
     """Put a checkpoint of the mirror at a path, the file that was there staying as previous.pt; return whether it is whole.
 
+    Args:
+        before: called with the path of the whole file that has arrived, before it takes its place; cut off in there, the folder
+            is none that has it.
     Raises:
         StorageError: the storage cannot be reached.
     """
@@ -249,6 +255,7 @@ def _fetched(mirror, entry, path, remarks):
                 file.write(chunk)
             file.flush()
             checkpoint_files.verify(file.name)
+            before(file.name)
             if path.name == LAST and path.is_file():
                 keep_as(path, path.with_name(PREVIOUS))
     except CheckpointError as error:

@@ -86,7 +86,7 @@ def _open(stack, stop, command, train_step, build_model, begun):
     mirror, of_mirror = _open_mirror(stack, command, source, folder, ledger)
     beginning = distributed.run_on_rank0(beginning_of_run, command, source, folder)
     config, recipe, checkpoint, remarks = beginning
-    of_budget = distributed.run_on_rank0(open_ledger, ledger, command, beginning, folder, mirror)
+    of_budget = distributed.run_on_rank0(open_ledger, ledger, command, source, beginning, folder, mirror)
     initial = None
     if checkpoint is None:
         command = distributed.run_on_rank0(for_what_is_left, command, ledger)
@@ -96,11 +96,11 @@ def _open(stack, stop, command, train_step, build_model, begun):
     precision = choose_precision(config, device)
     set_up_arithmetic(config, device)
     monitor = stack.enter_context(Monitor(config["log_file"], device))
-    splits = open_images(config, checkpoint, monitor.log)
-    remarks = remarks + remarks_on_share(initial, splits)
     stack.callback(ledger.close)
     if distributed.rank() == 0:
-        ledger.keep(folder)
+        ledger.keep(folder, mirror)  # fetching images may take an hour
+    splits = open_images(config, checkpoint, monitor.log)
+    remarks = remarks + remarks_on_share(initial, splits)
     images = splits["train"]
     trials = Trials(train_step, build_model, len(images.classes), device, precision, initial, images)
     if checkpoint is None and frontier.leaves_recipe_open(command):

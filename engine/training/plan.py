@@ -20,6 +20,7 @@ from engine.training.validation import is_validated
 
 # What a step of Muon takes beside the network's own, in ResNet-50's images at 224 px: 0.164 TFLOP (calculated, test_muon.py).
 MUON_AS_IMAGES = 6.7
+BUDGETS = ("hours", "dollars")  # flags that choose the epochs
 
 
 class PlanError(UserError):
@@ -169,9 +170,19 @@ def budget_hours(options):
     return positive("hours", options) if dollars is None else dollars / price
 
 
+def budget_flag(options):
+    """Return which flag gives a run its budget, 'hours' or 'dollars', or None where it has none."""
+    return next((name for name in BUDGETS if name in options), None)
+
+
+def asks_for_plan(command):
+    """Return whether a plan is asked for, alone or for a budget."""
+    return "plan" in command.options or budget_flag(command.options) is not None
+
+
 def overruled(command):
     """Return lines on what a command asks for in vain: epochs, beside a budget."""
-    budget = next((name for name in ("hours", "dollars") if name in command.options), None)
+    budget = budget_flag(command.options)
     if budget is None or "epochs" not in command.given:
         return []
     return [f"note: --epochs {command.given['epochs']} is not used: --{budget} chooses the epochs"]
@@ -179,7 +190,7 @@ def overruled(command):
 
 def too_short(options, rates):
     """Return the PlanError of a budget that not one epoch fits into."""
-    asked = "hours" if "hours" in options else "dollars"
+    asked = budget_flag(options)
     return PlanError(
         f"--{asked} {positive(asked, options):g}: too short for this recipe on this machine ({rates.source}); allow more"
     )

@@ -17,7 +17,7 @@ from engine.training.compiling import choose_compile, choose_compiled, coarser_s
 from engine.training.images import open_images
 from engine.training.initial_weights import with_initial_weights
 from engine.training.measuring import measure_machine
-from engine.training.plan import budget_hours, overruled, plan_new_run, positive
+from engine.training.plan import BUDGETS, asks_for_plan, budget_flag, budget_hours, overruled, plan_new_run, positive
 from engine.training.range_test import USUAL_RANGE, describe_rates, find_learning_rate
 from engine.training.size_rule import adapted, rate_for_length, rule_in_words
 from engine.training.trials import Trials
@@ -32,7 +32,7 @@ def settle(command, config, checkpoint, splits, trials, monitor, begun):
     if checkpoint is None:
         config, sized = adapted(command, config, splits["train"])
     config, choice, lines = settle_compiling(command, config, checkpoint, splits, trials, monitor)
-    if not {"plan", "hours", "dollars"} & set(command.options) or checkpoint is not None:
+    if not asks_for_plan(command) or checkpoint is not None:
         return config, choice, sized + lines + trials.remarks
 
     def measure():
@@ -116,21 +116,16 @@ def plan_for(command, config, counts, measure):
         lambda epochs: config | command.durations(epochs, own),
         lambda stretched: not config_problems(stretched),
     )
-    if has_budget(command) and "learning_rate" not in command.given:
+    if budget_flag(command.options) and "learning_rate" not in command.given:
         usual = command.config  # whose rate is the rule's
         config |= {"learning_rate": usual["learning_rate"]} | rate_for_length(usual, counts[0], config["epochs"])
         config = with_averaging_rate(config, command.recipe, command.given)
     return config, overruled(command) + lines
 
 
-def has_budget(command):
-    """Return whether hours or dollars choose the epochs."""
-    return bool({"hours", "dollars"} & set(command.options))
-
-
 def of_length(sized, command, config, images):
     """Return the lines on a size_rule, which were made before the epochs were known, for those of a final configuration."""
-    return [rule_in_words(command, config, len(images), has_budget(command))] if sized else []
+    return [rule_in_words(command, config, len(images), budget_flag(command.options) is not None)] if sized else []
 
 
 def with_found_rate(config, recipe, given, trials, batches, monitor):
@@ -158,18 +153,23 @@ def with_found_rate(config, recipe, given, trials, batches, monitor):
 
 def require_consistent_flags(command):
     """Raise ConfigError where the program's own flags do not go together."""
-    planning = {"plan", "hours", "dollars"} & set(command.options)
-    if {"plan", "resume"} <= command.options.keys():
+    resume = command.options.get("resume")
+    if resume is not None and "plan" in command.options:
         raise ConfigError(["--plan with --resume: a plan is made for a new run; change --epochs"])
-    if {"hours", "dollars"} <= planning:
+    if command.options.keys() >= set(BUDGETS):
         raise ConfigError(["--hours and --dollars: each is a budget; give one of them"])
-    if "dollars" in planning and "price_per_hour" not in command.options:
+    if "dollars" in command.options and "price_per_hour" not in command.options:
         raise ConfigError(["--dollars without --price-per-hour: add what an hour of the machine costs"])
-    if "images_per_s" in command.options and not planning and "check" not in command.options:
+    if "images_per_s" in command.options and not asks_for_plan(command) and "check" not in command.options:
         raise ConfigError(["--images-per-s: belongs to a plan; add --plan or --hours, or --dollars"])
     if {"plan", "stop_after_hours"} <= command.options.keys():
         raise ConfigError(["--stop-after-hours: belongs to a run, and --plan only prints"])
-    positive("stop_after_hours", command.options)
+    if frontier.leaves_recipe_open(command) and command.config["size_rule"] != "none" and resume in (None, "auto"):
+        asked = budget_flag(command.options) or "plan"
+        advice = "the one follows these images, the other what is published for ImageNet-1K; add --recipe finetune, or another"
+        raise ConfigError([f"--size-rule {command.config['size_rule']} with --{asked} and no recipe: {advice}"])
+    for name in (*BUDGETS, "images_per_s", "price_per_hour", "stop_after_hours"):
+        positive(name, command.options)
 
 
 def open_device(config):

@@ -112,6 +112,28 @@ def test_a_file_here_that_has_been_cut_short_is_fetched_again(store, tmp_path):
     assert len(said) == 1 and (tmp_path / "local/train.arrow").read_bytes() == store.read("train.arrow")[0]
 
 
+def test_a_resumed_run_goes_on_with_the_images_that_are_here_while_their_storage_does_not_answer(store, tmp_path, monkeypatch):
+    local, said, read, asked = tmp_path / "local", [], store.read, []
+    fetching._fetch(store, local, print)
+
+    def silent(name):
+        asked.append(name)
+        if len(asked) < 7:
+            raise StorageError("no answer")
+        return read(name)
+
+    monkeypatch.setattr(store, "read", silent)
+    fetching._fetch(store, local, said.append, resumed=True)
+    assert [line.rpartition("no answer; ")[2][:11] for line in said] == ["tried again", "the run goe"]
+    with pytest.raises(StorageError):  # of a new run nobody knows that they are the same ones
+        fetching._fetch(store, local, said.append)
+    (local / "val.arrow").unlink()
+    with pytest.raises(StorageError):
+        fetching._fetch(store, local, said.append, resumed=True)
+    fetching._fetch(store, local, said.append, resumed=True)
+    assert (local / "val.arrow").read_bytes() == read("val.arrow")[0]
+
+
 def test_a_disk_without_room_for_the_images_is_said_in_a_line(store, tmp_path, monkeypatch):
     config = configuration(store, tmp_path / "local", monkeypatch)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

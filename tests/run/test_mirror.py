@@ -2,6 +2,7 @@
 
 import builtins
 import contextlib
+import json
 import os
 import re
 import resource
@@ -22,11 +23,11 @@ import train
 from config import CONFIG
 from engine.cli.command_line import Command
 from engine.run import checkpoint_files, mirror
-from engine.run.ledger import Ledger
+from engine.run.ledger import Ledger, read_hours
 from engine.run.mirror import MANIFEST, Mirror
 from engine.system import lock, object_store
 from engine.system.errors import CheckpointError, UserError
-from engine.system.object_store import Conflict, ObjectStore
+from engine.system.object_store import Conflict, ObjectStore, StorageError
 from engine.system.store_lock import lock_of_store
 from engine.training import mirroring
 from engine.training.mirroring import fetch_newer
@@ -109,6 +110,44 @@ def test_damage_in_the_mirror_is_found_and_the_generation_before_is_taken(writer
     shutil.rmtree(tmp_path / "mirror/checkpoints")
     with pytest.raises(CheckpointError, match="no checkpoint in .* is whole"):
         fetched(writer, tmp_path / "newer")
+
+
+def test_a_machine_that_is_cut_off_while_it_takes_the_run_over_takes_all_of_it_the_next_time(writer, tmp_path):
+    writer.saved(1, "best.pt")
+    writer.saved(2)
+    (tmp_path / "new/metrics.jsonl").mkdir(parents=True)  # where no file can be written
+    with pytest.raises(CheckpointError, match="could not be written"):
+        fetched(writer, tmp_path / "new")
+    assert not (tmp_path / "new/last.pt").exists()  # which says that the folder is up to date
+    (tmp_path / "new/metrics.jsonl").rmdir()
+    assert fetched(writer, tmp_path / "new")[0] == 2
+    assert checkpoint_files.read(tmp_path / "new/best.pt")["epoch"] == 1
+    assert len((tmp_path / "new/metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1]", "{}", '{"format": 1}', '{"run": 1, "saves": 1, "budget": 1, "sessions": []}']
+)
+def test_what_is_no_run_or_no_ledger_in_the_mirror_is_told_in_words_or_passed_over(content, writer, tmp_path):
+    writer.saved(1)
+    (tmp_path / "mirror/hours.json").write_text(content)
+    assert [known["run"] for known in mirroring.ledgers_there(writer.mirror)] == [writer.ledger.run]
+    (tmp_path / "run/hours.json").write_text(content)
+    assert read_hours(tmp_path / "run") is None
+    (tmp_path / "mirror/run.json").write_text(content)
+    with pytest.raises(StorageError, match="run.json cannot be read"):
+        fetched(writer, tmp_path / "new")
+
+
+def test_a_machine_that_wakes_up_names_nothing_in_a_folder_that_another_one_has_taken_over(writer, tmp_path):
+    writer.mirror.lock.acquire(print)
+    writer.saved(1)
+    (tmp_path / "mirror/run.lock").write_text(json.dumps(lock.this_process()._asdict()))  # of the other's
+    named = (tmp_path / "mirror/run.json").read_bytes()
+    writer.save(2)
+    wait_for(lambda: writer.said, 10)
+    writer.mirror.lock.lost_to = lock.UNKNOWN  # as it finds out by itself within 15 s
+    assert "is held by process" in writer.said[0] and (tmp_path / "mirror/run.json").read_bytes() == named
 
 
 def test_a_checkpoint_that_is_damaged_on_the_disk_is_not_uploaded(writer, tmp_path):
@@ -331,6 +370,22 @@ def test_google_storage_takes_each_generation_and_each_sign_of_life(google, tmp_
     assert fetched(writer, tmp_path / "new")[0] == 3 and "run/run.lock" not in google.objects
 
 
+def test_a_run_whose_objects_were_deleted_in_the_storage_is_uploaded_anew(google, tmp_path, monkeypatch):
+    monkeypatch.setattr(mirror, "RETRY_SECONDS", (0.05, 0.1))
+    writer = Writer(tmp_path / "run", "gs://bucket/emptied")
+    writer.mirror.lock.acquire(print)
+    writer.saved(1, "best.pt")
+    for name in writer.store.list():  # by hand, or by a rule of the bucket
+        writer.store.delete(name)
+    writer.saved(2)
+    assert "could not be written to" in writer.said[0]
+    assert fetched(writer, tmp_path / "new")[0] == 2
+    assert checkpoint_files.read(tmp_path / "new/best.pt")["epoch"] == 1
+    assert len((tmp_path / "new/metrics.jsonl").read_text().splitlines()) == 2
+    writer.mirror.close()
+    writer.mirror.lock.release()
+
+
 @pytest.mark.slow
 def test_a_lock_in_google_storage_is_taken_over_from_a_holder_that_is_silent(google, monkeypatch):
     store = ObjectStore("gs://bucket/run", "mirror")
@@ -358,6 +413,12 @@ def test_without_obstore_the_user_is_told_what_to_install(monkeypatch, tmp_path)
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match=r"mirror = 's3://bucket/run': obstore is not installed: pip install obstore"):
         ObjectStore("s3://bucket/run", "mirror")
+
+
+@pytest.mark.parametrize("name", ["run#2", "run?2"])
+def test_an_address_of_which_the_storage_would_drop_a_part_is_refused(name):
+    with pytest.raises(UserError, match="mirror = 's3://bucket/run.2': what follows . would not count"):
+        ObjectStore(f"s3://bucket/{name}", "mirror")
 
 
 def test_a_run_is_found_again_in_an_empty_folder_to_the_bit(image_tree, tmp_path, monkeypatch, capfd):

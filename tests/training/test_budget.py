@@ -2,7 +2,9 @@
 
 import functools
 import json
+import os
 import re
+import shutil
 import signal
 import time
 
@@ -10,13 +12,16 @@ import pytest
 from conftest import finish, run_here, run_program, start_driver, tiny_run, wait_for
 
 from config import CONFIG
+from engine.cli.command_line import parse_command_line
 from engine.cli.keys import ConfigError
 from engine.run import checkpoint_files, ledger
 from engine.run.ledger import HOURS, Ledger, read_hours
-from engine.training import settling
-from engine.training.budget import _settle_budget
+from engine.training import images, settling
+from engine.training.budget import _settle_budget, open_ledger
 from engine.training.forecast import Forecast
 from engine.training.plan import PlanError, Rates
+from engine.training.resuming import Beginning
+from train import OWN_FLAGS
 
 QUICK = CONFIG | {"batch_size": 8, "epochs": 4, "warmup_epochs": 1, "swa_start_epoch": 0, "train_resolution": 32}
 
@@ -207,6 +212,17 @@ def test_a_run_killed_before_its_first_save_is_planned_for_what_is_left_of_the_b
     assert saved["ledger"]["budget"]["hours"] == 1.0001 and len(saved["ledger"]["sessions"]) == 2
 
 
+def test_hours_before_the_first_save_count_where_torchrun_starts_the_run_again(tmp_path):
+    killed = Ledger(time.perf_counter() - 3600)
+    killed.keep(tmp_path)
+    killed.close()
+    again = Ledger(time.perf_counter())  # with the command line of a new run
+    open_ledger(
+        again, parse_command_line(["--hours=2"], OWN_FLAGS), "auto", Beginning(CONFIG, "seed", None, []), tmp_path, None
+    )
+    assert again.run == killed.run and again.used_before()[0] == pytest.approx(1.0, abs=0.01)
+
+
 def test_stop_after_hours_saves_and_ends_with_status_0_and_the_run_goes_on(image_tree, tmp_path, capfd):
     arguments = tiny_run(image_tree, tmp_path / "run", epochs=400, swa_start_epoch=0)
     assert run_here([*arguments, "--resume=auto", "--stop-after-hours=0.0006"]) == 0  # 2 s, most of them training
@@ -236,3 +252,26 @@ def test_the_hours_of_killed_sessions_are_counted(image_tree, tmp_path):
     counted = sum(session["seconds"] for session in sessions.values())
     assert len(sessions) == 4
     assert seconds - 3 * (ledger.WRITE_SECONDS + 3) < counted
+
+
+def test_hours_of_a_session_that_ends_while_images_are_fetched_are_counted_here_and_in_the_mirror(
+    image_tree, tmp_path, monkeypatch
+):
+    pytest.importorskip("obstore", reason="obstore is not installed: pip install obstore")
+    place, fetch = tmp_path / "mirror", images.fetch_images
+
+    def stopped(*arguments):
+        wait_for((place / HOURS).exists, 10)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return fetch(*arguments)
+
+    arguments = [*tiny_run(image_tree, tmp_path / "run", mirror=place), "--resume=auto"]
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "fetch_images", stopped)
+        assert run_here(arguments) == 143
+    here, there = read_hours(tmp_path / "run"), read_hours(place)
+    assert here["sessions"].keys() == there["sessions"].keys() and len(here["sessions"]) == 1
+    shutil.rmtree(tmp_path / "run")
+    assert run_here([*arguments, "--epochs=1", "--swa-start-epoch=0"]) == 0
+    ledger = checkpoint_files.read(tmp_path / "run/last.pt")["ledger"]
+    assert ledger["run"] == here["run"] and len(ledger["sessions"]) == 2

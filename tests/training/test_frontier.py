@@ -90,8 +90,10 @@ def test_what_the_figures_are_not_about_is_said():
     images = Images(1000, 1_281_167)
     assert frontier.remarks_on_figures(command_of("--data-dir=elsewhere"), images) == []
     assert frontier.remarks_on_figures(command_of(), None) == []
-    (line,) = frontier.remarks_on_figures(command_of(), Images(1000, 60))
-    assert "only rank the recipes" in line
+    assert frontier.remarks_on_figures(command_of(), Images(1000, 1_270_000)) == []
+    for other in (Images(1000, 60), Images(1000, 1_100_000), Images(1000, 2_000_000), Images(999, 1_281_167)):
+        (line,) = frontier.remarks_on_figures(command_of(), other)
+        assert "only rank the recipes" in line
     (line,) = frontier.remarks_on_figures(command_of("--batch-size=512"), images)
     assert line.endswith("without --batch-size")
 
@@ -180,11 +182,21 @@ def test_the_machine_is_measured_once_for_all_recipes(image_tree, tmp_path):
             "--plan with --resume: a plan is made for",
         ),
         (["--plan", "--stop-after-hours=1"], "--stop-after-hours: belongs to a run"),
+        (["--hours=5", "--size-rule=bit"], "--size-rule bit with --hours and no recipe: "),
+        (["--plan", "--size-rule=bit"], "--size-rule bit with --plan and no recipe: "),
     ],
 )
 def test_budgets_that_contradict_are_refused(flags, reason):
     with pytest.raises(ConfigError, match=re.escape(reason)):
         settling.require_consistent_flags(parse_command_line(flags, train.OWN_FLAGS))
+
+
+@pytest.mark.parametrize("flag", ["--hours", "--images-per-s", "--price-per-hour", "--stop-after-hours"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "12h"])
+def test_numbers_that_are_none_are_refused_before_images_are_fetched(flag, value):
+    words = [f"{flag}={value}", *(["--plan"] if flag == "--images-per-s" else [])]
+    with pytest.raises(PlanError, match=f"{flag} {value}: must be a number above 0"):
+        settling.require_consistent_flags(parse_command_line(words, train.OWN_FLAGS))
 
 
 def test_dollars_that_are_too_few_are_refused():
