@@ -195,8 +195,8 @@ def validation_view(data, resolution, crop_ratio):
     short = round(resolution / crop_ratio)
     pixels = decode_rgb(data, _largest_scale(min(image_size(data)), 2 * short))
     height, width = pixels.shape[:2]
-    factor = short / min(height, width)  # the longer side is cut off, not rounded up: torchvision's Resize
-    sides = max(short, int(height * factor)), max(short, int(width * factor))
+    shorter = min(height, width)
+    sides = int(short * height / shorter), int(short * width / shorter)  # cut off, as torchvision's Resize: in this order
     top, left = (round((side - resolution) / 2) for side in sides)
     if max(sides) > LONG_IMAGE * short:
         return _resized_part(pixels, sides, top, left, resolution)

@@ -108,6 +108,14 @@ def test_the_validation_view_is_torchvisions_resize_and_centre_crop():
         assert psnr(images.validation_view(content, 64, 64 / 73), expected) > (45 if min(height, width) < 1000 else 35)
 
 
+@pytest.mark.parametrize("size", [(196, 294), (322, 161), (300, 450)])  # sides that 256 px of the shorter one divide evenly
+def test_the_resized_longer_side_is_torchvisions_to_the_pixel(size):
+    pixels = photo(*size)
+    view = images.validation_view(encoded(pixels, "PNG"), 224, 0.875)
+    exact = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224)])(torch.from_numpy(pixels).permute(2, 0, 1))
+    assert np.array_equal(view, exact.permute(1, 2, 0))
+
+
 def test_random_crops_are_distributed_as_torchvisions():
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
