@@ -71,7 +71,7 @@ def decode_rgb(data, scale=1, fast_chroma=False):
             pass  # CMYK, or damaged: Pillow converts the one and refuses the other
     with _open_with_pillow(data) as image:
         width, height = -(-image.width // scale), -(-image.height // scale)
-        image.draft("RGB", (width, height))
+        image.draft("RGB", (max(1, image.width // scale), max(1, image.height // scale)))  # for the ceiling it halves the scale
         if image.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel: Pillow's own conversion would clip, not scale
             image = Image.fromarray(_eight_bits(image))
         image = image.convert("RGB")

@@ -100,6 +100,15 @@ def test_pillow_takes_over_where_simplejpeg_is_missing(monkeypatch):
     assert min(psnr(a, b) for a, b in zip(fast, slow, strict=True)) > 33
 
 
+@pytest.mark.parametrize("size", [(203, 309), (375, 500), (9, 33)])
+def test_pillow_decodes_to_the_same_bits_at_every_scale(size, monkeypatch):
+    content = encoded(photo(*size))
+    fast = [images.decode_rgb(content, scale) for scale in (1, 2, 4, 8)]
+    monkeypatch.setattr(images, "simplejpeg", None)
+    slow = [images.decode_rgb(content, scale) for scale in (1, 2, 4, 8)]
+    assert [np.array_equal(a, b) for a, b in zip(fast, slow, strict=True)] == [True] * 4
+
+
 def test_the_validation_view_is_torchvisions_resize_and_centre_crop():
     reference = v2.Compose([v2.Resize(73, antialias=True), v2.CenterCrop(64)])
     for height, width in ((375, 500), (500, 333), (80, 81), (64, 200), (1200, 1600)):
