@@ -1,5 +1,6 @@
 """What a run is for: scores, ensembles, classes of files, weights for other programs; all of a real run's checkpoints."""
 
+import contextlib
 import csv
 import json
 import math
@@ -22,7 +23,8 @@ from engine.data.loader import IMAGENET_MEAN, IMAGENET_STD, build_normalise
 from engine.data.splits import open_splits
 from engine.inference.confusion import class_rows, count_confusions, pair_rows
 from engine.inference.networks import load_networks
-from engine.inference.scoring import log_mean_probabilities
+from engine.inference.scoring import evaluate as evaluate_networks
+from engine.inference.scoring import log_mean_probabilities, scores_of_logits
 from engine.run import checkpoint_files
 from engine.system import errors
 from engine.system.errors import DataError, UserError
@@ -63,6 +65,17 @@ def figures(line):
 
 
 # Scores --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [3, 10, 1000])
+def test_a_network_whose_outputs_are_nan_hits_no_image(classes):
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, classes))
+    torch.nn.init.constant_(network[1].bias, math.nan)
+    images, labels = torch.ones(10, 3, 4, 4), torch.tensor([0] * 6 + [1, 1, 2, 2])
+    scores = evaluate_networks({"raw": network}, [(images, labels)], 10, contextlib.nullcontext(), by_class=True)["raw"]
+    assert (scores["top1"], scores["top5"], scores["balanced_top1"]) == (0, 0, 0) and math.isnan(scores["loss"])
+    again = scores_of_logits(network(images), labels)
+    assert (again["top1"], again["top5"]) == (0, 0)
 
 
 def test_an_ensemble_scores_the_mean_of_the_probabilities_and_each_member_is_beside_it(runs, image_tree, capsys):
