@@ -119,6 +119,21 @@ def test_several_resolutions_and_flip_are_stated_with_each_figure(runs, image_tr
     assert figures(lines[3])[2] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=2e-4)
 
 
+@pytest.mark.parametrize("others", ["none", "layer4"])
+def test_in_a_mean_only_norms_that_all_networks_froze_keep_their_statistics(others, runs, tmp_path):
+    states = []
+    for name, freeze in (("last.pt", "layer4"), ("best.pt", others)):
+        checkpoint = checkpoint_files.read(runs / "a" / name)
+        checkpoint["config"]["freeze"] = freeze
+        checkpoint_files.write(tmp_path / name, checkpoint)
+        states.append(checkpoint["model"])
+    files = [tmp_path / "last.pt", tmp_path / "best.pt"]
+    assert evaluated(*files, "--average", "--weights=raw", "--export", tmp_path / "mean.pt") == 0
+    mean = torch.load(tmp_path / "mean.pt", weights_only=True)
+    copied = (states[0]["bn1.running_var"] + states[1]["bn1.running_var"]) / 2
+    assert torch.allclose(mean["bn1.running_var"], copied) == (others == "layer4")
+
+
 def test_the_mean_of_checkpoints_weights_gets_batch_norm_statistics_of_its_own(runs, image_tree, capsys, tmp_path):
     both = [runs / "a/last.pt", runs / "a/best.pt"]
     assert evaluated(*both, "--average", "--weights=raw", "--export", tmp_path / "mean.pt") == 0
