@@ -111,7 +111,7 @@ def model_card(path, facts, price_per_hour=None):
     row("validation accuracy", facts["accuracy"] or "not measured")
     row("input", f"RGB, float [batch, 3, {resolution}, {resolution}], (pixel / 255 - mean) / std")
     row("mean, std", f"{tuple(facts['mean'])}, {tuple(facts['std'])}")
-    row("preparation", f"shorter side resized to {resized_px(facts)} px with antialiasing, centre crop of {resolution} px")
+    row("preparation", f"shorter side resized to {resized_px(facts)} px (antialiased bilinear), centre crop of {resolution} px")
     row("output", f"logits, one a class, in the order {_order_in_words(facts['classes'])}")
     row("training data", f"{run['train_images']:,} images" if "train_images" in run else None)
     row("epochs", run.get("epochs"))
