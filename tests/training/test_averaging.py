@@ -7,6 +7,7 @@ from conftest import run_here, tiny_run
 from torch.optim.swa_utils import update_bn
 
 from config import CONFIG, RECIPES
+from engine.inference.freezing import FrozenBatchNorm2d
 from engine.run import checkpoint_files
 from engine.system.device import autocast
 from engine.training.averaging import (
@@ -185,6 +186,15 @@ def test_a_batch_that_overflows_in_fp16_is_left_out_of_the_statistics_of_average
     before = [tensor.clone() for tensor in (ours[1].running_mean, ours[1].running_var)]
     assert recompute_bn_stats(ours, [overflowing] * 2, context) == (2, 2)
     assert torch.equal(ours[1].running_mean, before[0]) and torch.equal(ours[1].running_var, before[1])
+
+
+def test_averaged_weights_with_all_norms_frozen_read_no_batch_and_keep_their_statistics():
+    model = network()
+    model[1].__class__ = FrozenBatchNorm2d
+    before = [tensor.clone() for tensor in model.buffers()]
+    unread = iter([batch_of(0)])
+    assert recompute_bn_stats(model, unread, autocast(torch.device("cpu"), "fp32")) == (0, 0)
+    assert len(list(unread)) == 1 and all(map(torch.equal, model.buffers(), before))
 
 
 @pytest.mark.slow
