@@ -71,7 +71,7 @@ def decode_rgb(data, scale=1, fast_chroma=False):
             pass  # CMYK, or damaged: Pillow converts the one and refuses the other
     with _open_with_pillow(data) as image:
         width, height = -(-image.width // scale), -(-image.height // scale)
-        image.draft("RGB", (width, height))
+        image.draft("RGB", (max(1, image.width // scale), max(1, image.height // scale)))  # for the ceiling it halves the scale
         if image.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel: Pillow's own conversion would clip, not scale
             image = Image.fromarray(_eight_bits(image))
         image = image.convert("RGB")
@@ -195,8 +195,8 @@ def validation_view(data, resolution, crop_ratio):
     short = round(resolution / crop_ratio)
     pixels = decode_rgb(data, _largest_scale(min(image_size(data)), 2 * short))
     height, width = pixels.shape[:2]
-    factor = short / min(height, width)  # the longer side is cut off, not rounded up: torchvision's Resize
-    sides = max(short, int(height * factor)), max(short, int(width * factor))
+    shorter = min(height, width)
+    sides = int(short * height / shorter), int(short * width / shorter)  # cut off, as torchvision's Resize: in this order
     top, left = (round((side - resolution) / 2) for side in sides)
     if max(sides) > LONG_IMAGE * short:
         return _resized_part(pixels, sides, top, left, resolution)

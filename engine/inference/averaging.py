@@ -7,8 +7,8 @@ import itertools
 import torch
 
 from engine.data.batches import training_requests
-from engine.inference.batch_norm import recompute_bn_stats
-from engine.inference.freezing import freeze
+from engine.inference.batch_norm import recompute_bn_stats, remark_on_left_out
+from engine.inference.freezing import freeze, least_frozen
 from engine.inference.images import open_loader
 from engine.inference.weight_files import BLURS
 from engine.system.device import autocast
@@ -42,7 +42,7 @@ def average_networks(networks, splits, device):
     """
     first = networks[0]
     first.model.load_state_dict(mean_of_weights([network.model.state_dict() for network in networks]))
-    freeze(first.model, first.config)  # its norms keep their statistics
+    freeze(first.model, least_frozen(network.config for network in networks))  # norms that all froze keep their statistics
     epoch = max(network.checkpoint.get("epoch", 1) for network in networks) - 1
     recompute = functools.partial(recompute_bn_stats, first.model, autocast=autocast(device, first.config["precision"]))
     with contextlib.closing(open_loader(splits, first.config, device)) as loader:
@@ -51,7 +51,9 @@ def average_networks(networks, splits, device):
             requests = training_requests(splits["train"], first.config, epoch)
             return loader.training(itertools.islice(requests, first.config["swa_batch_norm_batches"]), set())
 
-        retry_pass_on_oom(recompute, batches, first.config["batch_size"], device)
+        left_out, count = retry_pass_on_oom(recompute, batches, first.config["batch_size"], device)
+    for line in remark_on_left_out(int(left_out), count):
+        print(line)
     name = f"mean of the weights of {' and '.join(network.name for network in networks)}"
     members = [network._replace(model=None) for network in networks]
     return first._replace(name=name, kind="mean", checkpoint=first.checkpoint | {"members": members})

@@ -36,6 +36,11 @@ def freeze(model, config):
                     norm.eval()
 
 
+def least_frozen(configs):
+    """Return the configuration, of several, that freezes the smallest part."""
+    return min(configs, key=_parts_frozen)
+
+
 def work_of_a_step(config):
     """Return the work of a training step in forward passes: 3 where nothing is frozen, as a backward pass counts for two."""
     parts = _parts_frozen(config)

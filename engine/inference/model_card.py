@@ -1,5 +1,6 @@
 """The model card of exported weights: what whoever uses them must know, and what the training took."""
 
+import math
 from pathlib import Path
 
 from engine.data.loader import IMAGENET_MEAN, IMAGENET_STD
@@ -91,6 +92,11 @@ def _order_in_words(classes):
     return "of the classes' numbers" if are_numbers(classes) else "of the classes' sorted names"
 
 
+def resized_px(facts):
+    """Return the shorter side in px that validation_view resizes to."""
+    return round(facts["resolution"] / facts["crop_ratio"])
+
+
 def model_card(path, facts, price_per_hour=None):
     """Return the model card of an exported file, in Markdown."""
     run, resolution = facts["run"], facts["resolution"]
@@ -105,8 +111,7 @@ def model_card(path, facts, price_per_hour=None):
     row("validation accuracy", facts["accuracy"] or "not measured")
     row("input", f"RGB, float [batch, 3, {resolution}, {resolution}], (pixel / 255 - mean) / std")
     row("mean, std", f"{tuple(facts['mean'])}, {tuple(facts['std'])}")
-    resized = round(resolution / facts["crop_ratio"])
-    row("preparation", f"shorter side resized to {resized} px with antialiasing, centre crop of {resolution} px")
+    row("preparation", f"shorter side resized to {resized_px(facts)} px (antialiased bilinear), centre crop of {resolution} px")
     row("output", f"logits, one a class, in the order {_order_in_words(facts['classes'])}")
     row("training data", f"{run['train_images']:,} images" if "train_images" in run else None)
     row("epochs", run.get("epochs"))
@@ -140,7 +145,9 @@ def hub_config(facts, num_features):
     Args:
         num_features: inputs of the last layer.
     """
-    resolution = facts["resolution"]
+    resolution, crop_ratio = facts["resolution"], facts["crop_ratio"]
+    if math.floor(resolution / crop_ratio) != resized_px(facts):  # what timm resizes to, which cuts off
+        crop_ratio = resolution / (resized_px(facts) + 0.5)
     return {
         "architecture": facts["architecture"],
         "num_classes": len(facts["classes"]),
@@ -151,7 +158,7 @@ def hub_config(facts, num_features):
             "input_size": [3, resolution, resolution],
             "fixed_input_size": False,
             "interpolation": "bilinear",
-            "crop_pct": facts["crop_ratio"],
+            "crop_pct": crop_ratio,
             "crop_mode": "center",
             "mean": facts["mean"],
             "std": facts["std"],

@@ -92,7 +92,8 @@ def evaluate(
 def scores_of_logits(logits, labels):
     """Return evaluate()'s figures of logits [N, C] that are there already."""
     count = len(labels)
-    hits = {f"top{k}": 100 * topk_correct(logits, labels, k).item() / count for k in (1, 5)}
+    known = labels_to_hit(logits, labels)
+    hits = {f"top{k}": 100 * topk_correct(logits, known, k).item() / count for k in (1, 5)}
     return {"images": count, "loss": F.cross_entropy(logits, labels).item()} | hits
 
 
@@ -134,12 +135,13 @@ def _sums(logits_by_view, labels, confusions_of, by_class, kept):
     for view, logits_of in logits_by_view:
         for name, logits in logits_of.items():
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            hits = [topk_correct(logits, labels, k) for k in (1, 5)]
+            known = labels_to_hit(logits, labels)
+            hits = [topk_correct(logits, known, k) for k in (1, 5)]
             sums[name, view] = torch.stack([loss, *hits]).double()
             if view == "" and name in kept:
                 sums[name, "logits"] = on_its_way(logits)
             if view == "" and by_class:
-                right, classes = (logits.argmax(dim=1) == labels).long(), logits.shape[1]
+                right, classes = (logits.argmax(dim=1) == known).long(), logits.shape[1]
                 sums[name, "classes"] = count_each(2 * labels + right, 2 * classes).view(classes, 2)
         if view == "" and confusions_of is not None:
             sums[confusions_of, "confusions"] = count_confusions(logits_of[confusions_of], labels)
@@ -159,12 +161,17 @@ def on_its_way(tensor):
     return tensor.to("cpu", non_blocking=True)  # into pinned memory, as PyTorch has it
 
 
+def labels_to_hit(logits, labels):
+    """Return the labels int64 [B], -1 where a logit is NaN: such a network guesses nothing, but torch orders NaN first."""
+    return labels.masked_fill(logits.isnan().any(dim=1), -1)
+
+
 def topk_correct(logits, labels, k):
     """Count the images whose label is among the k highest logits.
 
     Args:
         logits: float [B, C].
-        labels: int64 [B], each in [0, C).
+        labels: int64 [B], each in [0, C), or -1 for none.
         k: at most C counts; with fewer classes every image is correct.
     Returns:
         int64 scalar on the device of logits; a sum, so that batches add exactly.

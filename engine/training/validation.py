@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from engine.data.batches import resolution_of_epoch, training_requests
+from engine.inference.batch_norm import remark_on_left_out
 from engine.inference.scoring import evaluate
 from engine.run.checkpoint_folder import require_finite, way_out
 from engine.run.weights import WEIGHTS
@@ -63,7 +64,9 @@ def averaged_models(state, run):
 
         context = autocast(state.device, state.precision)
         recompute = functools.partial(averaging.recompute_bn_stats, state.averaged_model, autocast=context)
-        retry_pass_on_oom(recompute, some_batches, config["batch_size"], state.device)
+        left_out, count = retry_pass_on_oom(recompute, some_batches, config["batch_size"], state.device)
+        for line in remark_on_left_out(int(distributed.all_reduce_sum(left_out)), count * distributed.size()):
+            run.monitor.log(line)
         distributed.average_bn_stats(state.averaged_model)
         models["averaged"] = state.averaged_model
     if state.ema_model is not None and state.ema_model.n_averaged:

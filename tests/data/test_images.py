@@ -100,12 +100,29 @@ def test_pillow_takes_over_where_simplejpeg_is_missing(monkeypatch):
     assert min(psnr(a, b) for a, b in zip(fast, slow, strict=True)) > 33
 
 
+@pytest.mark.parametrize("size", [(203, 309), (375, 500), (9, 33)])
+def test_pillow_decodes_to_the_same_bits_at_every_scale(size, monkeypatch):
+    content = encoded(photo(*size))
+    fast = [images.decode_rgb(content, scale) for scale in (1, 2, 4, 8)]
+    monkeypatch.setattr(images, "simplejpeg", None)
+    slow = [images.decode_rgb(content, scale) for scale in (1, 2, 4, 8)]
+    assert [np.array_equal(a, b) for a, b in zip(fast, slow, strict=True)] == [True] * 4
+
+
 def test_the_validation_view_is_torchvisions_resize_and_centre_crop():
     reference = v2.Compose([v2.Resize(73, antialias=True), v2.CenterCrop(64)])
     for height, width in ((375, 500), (500, 333), (80, 81), (64, 200), (1200, 1600)):
         content = encoded(photo(height, width))
         expected = reference(Image.fromarray(images.decode_rgb(content)))
         assert psnr(images.validation_view(content, 64, 64 / 73), expected) > (45 if min(height, width) < 1000 else 35)
+
+
+@pytest.mark.parametrize("size", [(196, 294), (322, 161), (300, 450)])  # sides that 256 px of the shorter one divide evenly
+def test_the_resized_longer_side_is_torchvisions_to_the_pixel(size):
+    pixels = photo(*size)
+    view = images.validation_view(encoded(pixels, "PNG"), 224, 0.875)
+    exact = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224)])(torch.from_numpy(pixels).permute(2, 0, 1))
+    assert np.array_equal(view, exact.permute(1, 2, 0))
 
 
 def test_random_crops_are_distributed_as_torchvisions():

@@ -1,5 +1,6 @@
 """What a run is for: scores, ensembles, classes of files, weights for other programs; all of a real run's checkpoints."""
 
+import contextlib
 import csv
 import json
 import math
@@ -22,7 +23,8 @@ from engine.data.loader import IMAGENET_MEAN, IMAGENET_STD, build_normalise
 from engine.data.splits import open_splits
 from engine.inference.confusion import class_rows, count_confusions, pair_rows
 from engine.inference.networks import load_networks
-from engine.inference.scoring import log_mean_probabilities
+from engine.inference.scoring import evaluate as evaluate_networks
+from engine.inference.scoring import log_mean_probabilities, scores_of_logits
 from engine.run import checkpoint_files
 from engine.system import errors
 from engine.system.errors import DataError, UserError
@@ -65,6 +67,17 @@ def figures(line):
 # Scores --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("classes", [3, 10, 1000])
+def test_a_network_whose_outputs_are_nan_hits_no_image(classes):
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, classes))
+    torch.nn.init.constant_(network[1].bias, math.nan)
+    images, labels = torch.ones(10, 3, 4, 4), torch.tensor([0] * 6 + [1, 1, 2, 2])
+    scores = evaluate_networks({"raw": network}, [(images, labels)], 10, contextlib.nullcontext(), by_class=True)["raw"]
+    assert (scores["top1"], scores["top5"], scores["balanced_top1"]) == (0, 0, 0) and math.isnan(scores["loss"])
+    again = scores_of_logits(network(images), labels)
+    assert (again["top1"], again["top5"]) == (0, 0)
+
+
 def test_an_ensemble_scores_the_mean_of_the_probabilities_and_each_member_is_beside_it(runs, image_tree, capsys):
     members = [runs / "a/last.pt", runs / "b/last.pt"]
     assert evaluated(*members, "--weights=raw") == 0
@@ -104,6 +117,21 @@ def test_several_resolutions_and_flip_are_stated_with_each_figure(runs, image_tr
         model = network_of(runs / "a/last.pt").model
         logits = (model(images) + model(images.flip(3))) / 2
     assert figures(lines[3])[2] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=2e-4)
+
+
+@pytest.mark.parametrize("others", ["none", "layer4"])
+def test_in_a_mean_only_norms_that_all_networks_froze_keep_their_statistics(others, runs, tmp_path):
+    states = []
+    for name, freeze in (("last.pt", "layer4"), ("best.pt", others)):
+        checkpoint = checkpoint_files.read(runs / "a" / name)
+        checkpoint["config"]["freeze"] = freeze
+        checkpoint_files.write(tmp_path / name, checkpoint)
+        states.append(checkpoint["model"])
+    files = [tmp_path / "last.pt", tmp_path / "best.pt"]
+    assert evaluated(*files, "--average", "--weights=raw", "--export", tmp_path / "mean.pt") == 0
+    mean = torch.load(tmp_path / "mean.pt", weights_only=True)
+    copied = (states[0]["bn1.running_var"] + states[1]["bn1.running_var"]) / 2
+    assert torch.allclose(mean["bn1.running_var"], copied) == (others == "layer4")
 
 
 def test_the_mean_of_checkpoints_weights_gets_batch_norm_statistics_of_its_own(runs, image_tree, capsys, tmp_path):

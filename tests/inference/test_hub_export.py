@@ -1,6 +1,7 @@
 """A folder that timm and the Hugging Face Hub read holds the same network."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from test_evaluate import evaluated
 
 from engine.data.images import validation_view
 from engine.data.loader import build_normalise
+from engine.inference.model_card import hub_config
 from engine.inference.weight_files import find_weights
 from engine.system.errors import UserError
 
@@ -62,6 +64,15 @@ def test_timm_loads_it_and_scores_the_same_images_alike(exported, tmp_path):
         assert pixels.shape == ours.shape
         torch.testing.assert_close(theirs(pixels), network(ours), rtol=0, atol=0.02)  # Pillow's resizing against torch's
     assert theirs.pretrained_cfg["label_names"] == CLASSES
+
+
+@pytest.mark.parametrize("resolution", [128, 160, 224, 256])
+@pytest.mark.parametrize("crop_ratio", [0.875, 0.9, 224 / 232, 1.0])
+def test_timm_resizes_to_as_many_px_as_the_run_did(resolution, crop_ratio):
+    facts = {"architecture": "resnet18", "resolution": resolution, "crop_ratio": crop_ratio, "mean": [], "std": []}
+    told = hub_config(facts | {"classes": [], "class_names": {}}, 512)["pretrained_cfg"]["crop_pct"]
+    assert math.floor(resolution / told) == round(resolution / crop_ratio)  # timm.data.transforms_imagenet_eval
+    assert abs(told - crop_ratio) < 0.01
 
 
 def test_a_network_that_blurs_is_refused_with_the_way_out(image_tree, tmp_path):

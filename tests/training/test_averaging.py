@@ -7,6 +7,8 @@ from conftest import run_here, tiny_run
 from torch.optim.swa_utils import update_bn
 
 from config import CONFIG, RECIPES
+from engine.inference.freezing import FrozenBatchNorm2d
+from engine.run import checkpoint_files
 from engine.system.device import autocast
 from engine.training.averaging import (
     build_ema_model,
@@ -166,6 +168,47 @@ def test_refreshed_statistics_have_the_bits_of_torchs_own():
     update_bn(batches, theirs)
     for name, tensor in ours.state_dict().items():
         assert torch.equal(tensor, theirs.state_dict()[name]), name
+
+
+def batch_of(seed, scale=1.0):
+    return scale * torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(seed)), torch.zeros(8)
+
+
+def test_a_batch_that_overflows_in_fp16_is_left_out_of_the_statistics_of_averaged_weights():
+    ours, theirs = network(), network()
+    good, overflowing = [batch_of(seed) for seed in range(4)], batch_of(4, scale=6e4)
+    context = autocast(torch.device("cpu"), "fp16")
+    assert recompute_bn_stats(theirs, good, context) == (0, 4)
+    batches = [overflowing, good[0], overflowing, *good[1:3], overflowing, good[3]]
+    assert recompute_bn_stats(ours, batches, context) == (3, 7)
+    for name, tensor in ours.state_dict().items():
+        torch.testing.assert_close(tensor, theirs.state_dict()[name], rtol=1e-5, atol=1e-6)
+    before = [tensor.clone() for tensor in (ours[1].running_mean, ours[1].running_var)]
+    assert recompute_bn_stats(ours, [overflowing] * 2, context) == (2, 2)
+    assert torch.equal(ours[1].running_mean, before[0]) and torch.equal(ours[1].running_var, before[1])
+
+
+def test_averaged_weights_with_all_norms_frozen_read_no_batch_and_keep_their_statistics():
+    model = network()
+    model[1].__class__ = FrozenBatchNorm2d
+    before = [tensor.clone() for tensor in model.buffers()]
+    unread = iter([batch_of(0)])
+    assert recompute_bn_stats(model, unread, autocast(torch.device("cpu"), "fp32")) == (0, 0)
+    assert len(list(unread)) == 1 and all(map(torch.equal, model.buffers(), before))
+
+
+@pytest.mark.slow
+def test_averaged_weights_that_overflow_throughout_are_said_and_the_run_is_saved(image_tree, tmp_path, capfd):
+    arguments = tiny_run(image_tree, tmp_path / "run", optimizer="sgd")
+    assert run_here([*arguments, "--epochs=2"]) == 0
+    saved = checkpoint_files.read(tmp_path / "run/last.pt")
+    saved["averaged_model"]["module.layer1.0.conv1.weight"] *= 1e30  # finite, and so is its mean with the next weights
+    checkpoint_files.write(tmp_path / "run/last.pt", saved)
+    assert run_here([*arguments, "--epochs=3", "--resume=auto"]) == 0
+    said = "WARNING: 3 of 3 batches overflow in the averaged weights, and are left out of their batch-norm statistics"
+    assert said in capfd.readouterr().out
+    after = checkpoint_files.read(tmp_path / "run/last.pt")
+    assert (after["epoch"], int(after["averaged_model"]["n_averaged"])) == (3, 2)
 
 
 def test_statistics_that_could_not_be_finished_leave_the_norms_momentum_as_it_was():
