@@ -108,6 +108,8 @@ class BatchLoader:
 
         Each rank gets its shard of every batch; of a small batch that may be no image.
 
+        Once the run is asked to stop it ends, without waiting for a batch that does not come.
+
         Raises:
             WorkerDied: a worker process ended, for example killed by the OS for its memory; between two batches.
         """
@@ -115,11 +117,7 @@ class BatchLoader:
             torch.cuda.synchronize(self.device)  # of an earlier pass, broken off, the last copies may still be under way
         self._queue.requests = (request._replace(indices=shard(request.indices)) for request in requests)
         try:
-            self._iterator = iter(self._loader)
-            # The DataLoader's handler of a worker's death would raise in the middle of a training step. Without it the death
-            # is noticed at the next batch, within 5 seconds.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for number, request, bad_images, seconds in self._iterator:
+            for number, request, bad_images, seconds in self.stop.while_waiting(self._items()):
                 self.work = tuple(map(sum, zip(self.work, seconds, strict=True)))
                 yield Batch(*self._buffers.batch(number, len(request.indices), request.resolution), bad_images)
         except RuntimeError as error:
@@ -130,6 +128,14 @@ class BatchLoader:
                 f"a data worker died: process {dead[0].pid}, {_how_it_ended(dead[0].exitcode)}. "
                 "Out of memory? Fewer --num-workers need less; so does a smaller --batch-size"
             ) from error
+
+    def _items(self):
+        """Yield what the workers return for each request; they have all ended the pass before."""
+        self._iterator = iter(self._loader)
+        # The DataLoader's handler of a worker's death would raise in the middle of a training step. Without it the death
+        # is noticed at the next batch, within 5 seconds.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        yield from self._iterator
 
     def wait_for_workers(self):
         """Return once the workers run and are done with what a pass that was broken off has asked for."""
@@ -144,7 +150,9 @@ class BatchLoader:
         return states
 
     def close(self):
-        """End the worker processes."""
+        """End the worker processes, also one that waits for a disk that does not answer."""
+        for worker in getattr(self._iterator, "_workers", []):
+            worker.kill()
         shut_down = getattr(self._iterator, "_shutdown_workers", None)  # absent where the main process decodes
         if shut_down is not None:
             shut_down()

@@ -1,5 +1,9 @@
+import contextlib
 import itertools
+import os
 import re
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +21,7 @@ from engine.data.loader import IMAGENET_MEAN, IMAGENET_STD, BatchLoader
 from engine.data.splits import open_splits
 from engine.preparation import finding
 from engine.system.errors import DataError
-from engine.system.interruption import StopRequest
+from engine.system.interruption import Interrupted, StopRequest
 
 CPU = torch.device("cpu")
 SMALL = CONFIG | {"train_resolution": 32, "val_resolution": 32, "batch_size": 8, "num_workers": 0}
@@ -192,6 +196,29 @@ def test_a_pass_broken_off_leaves_nothing_in_the_next_one(image_tree):
         whole = [batch.images.clone() for batch in batches.iterate(requests)]
         assert all(torch.equal(a, b) for a, b in zip(whole, expected, strict=True))
     batches.close()
+
+
+@pytest.mark.parametrize("asks", ["a signal", "another thread"])
+@pytest.mark.parametrize("taken", [0, 1])
+def test_a_run_that_is_asked_to_stop_does_not_wait_for_images_that_do_not_come(asks, taken, image_tree):
+    config, splits = SMALL | {"num_workers": 1}, open_splits(image_tree)
+    with StopRequest() as stop, contextlib.closing(BatchLoader(splits, config, CPU, torch.float32, stop, print)) as loader:
+        (worker,) = loader.worker_states()
+        batches = loader.training(training_requests(splits["train"], config, 0), set())
+        for _ in range(taken):
+            next(batches)
+        os.kill(worker, signal.SIGSTOP)  # as one that waits for a network disk
+        ask = (os.kill, (os.getpid(), signal.SIGTERM)) if asks == "a signal" else (stop.request, ("a notice", 143))
+        threading.Timer(0.2, *ask).start()
+        woken = []
+        awake = threading.Timer(20, lambda: woken.append(os.kill(worker, signal.SIGCONT)))  # a failure is no wait without end
+        awake.start()
+        with pytest.raises(Interrupted) as stopped:
+            for _ in batches:  # those that it has made before
+                pass
+        assert stopped.value.exit_code == 143 and not woken
+        awake.cancel()
+    assert not Path(f"/proc/{worker}").exists()
 
 
 def test_batches_need_no_room_in_dev_shm(image_tree):
