@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import os
 import pickle
@@ -15,7 +16,7 @@ import torch
 from config import CONFIG
 from engine.run import checkpoint_files
 from engine.run.checkpoint_folder import CheckpointFolder, all_finite
-from engine.system.errors import CheckpointError, TrainingStopped
+from engine.system.errors import CheckpointError, MachineError, TrainingStopped
 from engine.system.interruption import StopRequest
 from engine.system.lock import LOCK, FolderLock
 
@@ -41,6 +42,17 @@ class State:
 def folder_for(path, said=None, **changes):
     config, log = CONFIG | {"checkpoint_dir": str(path)} | changes, (said if said is not None else []).append
     return CheckpointFolder(config, {"recipe": "seed"}, FolderLock(Path(path) / LOCK, "", ""), StopRequest(), log)
+
+
+@contextlib.contextmanager
+def limit(kind, value):
+    """Let this process have less of something."""
+    soft, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (value, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, (soft, hard))
 
 
 @pytest.fixture
@@ -133,6 +145,26 @@ def test_an_unpickling_attack_does_nothing(tmp_path, sealed):
         if sealed:
             torch.load(path, weights_only=False)
             assert os.path.exists(target)
+
+
+@pytest.mark.parametrize("lacking", ["memory", "open files"])
+def test_a_last_pt_that_the_machine_cannot_read_now_is_not_passed_over_for_an_earlier_one(lacking, tmp_path):
+    checkpoint_files.write(tmp_path / "last.pt", CONTENTS | {"weights": torch.zeros(2**22)})
+    checkpoint_files.write(tmp_path / "epoch_001.pt", CONTENTS | {"epoch": 1})
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    fault = (resource.RLIMIT_AS, 4096 * pages + 2**23) if lacking == "memory" else (resource.RLIMIT_NOFILE, 3)
+    if lacking == "open files":  # else --resume auto would begin a new run there, which deletes this one
+        with limit(*fault), pytest.raises(MachineError, match="cannot be looked into"):
+            checkpoint_files.checkpoints_in(tmp_path)
+    with limit(*fault), pytest.raises(MachineError) as refused:
+        checkpoint_files.newest_good(tmp_path)
+    assert "cannot be" in str(refused.value) and "--overwrite" not in str(refused.value)
+    assert checkpoint_files.newest_good(tmp_path)[0].name == "last.pt"
+
+
+def test_a_checkpoint_that_is_out_of_reach_is_not_said_to_be_missing(tmp_path):
+    with pytest.raises(MachineError, match="cannot be read: File name too long"):
+        checkpoint_files.read(tmp_path / ("a" * 300))
 
 
 def test_a_damaged_last_is_passed_over_for_the_newest_good_one(tmp_path):
