@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from engine.data.batches import Batch, BatchMaker, largest_resolution, refuse_bad_images, report_bad_images, validation_requests
 from engine.data.buffers import BATCHES_HELD, BatchBuffers
 from engine.system.distributed import gather_events, largest_shard, local_size, shard, size
-from engine.system.errors import UserError
+from engine.system.errors import DataError, UserError
 from engine.system.interruption import Interrupted, ignore_signals
 from engine.system.workers import WorkerDied, available_cores
 
@@ -58,6 +58,7 @@ class BatchLoader:
             worker_init_fn=_start_worker,
             generator=torch.Generator().manual_seed(0),  # else each pass would draw from the run's random state
         )
+        self._met_bad = set()  # indices of the training images that could not be read in this process's time
         self.work = 0.0, 0.0, 0.0  # seconds of the workers so far: making batches, thereof reading files, and on a core
         self._iterator = iter(self._loader) if workers else None  # forks
         if device.type == "cuda" and not self._buffers.pin():
@@ -66,7 +67,7 @@ class BatchLoader:
     def training(self, requests, bad_images):
         """Yield (images, labels) of each training request; unreadable images are replaced, named and added to bad_images."""
         batches, limit = self._in_step(self.iterate(requests)), self.config["max_bad_images"]
-        batches = report_bad_images(batches, self.splits["train"], bad_images, limit, self.log)
+        batches = report_bad_images(batches, self.splits["train"], bad_images, self._met_bad, limit, self.log)
         return to_device(batches, self.device, self.dtype)
 
     def validation(self, resolution=None):
@@ -112,6 +113,7 @@ class BatchLoader:
 
         Raises:
             WorkerDied: a worker process ended, for example killed by the OS for its memory; between two batches.
+            DataError: a batch cannot be made, since too many images in a row cannot be read.
         """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # of an earlier pass, broken off, the last copies may still be under way
@@ -120,6 +122,8 @@ class BatchLoader:
             for number, request, bad_images, seconds in self.stop.while_waiting(self._items()):
                 self.work = tuple(map(sum, zip(self.work, seconds, strict=True)))
                 yield Batch(*self._buffers.batch(number, len(request.indices), request.resolution), bad_images)
+        except DataError as error:  # torch hands on a worker's with the traceback before its message
+            raise DataError(str(error).rpartition("DataError: ")[2].strip()) from error
         except RuntimeError as error:
             dead = [worker for worker in getattr(self._iterator, "_workers", []) if not worker.is_alive()]
             if not dead:

@@ -275,6 +275,15 @@ def test_too_many_bad_images_stop_the_run(damaged_tree):
         list(server(splits, SMALL | {"max_bad_images": 1}).training(requests, set()))
 
 
+def test_a_run_that_too_many_bad_images_have_stopped_goes_on_once_they_are_mended(image_tree, damaged_tree):
+    for tree, stops in ((image_tree, False), (damaged_tree, True)):
+        splits, known = open_splits(tree), {3, 7, 11}  # as the checkpoint knows them
+        batches = server(splits, SMALL | {"max_bad_images": 1}).training(training_requests(splits["train"], SMALL, 0), known)
+        with pytest.raises(DataError) if stops else contextlib.nullcontext():
+            assert list(batches)
+        assert known == {3, 7, 11}
+
+
 def test_a_bad_validation_image_stops_the_run_and_is_named(damaged_tree):
     (damaged_tree / "val/class0/004.jpg").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"class0/004\.jpg cannot be read"):
@@ -287,5 +296,10 @@ def test_a_data_set_of_nothing_readable_is_called_so(tmp_path):
         for number in range(8):
             (tmp_path / split / "a" / f"{number}.jpg").write_bytes(b"no image")
     splits = open_splits(tmp_path)
-    with pytest.raises(DataError, match="in a row could not be read"):
-        list(server(splits).training(training_requests(splits["train"], SMALL, 0), set()))
+    for workers in (0, 1):
+        loader = server(splits, SMALL | {"num_workers": workers})
+        with pytest.raises(
+            DataError, match=r"^100 images in a row could not be read, the last: a/\d\.jpg \(ValueError: [^\n]*$"
+        ):
+            list(loader.training(training_requests(splits["train"], SMALL, 0), set()))
+        loader.close()
