@@ -127,7 +127,9 @@ class CheckpointFolder:
 
     def _write(self, checkpoint):
         """Return (whether everything is on disk, what best.pt holds)."""
-        self.lock.require()
+        with contextlib.suppress(OSError):  # which the save meets as well
+            if note := self.lock.require():
+                self.log(note)
         if self.mirror is not None:
             self.mirror.lock.require()
         best, at_best, epochs = checkpoint["best"], self.best, checkpoint["epoch"]
