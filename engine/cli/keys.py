@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -140,7 +141,7 @@ class LocalPath(NamedTuple):
     """A path on this machine, in which ~ is the user's home."""
 
     def read(self, text):
-        return str(Path(text).expanduser()) if text.startswith("~") else text
+        return str(Path(os.path.expanduser(text))) if text.startswith("~") else text  # an unknown user stays as written
 
     def admits(self, value):
         return isinstance(value, str) and value.strip() != "" and not ADDRESS.match(value)

@@ -122,23 +122,26 @@ class BatchMaker(Dataset):
                 if request.split == "val":
                     return 0, split.labels[index]  # the reader of the batch stops the run
                 index = int(rng.integers(len(split)))
-        raise DataError(f"{TRIES_TO_REPLACE} images in a row could not be read, the last: {bad_images[-1]}")
+        index, reason = bad_images[-1]
+        raise DataError(f"{TRIES_TO_REPLACE} images in a row could not be read, the last: {split.name(index)} ({reason})")
 
 
-def report_bad_images(batches, split, known, limit, log):
+def report_bad_images(batches, split, known, met, limit, log):
     """Yield the training batches; say each unreadable image's name once.
 
     Args:
         known: set of the indices found bad so far; grows.
-        limit: DataError is raised when more than this many are known.
+        met: likewise, of this process alone: a resumed run goes on once its images have been mended.
+        limit: DataError is raised when more than this many have been met.
     """
     for batch in batches:
         for index, reason in batch.bad_images:
+            met.add(index)
             if index not in known:
                 known.add(index)
                 log(f"bad image {split.name(index)} ({reason}): another one takes its place; {len(known)} so far")
-        if len(known) > limit:
-            raise DataError(f"{len(known)} training images cannot be read, more than max_bad_images = {limit}: see the log")
+        if len(met) > limit:
+            raise DataError(f"{len(met)} training images cannot be read, more than max_bad_images = {limit}: see the log")
         yield batch
 
 

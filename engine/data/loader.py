@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from engine.data.batches import Batch, BatchMaker, largest_resolution, refuse_bad_images, report_bad_images, validation_requests
 from engine.data.buffers import BATCHES_HELD, BatchBuffers
 from engine.system.distributed import gather_events, largest_shard, local_size, shard, size
-from engine.system.errors import UserError
+from engine.system.errors import DataError, UserError
 from engine.system.interruption import Interrupted, ignore_signals
 from engine.system.workers import WorkerDied, available_cores
 
@@ -58,6 +58,7 @@ class BatchLoader:
             worker_init_fn=_start_worker,
             generator=torch.Generator().manual_seed(0),  # else each pass would draw from the run's random state
         )
+        self._met_bad = set()  # indices of the training images that could not be read in this process's time
         self.work = 0.0, 0.0, 0.0  # seconds of the workers so far: making batches, thereof reading files, and on a core
         self._iterator = iter(self._loader) if workers else None  # forks
         if device.type == "cuda" and not self._buffers.pin():
@@ -66,7 +67,7 @@ class BatchLoader:
     def training(self, requests, bad_images):
         """Yield (images, labels) of each training request; unreadable images are replaced, named and added to bad_images."""
         batches, limit = self._in_step(self.iterate(requests)), self.config["max_bad_images"]
-        batches = report_bad_images(batches, self.splits["train"], bad_images, limit, self.log)
+        batches = report_bad_images(batches, self.splits["train"], bad_images, self._met_bad, limit, self.log)
         return to_device(batches, self.device, self.dtype)
 
     def validation(self, resolution=None):
@@ -108,20 +109,21 @@ class BatchLoader:
 
         Each rank gets its shard of every batch; of a small batch that may be no image.
 
+        Once the run is asked to stop it ends, without waiting for a batch that does not come.
+
         Raises:
             WorkerDied: a worker process ended, for example killed by the OS for its memory; between two batches.
+            DataError: a batch cannot be made, since too many images in a row cannot be read.
         """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # of an earlier pass, broken off, the last copies may still be under way
         self._queue.requests = (request._replace(indices=shard(request.indices)) for request in requests)
         try:
-            self._iterator = iter(self._loader)
-            # The DataLoader's handler of a worker's death would raise in the middle of a training step. Without it the death
-            # is noticed at the next batch, within 5 seconds.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for number, request, bad_images, seconds in self._iterator:
+            for number, request, bad_images, seconds in self.stop.while_waiting(self._items()):
                 self.work = tuple(map(sum, zip(self.work, seconds, strict=True)))
                 yield Batch(*self._buffers.batch(number, len(request.indices), request.resolution), bad_images)
+        except DataError as error:  # torch hands on a worker's with the traceback before its message
+            raise DataError(str(error).rpartition("DataError: ")[2].strip()) from error
         except RuntimeError as error:
             dead = [worker for worker in getattr(self._iterator, "_workers", []) if not worker.is_alive()]
             if not dead:
@@ -130,6 +132,14 @@ class BatchLoader:
                 f"a data worker died: process {dead[0].pid}, {_how_it_ended(dead[0].exitcode)}. "
                 "Out of memory? Fewer --num-workers need less; so does a smaller --batch-size"
             ) from error
+
+    def _items(self):
+        """Yield what the workers return for each request; they have all ended the pass before."""
+        self._iterator = iter(self._loader)
+        # The DataLoader's handler of a worker's death would raise in the middle of a training step. Without it the death
+        # is noticed at the next batch, within 5 seconds.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        yield from self._iterator
 
     def wait_for_workers(self):
         """Return once the workers run and are done with what a pass that was broken off has asked for."""
@@ -144,7 +154,9 @@ class BatchLoader:
         return states
 
     def close(self):
-        """End the worker processes."""
+        """End the worker processes, also one that waits for a disk that does not answer."""
+        for worker in getattr(self._iterator, "_workers", []):
+            worker.kill()
         shut_down = getattr(self._iterator, "_shutdown_workers", None)  # absent where the main process decodes
         if shut_down is not None:
             shut_down()

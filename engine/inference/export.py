@@ -1,6 +1,7 @@
 """A network's weights for other programs: PyTorch, safetensors or ONNX, and a model card beside them."""
 
 import collections
+import io
 import json
 import os
 from pathlib import Path
@@ -71,8 +72,10 @@ def export(model, path, facts):
     if path.suffix == ".pt":
         marked = collections.OrderedDict(weights)
         marked._metadata = {"": {"facts": told}}  # where torch marks a module's state dict: no tensor more
+        buffer = io.BytesIO()  # torch's writer turns a full disk into an error of its own
+        torch.save(marked, buffer)
         with replacing(path) as file:
-            torch.save(marked, file)
+            file.write(buffer.getbuffer())
     else:
         from safetensors.torch import save
 

@@ -7,6 +7,7 @@ IPC stream with the columns `image` (struct of `bytes` and `path`) and `label` (
 import hashlib
 import itertools
 import json
+import mmap
 import os
 from pathlib import Path
 
@@ -53,7 +54,7 @@ class PackedSplit:
 
     def _open(self):
         self._file = open(self.path, "rb")  # noqa: SIM115 - open as long as the split: the file may be replaced meanwhile
-        whole = pa.memory_map(str(self.path)).read_buffer()
+        whole = self._content()
         if whole.size < len(END_OF_STREAM) or whole.slice(whole.size - len(END_OF_STREAM)).to_pybytes() != END_OF_STREAM:
             raise OSError("its end is missing")
         reader = pa.ipc.open_stream(whole)
@@ -82,6 +83,10 @@ class PackedSplit:
         if len(self._starts) and (self._starts + self._lengths).max() > whole.size:
             raise DataError(f"{self.path} is compressed; write it without compression")
 
+    def _content(self):
+        """Return the file's bytes, in memory as far as they are looked at; also of one that has lost its name since."""
+        return pa.py_buffer(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ))
+
     def __reduce__(self):
         state = {name: value for name, value in vars(self).items() if name not in ("path", "_file")}
         return PackedSplit, (self.path,), state  # a process that is not forked opens it anew
@@ -99,12 +104,15 @@ class PackedSplit:
     def name(self, index):
         """Return the image's name as `class/file`; reads through the whole file's names, for messages."""
         row = index if self._rows is None else self._rows[index]
-        name = next(itertools.islice(self.names(), int(row), None))
+        try:
+            name = next(itertools.islice(self.names(), int(row), None))
+        except DAMAGED:  # since it was opened
+            name = f"row {row}"
         return f"{self.classes[self.labels[index]]}/{name}"
 
     def names(self):
         """Yield every image's file name in the file's order, '' where none is known."""
-        reader = pa.ipc.open_stream(pa.memory_map(str(self.path)))
+        reader = pa.ipc.open_stream(self._content())
         image_column, _, _ = _columns(reader.schema, self.path)
         for batch in reader:
             for path in batch.column(image_column).field("path"):

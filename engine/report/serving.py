@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import secrets
+import sys
 import threading
 
 from engine.report.page import as_html, paragraph
@@ -25,7 +26,7 @@ def serve(folders, report, port):
         UserError: the port is taken.
     """
     try:
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", port), _Handler)
+        server = _Server(("127.0.0.1", port), _Handler)
     except (OSError, OverflowError) as error:
         raise UserError(f"--serve {port}: {error}; name another port") from error
     with server:
@@ -74,6 +75,12 @@ class Page:
                     blocks = [paragraph(f"{type(error).__name__}: {first_line(error)}")]
                 self._html, self._state = as_html(title, blocks, live={"state": state, "nonce": "NONCE"}).encode(), state
             return self._html.replace(b'nonce="NONCE"', f'nonce="{nonce}"'.encode())
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exception(), ConnectionError):  # a browser that went away before its answer
+            super().handle_error(request, client_address)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

@@ -4,6 +4,7 @@ A checkpoint is what torch.save writes, a zip archive, whose archive comment hol
 torch.load reads it like any other, and a single changed bit is noticed here.
 """
 
+import errno
 import hashlib
 import math
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 
 from engine.run.events import EVENTS
-from engine.system.errors import CheckpointError, first_line
+from engine.system.errors import CheckpointError, MachineError, first_line, is_out_of_main_memory
 from engine.system.files import copy_file, keep_as, replacing, sync
 
 FORMAT, VERSION = "resnet50-training-run", 1
@@ -78,21 +79,29 @@ def read(path):
     """Return the contents of a checkpoint, tensors on the CPU, after verifying its checksum.
 
     Raises:
-        CheckpointError: there is no such file, it cannot be read, it is damaged, or it is no checkpoint of a run.
+        CheckpointError: there is no such file, it is damaged, or it is no checkpoint of a run.
+        MachineError: it cannot be read for another reason than damage: no right to, or too little memory.
     """
     path = Path(path)
-    if not os.path.lexists(path):
-        raise CheckpointError(f"no checkpoint at {path}; {_what_is_there(path.parent)}")
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"no checkpoint at {path}; {_what_is_there(path.parent)}") from None
+    except OSError as error:  # a folder above is closed to this user
+        raise MachineError(f"{path} cannot be read: {error.strerror}") from error
     if not os.path.isfile(path):
         what = "a link that leads nowhere" if path.is_symlink() and not os.path.exists(path) else "no regular file"
         raise CheckpointError(f"{path} is {what}")
     try:
         verify(path)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        damaged = error.errno == errno.EIO  # of the disk; anything else is no fault of the file
+        raise (CheckpointError if damaged else MachineError)(f"{path} cannot be read: {error.strerror}") from error
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        if isinstance(error, OSError) or is_out_of_main_memory(error):
+            raise MachineError(f"{path} is whole, but cannot be read: {first_line(error)}") from error
         raise CheckpointError(f"{path} is not a checkpoint of this program: {first_line(error)}") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of a training run")
@@ -228,11 +237,17 @@ class _HashingFile:
 
 
 def checkpoints_in(folder):
-    """Return the paths of the folder's checkpoints: last.pt, the latest epochs first, best.pt, the one before last.pt."""
+    """Return the paths of the folder's checkpoints: last.pt, the latest epochs first, best.pt, the one before last.pt.
+
+    Raises:
+        MachineError: the folder cannot be looked into now. It is not empty for that: a new run would delete what is there.
+    """
     try:
         names = os.listdir(folder)
-    except OSError:  # no such folder, or one that is closed to this user
+    except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise MachineError(f"{folder} cannot be looked into: {error.strerror}") from error
     epochs = {int(found[1]): name for name in names if (found := EPOCH_PATTERN.fullmatch(name))}
     latest_first = [epochs[number] for number in sorted(epochs, reverse=True)]
     return [Path(folder) / name for name in (LAST, *latest_first, BEST, PREVIOUS) if name in names]
@@ -257,6 +272,7 @@ def newest_good(folder):
 
     Raises:
         CheckpointError: there are checkpoints and none of them is whole.
+        MachineError: one that may be whole cannot be read; an earlier one would cost the work after it.
     """
     problems = []
     for path in by_progress(checkpoints_in(folder)):

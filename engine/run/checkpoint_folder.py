@@ -20,7 +20,7 @@ from engine.run.checkpoint_files import (
     position,
 )
 from engine.system.distributed import any_process, rank, run_on_rank0
-from engine.system.errors import CheckpointError, TrainingStopped
+from engine.system.errors import CheckpointError, MachineError, TrainingStopped
 from engine.system.files import copy_file, delete_leftovers
 
 RETRY_SECONDS = 60.0  # after a save that failed
@@ -81,7 +81,7 @@ class CheckpointFolder:
                 if checkpoint["best"] == best or checkpoint["epoch"] > best["epoch"]:
                     return best  # a later one is of epochs that the resumed run trains again
                 problem = f"it is of epoch {checkpoint['epoch']}"
-            except CheckpointError as error:
+            except (CheckpointError, MachineError) as error:
                 problem = str(error)
         candidates = checkpoints_in(self.folder)
         if other_folder.resolve() != self.folder.resolve():
@@ -93,7 +93,7 @@ class CheckpointFolder:
                         copy_file(path, there)
                         self.log(f"note: {BEST}, the weights of epoch {best['epoch']}, is made from {path}: {problem}")
                         return best
-                except (CheckpointError, OSError) as error:
+                except (CheckpointError, MachineError, OSError) as error:
                     self.log(f"WARNING: {BEST} could not be made from {path}: {error}")
         self.log(
             f"WARNING: the best weights so far ({best['top1']:.2f} % in epoch {best['epoch']}) are not in {there} any more: "
@@ -127,7 +127,9 @@ class CheckpointFolder:
 
     def _write(self, checkpoint):
         """Return (whether everything is on disk, what best.pt holds)."""
-        self.lock.require()
+        with contextlib.suppress(OSError):  # which the save meets as well
+            if note := self.lock.require():
+                self.log(note)
         if self.mirror is not None:
             self.mirror.lock.require()
         best, at_best, epochs = checkpoint["best"], self.best, checkpoint["epoch"]
@@ -157,7 +159,7 @@ class CheckpointFolder:
             self.mirror.offer(written, (epochs, checkpoint["batch"]), checkpoint["ledger"]["saves"])
         for path, error in failed.items():
             self.log(f"WARNING: {path.name}, {due[path]}, could not be written: {error}. {LAST} is saved")
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, MachineError):
             self._prune()
         return not failed, at_best
 

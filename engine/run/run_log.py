@@ -34,6 +34,7 @@ class RunLog:
         if self._is_main and log_file is not None:
             try:
                 Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+                _require_text(log_file)
                 handler = logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace")
             except OSError as error:
                 raise UserError(f"log_file = {log_file!r} cannot be written to: {error}") from error
@@ -87,6 +88,14 @@ class RunLog:
             raise
         except Exception as error:
             self.log(f"WARNING: {trouble}: {first_line(error)}. The run goes on")
+
+
+def _require_text(log_file):
+    """Raise UserError if there is a file that is no text: a line behind a checkpoint or an image would damage it."""
+    if Path(log_file).is_file():
+        with open(log_file, "rb") as file:
+            if b"\0" in file.read(1 << 16):
+                raise UserError(f"log_file = {str(log_file)!r} is there and is no text: name another file with --log-file")
 
 
 def _complain_of_the_log(record):

@@ -31,6 +31,10 @@ class InUse(CheckpointError):
     exit_code = TRY_LATER
 
 
+class MachineError(UserError):
+    """The machine does not give what is needed: a right, memory, open files. What it was needed for may be good."""
+
+
 class TrainingStopped(UserError):
     """The run cannot go on; what is on disk is good."""
 
@@ -44,6 +48,12 @@ def launched_rank():
 def first_line(error):
     """Return the first line of an exception's message, or its kind if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def is_out_of_main_memory(error):
+    """Return whether an exception says that the machine gives no more main memory, processes or threads."""
+    said = ("can't allocate memory", "not enough memory", "can't start new thread")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in said))
 
 
 def run_program(name, main, *arguments, needs_output=False):
@@ -70,4 +80,16 @@ def run_program(name, main, *arguments, needs_output=False):
         return 128 + signal.SIGPIPE
     except OutputLost as error:
         print(f"{name}: standard output cannot be written to: {error.strerror}", file=sys.stderr)
+        return 1
+    except OSError as error:  # a full disk, a right that is missing, a folder that is gone
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_main_memory(error):
+            raise
+        print(
+            f"{name}: the machine gives no more memory, processes or threads ({first_line(error)}): end other programs, raise "
+            "the limits (ulimit -a; a container's), or lower --batch-size or --num-workers",
+            file=sys.stderr,
+        )
         return 1

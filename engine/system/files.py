@@ -25,7 +25,7 @@ def path_argument(text):
     """
     if ADDRESS.match(text):
         raise argparse.ArgumentTypeError(f"{text}: must be {NO_ADDRESS}")
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))  # a user who is not known stays as written
 
 
 def path_text(text):

@@ -39,7 +39,7 @@ class StopRequest:
 
     Args:
         interrupting: until begin() is called the flag is not waited for: the main thread gets a KeyboardInterrupt, too. So
-            ends what takes long and has nothing to save.
+            ends what takes long and has nothing to save, and later while_waiting().
     """
 
     def __init__(self, interrupting=False):
@@ -117,6 +117,28 @@ class StopRequest:
         """Raise Interrupted if somebody asked the run to stop."""
         if self.cause is not None:
             raise Interrupted(self.cause, self.exit_code)
+
+    def while_waiting(self, items):
+        """Yield the items; end once somebody asked the run to stop, even if the next one does not come.
+
+        Only the wait for an item is broken off: what is done between two of them is not.
+        """
+        items, end = iter(items), object()
+        item = None
+        while item is not end:
+            try:
+                self._interrupting = True  # before the look at the cause: nothing is missed between the two
+                item = end if self.cause is not None else next(items, end)
+                self._interrupting = False
+            except KeyboardInterrupt:
+                if self.cause is None:
+                    raise
+                return
+            except BaseException:
+                self._interrupting = False
+                raise
+            if item is not end:
+                yield item
 
     def between(self, items):
         """Yield the items; raise Interrupted before the next one once somebody asked the run to stop."""

@@ -106,6 +106,8 @@ class FolderLock:
         self.note = None  # how it was taken over, if it was
         self.lost_to = None
         self._made_folder = False
+        self._folder = None  # what tells the folder from another one under its name, once the lock is held
+        self._is_replaced, self._looking = False, threading.Lock()
         self._released = threading.Event()
 
     def acquire(self, log):
@@ -114,6 +116,7 @@ class FolderLock:
             self._made_folder = not self.path.parent.exists()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._acquire(log)
+            self._folder = _identity(self.path.parent)
         except OSError as error:
             reason = error.strerror or error
             raise CheckpointError(f"{self.name} = {str(self.path.parent)!r} cannot be written to: {reason}") from error
@@ -151,12 +154,30 @@ class FolderLock:
         return None if holder == self.me else holder
 
     def require(self):
-        """Raise TrainingStopped if somebody else has taken the lock over: this process was silent for too long."""
+        """Return a line to log where the folder was gone, and is made anew; None where it is there.
+
+        Raises:
+            TrainingStopped: somebody else has taken the lock over, this process having been silent for too long; or the folder
+                was moved away or deleted, and another one with files in it is in its place.
+            OSError: the folder cannot be made anew.
+        """
+        note = None
+        if self._folder is not None and not self.path.parent.exists():
+            self.path.parent.mkdir(parents=True)
+            self._folder = _identity(self.path.parent)
+            note = f"WARNING: {self.path.parent} was gone, moved away or deleted, and is made anew; what lay there is not in it"
+        self._look()
+        if self._is_replaced:
+            raise TrainingStopped(
+                f"{self.path.parent} is not this run's folder any more, which was moved away or deleted: another one with "
+                "files in it is there, and nothing is written to it. Go on with the run where its folder is now: --resume PATH"
+            )
         if self.lost_to is not None:
             raise TrainingStopped(
                 f"{self.path.parent} was taken over by {self.lost_to}, since this process had given no sign of life for "
-                f"{SILENCE_SECONDS:.0f} s; nothing more is written here"
+                f"{SILENCE_SECONDS:.0f} s, or since the folder was moved away; nothing more is written here"
             )
+        return note
 
     def _create(self, path=None):
         """Create the lock file, or another one, with this process in it; return whether it was not there before."""
@@ -242,11 +263,23 @@ class FolderLock:
 
     def _show_life(self):
         while not self._released.wait(SIGN_OF_LIFE_SECONDS):
-            with contextlib.suppress(OSError):  # an unreachable folder: silence is what others are to notice
-                holder = self._holder()
-                if holder is None and not self._released.is_set():
-                    self._create()  # deleted by hand
-                elif holder == self.me:
-                    os.utime(self.path)
-                elif holder != UNKNOWN:
-                    self.lost_to = holder
+            self._look()
+
+    def _look(self):
+        """See who holds the lock, and give a sign of life if it is this process; make the file again where it was deleted."""
+        with self._looking, contextlib.suppress(OSError):  # an unreachable folder: silence is what others are to notice
+            holder = self._holder() if self._folder is not None else None
+            if holder == self.me:
+                os.utime(self.path)
+            elif holder is not None and holder != UNKNOWN:
+                self.lost_to = holder
+            elif holder is None and self._folder is not None and not self._released.is_set():
+                # of a folder in the place of the run's own, an empty one will do
+                self._is_replaced = _identity(self.path.parent) != self._folder and any(os.scandir(self.path.parent))
+                if not self._is_replaced:
+                    self._create()
+
+
+def _identity(folder):
+    about = os.stat(folder)
+    return about.st_dev, about.st_ino

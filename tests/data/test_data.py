@@ -1,5 +1,9 @@
+import contextlib
 import itertools
+import os
 import re
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +21,7 @@ from engine.data.loader import IMAGENET_MEAN, IMAGENET_STD, BatchLoader
 from engine.data.splits import open_splits
 from engine.preparation import finding
 from engine.system.errors import DataError
-from engine.system.interruption import StopRequest
+from engine.system.interruption import Interrupted, StopRequest
 
 CPU = torch.device("cpu")
 SMALL = CONFIG | {"train_resolution": 32, "val_resolution": 32, "batch_size": 8, "num_workers": 0}
@@ -194,6 +198,29 @@ def test_a_pass_broken_off_leaves_nothing_in_the_next_one(image_tree):
     batches.close()
 
 
+@pytest.mark.parametrize("asks", ["a signal", "another thread"])
+@pytest.mark.parametrize("taken", [0, 1])
+def test_a_run_that_is_asked_to_stop_does_not_wait_for_images_that_do_not_come(asks, taken, image_tree):
+    config, splits = SMALL | {"num_workers": 1}, open_splits(image_tree)
+    with StopRequest() as stop, contextlib.closing(BatchLoader(splits, config, CPU, torch.float32, stop, print)) as loader:
+        (worker,) = loader.worker_states()
+        batches = loader.training(training_requests(splits["train"], config, 0), set())
+        for _ in range(taken):
+            next(batches)
+        os.kill(worker, signal.SIGSTOP)  # as one that waits for a network disk
+        ask = (os.kill, (os.getpid(), signal.SIGTERM)) if asks == "a signal" else (stop.request, ("a notice", 143))
+        threading.Timer(0.2, *ask).start()
+        woken = []
+        awake = threading.Timer(20, lambda: woken.append(os.kill(worker, signal.SIGCONT)))  # a failure is no wait without end
+        awake.start()
+        with pytest.raises(Interrupted) as stopped:
+            for _ in batches:  # those that it has made before
+                pass
+        assert stopped.value.exit_code == 143 and not woken
+        awake.cancel()
+    assert not Path(f"/proc/{worker}").exists()
+
+
 def test_batches_need_no_room_in_dev_shm(image_tree):
     config = SMALL | {"num_workers": 2}
     splits = open_splits(image_tree)
@@ -248,6 +275,15 @@ def test_too_many_bad_images_stop_the_run(damaged_tree):
         list(server(splits, SMALL | {"max_bad_images": 1}).training(requests, set()))
 
 
+def test_a_run_that_too_many_bad_images_have_stopped_goes_on_once_they_are_mended(image_tree, damaged_tree):
+    for tree, stops in ((image_tree, False), (damaged_tree, True)):
+        splits, known = open_splits(tree), {3, 7, 11}  # as the checkpoint knows them
+        batches = server(splits, SMALL | {"max_bad_images": 1}).training(training_requests(splits["train"], SMALL, 0), known)
+        with pytest.raises(DataError) if stops else contextlib.nullcontext():
+            assert list(batches)
+        assert known == {3, 7, 11}
+
+
 def test_a_bad_validation_image_stops_the_run_and_is_named(damaged_tree):
     (damaged_tree / "val/class0/004.jpg").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"class0/004\.jpg cannot be read"):
@@ -260,5 +296,10 @@ def test_a_data_set_of_nothing_readable_is_called_so(tmp_path):
         for number in range(8):
             (tmp_path / split / "a" / f"{number}.jpg").write_bytes(b"no image")
     splits = open_splits(tmp_path)
-    with pytest.raises(DataError, match="in a row could not be read"):
-        list(server(splits).training(training_requests(splits["train"], SMALL, 0), set()))
+    for workers in (0, 1):
+        loader = server(splits, SMALL | {"num_workers": workers})
+        with pytest.raises(
+            DataError, match=r"^100 images in a row could not be read, the last: a/\d\.jpg \(ValueError: [^\n]*$"
+        ):
+            list(loader.training(training_requests(splits["train"], SMALL, 0), set()))
+        loader.close()

@@ -1,5 +1,7 @@
 """A checkpoint of this program is never taken for plain weights, and what another program's checkpoint has besides is told."""
 
+import resource
+
 import pytest
 import torch
 from conftest import run_here, tiny_run
@@ -9,6 +11,7 @@ import evaluate
 from config import CONFIG
 from engine.cli.command_line import parse_command_line
 from engine.data.splits import open_splits
+from engine.inference.export import export
 from engine.inference.networks import load_networks
 from engine.inference.weight_files import find_weights
 from engine.run import checkpoint_files
@@ -109,3 +112,15 @@ def test_a_checkpoint_saved_again_without_its_optimizer_is_read_as_its_run_says_
     stripped.write_bytes(content)
     with pytest.raises(CheckpointError, match="stripped.pt is damaged: the checksum of .*/data/"):
         find_weights(str(stripped), "resnet18")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_an_export_that_the_disk_has_no_room_for_fails_as_any_file_does_and_leaves_nothing(suffix, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            export(torch.nn.Linear(100, 100), str(tmp_path / f"model{suffix}"), {"blurs": []})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []

@@ -100,6 +100,19 @@ def test_a_file_that_becomes_shorter_during_the_run_is_an_error_not_a_wrong_imag
     assert split.read(0) == open_splits(image_tree)["train"].read(0)
 
 
+def test_an_image_is_named_though_its_file_was_cut_deleted_or_replaced_since(image_tree, tmp_path):
+    path = pack_folder(image_tree, tmp_path / "packed") / "train.arrow"
+    split = PackedSplit(path)
+    last = len(split) - 1
+    name = split.name(last)
+    path.with_name("val.arrow").rename(path)  # has fewer images
+    assert split.name(last) == name
+    path.unlink()
+    assert split.name(last) == name
+    os.truncate(f"/proc/self/fd/{split._file.fileno()}", split.position(last)[0])
+    assert split.name(last) == f"{split.classes[-1]}/row {last}"
+
+
 def test_a_foreign_arrow_file_is_refused(tmp_path):
     import pyarrow as pa
 

@@ -4,10 +4,14 @@ import http.client
 import json
 import re
 import shutil
+import socket
+import struct
 
 import pytest
 from browser import CHROMIUM, browser
 from conftest import HOSTILE, finish, run_with_a_hostile_class, start_program, wait_for
+
+from engine.report import serving
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +114,15 @@ def test_a_folder_without_a_run_is_waited_for_and_a_taken_port_is_said(served, t
     assert "Nothing to report yet" in asked(other, "/")[2]
     process.terminate()
     finish(process)
+
+
+def test_a_browser_that_goes_away_before_its_answer_costs_no_traceback(run, capfd):
+    with serving._Server(("127.0.0.1", 0), serving._Handler) as server:
+        server.daemon_threads = False  # so that they are waited for
+        server.page = serving.Page([run], lambda: ("a report", []))
+        for _ in range(3):
+            with socket.create_connection(server.server_address) as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closed by a reset
+                client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            server.handle_request()
+    assert capfd.readouterr().err == ""

@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import os
 import pickle
@@ -11,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 
 from config import CONFIG
 from engine.run import checkpoint_files
 from engine.run.checkpoint_folder import CheckpointFolder, all_finite
-from engine.system.errors import CheckpointError, TrainingStopped
+from engine.system.errors import CheckpointError, MachineError, TrainingStopped
 from engine.system.interruption import StopRequest
 from engine.system.lock import LOCK, FolderLock
 
@@ -41,6 +43,17 @@ class State:
 def folder_for(path, said=None, **changes):
     config, log = CONFIG | {"checkpoint_dir": str(path)} | changes, (said if said is not None else []).append
     return CheckpointFolder(config, {"recipe": "seed"}, FolderLock(Path(path) / LOCK, "", ""), StopRequest(), log)
+
+
+@contextlib.contextmanager
+def limit(kind, value):
+    """Let this process have less of something."""
+    soft, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (value, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, (soft, hard))
 
 
 @pytest.fixture
@@ -133,6 +146,36 @@ def test_an_unpickling_attack_does_nothing(tmp_path, sealed):
         if sealed:
             torch.load(path, weights_only=False)
             assert os.path.exists(target)
+
+
+LITTLE_MEMORY = """
+import resource, sys
+from engine.run import checkpoint_files
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (4096 * pages + 2**25, resource.RLIM_INFINITY))
+checkpoint_files.newest_good(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("lacking", [pytest.param("memory", marks=pytest.mark.slow), "open files"])
+def test_a_last_pt_that_the_machine_cannot_read_now_is_not_passed_over_for_an_earlier_one(lacking, tmp_path):
+    checkpoint_files.write(tmp_path / "last.pt", CONTENTS | {"weights": torch.zeros(2**24 if lacking == "memory" else 1)})
+    checkpoint_files.write(tmp_path / "epoch_001.pt", CONTENTS | {"epoch": 1})
+    if lacking == "memory":
+        done = subprocess.run([sys.executable, "-c", LITTLE_MEMORY, tmp_path], cwd=REPOSITORY, capture_output=True, text=True)
+        assert "MachineError" in done.stderr and "last.pt is whole, but cannot be read" in done.stderr
+    else:
+        with limit(resource.RLIMIT_NOFILE, 3):
+            with pytest.raises(MachineError, match="last.pt cannot be read: Too many open files"):
+                checkpoint_files.read(tmp_path / "last.pt")
+            with pytest.raises(MachineError, match="cannot be looked into"):  # else a new run would begin, and delete this one
+                checkpoint_files.newest_good(tmp_path)
+    assert checkpoint_files.newest_good(tmp_path)[0].name == "last.pt"
+
+
+def test_a_checkpoint_that_is_out_of_reach_is_not_said_to_be_missing(tmp_path):
+    with pytest.raises(MachineError, match="cannot be read: File name too long"):
+        checkpoint_files.read(tmp_path / ("a" * 300))
 
 
 def test_a_damaged_last_is_passed_over_for_the_newest_good_one(tmp_path):

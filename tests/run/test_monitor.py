@@ -17,6 +17,7 @@ from engine.run.ledger import Ledger
 from engine.run.monitor import Monitor
 from engine.run.telemetry import GpuFigures
 from engine.run.throughput import Throughput
+from engine.system.errors import UserError
 from engine.training.forecast import Forecast
 from engine.training.metrics import TrainingMetrics
 
@@ -152,3 +153,10 @@ def test_curves_are_drawn_at_first_at_last_and_now_and_then(tmp_path, monkeypatc
                 monkeypatch.setattr("engine.run.epoch_records.time.monotonic", lambda: 1e9)  # much later
             monitor.show_epoch(monitor.write_record({"epoch": epoch} | figures))
     assert drawn == [1, 4, 6]
+
+
+def test_a_log_is_never_written_behind_a_file_that_is_no_text(tmp_path):
+    (tmp_path / "best.pt").write_bytes(b"PK\x03\x04\x00\x00")
+    with pytest.raises(UserError, match=r"best\.pt' is there and is no text: name another file with --log-file"):
+        Monitor(str(tmp_path / "best.pt"), CPU)
+    assert (tmp_path / "best.pt").read_bytes() == b"PK\x03\x04\x00\x00"

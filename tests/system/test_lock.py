@@ -10,11 +10,15 @@ import threading
 import time
 
 import pytest
+import torch
 from conftest import figures, finish, run_program, start_driver, start_program, tiny_run, wait_for
 
+from config import CONFIG
 from engine.run import checkpoint_files
+from engine.run.checkpoint_folder import CheckpointFolder
 from engine.system import lock
 from engine.system.errors import CheckpointError, TrainingStopped
+from engine.system.interruption import StopRequest
 
 
 def hold(folder, said=None):
@@ -195,6 +199,46 @@ def test_a_run_whose_folder_was_taken_over_writes_nothing_more(tmp_path, monkeyp
         with pytest.raises(TrainingStopped, match="was taken over by process .* on node7"):
             ours.require()
     assert json.loads((tmp_path / "run" / lock.LOCK).read_text())["host"] == "node7"  # not ours to delete
+
+
+def folder_of(lock_of_run, said):
+    config = CONFIG | {"checkpoint_dir": str(lock_of_run.path.parent)}
+    return CheckpointFolder(config, {"recipe": "seed"}, lock_of_run, StopRequest(), said.append)
+
+
+class State:
+    """What CheckpointFolder asks of a TrainState."""
+
+    def state_dict(self):
+        return {"epoch": 1, "batch": 2, "best": {"top1": 0.0, "epoch": 0, "weights": "raw"}, "model": {"w": torch.ones(3)}}
+
+
+@pytest.mark.parametrize("is_made_by_hand", [False, True])
+def test_a_run_whose_folder_was_moved_away_goes_on_saving_under_its_name(is_made_by_hand, tmp_path):
+    said = []
+    with hold(tmp_path / "run") as ours:
+        checkpoints = folder_of(ours, said)
+        assert checkpoints.save(State())
+        (tmp_path / "run").rename(tmp_path / "moved")
+        if is_made_by_hand:
+            (tmp_path / "run").mkdir()
+        assert checkpoints.save(State())
+        assert checkpoint_files.read(tmp_path / "run/last.pt")["batch"] == 2
+        assert (tmp_path / "run" / lock.LOCK).exists()
+        assert ["made anew" in line for line in said] == [True] * (not is_made_by_hand)
+
+
+def test_a_run_whose_folder_was_moved_away_leaves_another_runs_files_there_alone(tmp_path):
+    with hold(tmp_path / "run") as ours:
+        checkpoints = folder_of(ours, [])
+        checkpoints.save(State())
+        (tmp_path / "run").rename(tmp_path / "moved")
+        with hold(tmp_path / "run"):  # another run, which comes and goes between two looks of the first
+            (tmp_path / "run/last.pt").write_bytes(b"another run's")
+        with pytest.raises(TrainingStopped, match="is not this run's folder any more"):
+            checkpoints.save(State())
+    assert (tmp_path / "run/last.pt").read_bytes() == b"another run's"
+    assert checkpoint_files.read(tmp_path / "moved/last.pt")["batch"] == 2
 
 
 @pytest.mark.slow
