@@ -277,6 +277,31 @@ def load_weights(model, found, classes):
         why = f"{there:,} classes there, {len(classes):,} here" if there != len(classes) else "other classes there"
         lines.append(f"the last layer begins anew ({why})")
         weights |= {key: own[key] for key in ("fc.weight", "fc.bias")}
+    if problems := _differences(own, weights):
+        raise CheckpointError(f"{found.name} holds weights of another network; {problems}; see --architecture")
+    model.load_state_dict({key: weights.get(key, tensor) for key, tensor in own.items()})
+    return lines
+
+
+def load_whole(model, weights, name):
+    """Load all weights of a checkpoint into a network.
+
+    Args:
+        name: of the checkpoint, in words.
+    Raises:
+        CheckpointError: they are not those of this network; names the first that differ.
+    """
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{name} holds weights of another network than model.py builds; {_differences(model.state_dict(), weights)}. "
+            "model.py must be what it was when the run began"
+        ) from error
+
+
+def _differences(own, weights):
+    """Return in words how weights differ from a network's own by name or shape, with the first of each; '' if they do not."""
     missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]  # torch < 0.4.1 has none
     unknown = [key for key in weights if key not in own]
     shapes = [
@@ -285,7 +310,4 @@ def load_weights(model, found, classes):
         if key in weights and weights[key].shape != own[key].shape
     ]
     differing = ("of another shape", shapes), ("missing", missing), ("unknown", unknown)
-    if problems := [f"{what}: {some(names, 3)}" for what, names in differing if names]:
-        raise CheckpointError(f"{found.name} holds weights of another network; {'; '.join(problems)}; see --architecture")
-    model.load_state_dict({key: weights.get(key, tensor) for key, tensor in own.items()})
-    return lines
+    return "; ".join(f"{what}: {some(names, 3)}" for what, names in differing if names)
