@@ -70,12 +70,14 @@ def test_a_missing_split_is_named(tmp_path, missing):
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        (["cat_1.jpg", "cat_2.jpg", "dog_1.JPG"], "3 images lie outside of class folders (cat_1.jpg, cat_2.jpg, dog_1.JPG)"),
+        (["cat_1.jpg", "cat_2.jpg", "dog_1.JPG"], "3 images outside of class folders (cat_1.jpg, cat_2.jpg, dog_1.JPG)"),
         (["train/1.jpg", "val/1.jpg"], "outside of class folders"),
         (
             ["train/a/1.heic", "val/a/2.avif"],
             "2 files are not named as images (train/a/1.heic, val/a/2.avif): these end in .jpg,",
         ),
+        (["val/1.jpg", "val/a/2.jpg"], "train/<class>/ in the folder {folder}. 1 image outside of class folders (val/1.jpg)"),
+        (["val/a/2.jpg", "val/b/2.jpg"], "in the folder {folder}. Prepare ImageNet there"),
         (["a/1.heic", "b/.DS_Store"], "1 file is not named as an image (a/1.heic): these end in .jpg,"),
     ],
 )
@@ -86,7 +88,7 @@ def test_what_lies_there_in_place_of_class_folders_is_said(tmp_path, files, said
     for share in (0.0, 0.2):
         with pytest.raises(DataError) as error:
             open_splits(tmp_path, val_share=share)
-        assert said in str(error.value)
+        assert said.format(folder=tmp_path) in str(error.value)
 
 
 def test_a_file_in_place_of_the_folder_is_said(tmp_path):
