@@ -76,6 +76,8 @@ def read_checkpoint(path):
         CheckpointError: as of checkpoint_files.read; or what its weights cannot be used without is no longer there.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; {checkpoint_files.what_is_there(path)}: name a file in it")
     try:
         return checkpoint_files.read(path), ()
     except checkpoint_files.NotSealedError as error:
@@ -185,7 +187,8 @@ def _read_tensors(path, take_average=False, no_checkpoint=None):
             raise CheckpointError(
                 f"{path} holds pickled objects, which could run any code and are not loaded: save the network's state_dict()"
             ) from error
-        raise CheckpointError(f"{path} holds no weights: {first_line(error)}") from error
+        why = "torch.save has not written it, or it is damaged" if "weights_only" in str(error) else first_line(error)
+        raise CheckpointError(f"{path} holds no weights: {why}") from error
     if _is_checkpoint(contents):
         raise no_checkpoint or CheckpointError(f"{path} is a checkpoint of this program")
     _require_undamaged(path)

@@ -82,7 +82,7 @@ def read(path):
     """
     path = Path(path)
     if not os.path.lexists(path):
-        raise CheckpointError(f"no checkpoint at {path}; {_what_is_there(path.parent)}")
+        raise CheckpointError(f"no checkpoint at {path}; {what_is_there(path.parent)}")
     if not os.path.isfile(path):
         what = "a link that leads nowhere" if path.is_symlink() and not os.path.exists(path) else "no regular file"
         raise CheckpointError(f"{path} is {what}")
@@ -269,7 +269,8 @@ def newest_good(folder):
     return None, None, []
 
 
-def _what_is_there(folder):
+def what_is_there(folder):
+    """Return in words which checkpoints a folder holds."""
     names = [p.name for p in checkpoints_in(folder)]
     return f"found {', '.join(names)} there" if names else f"there is none in {folder}"
 
