@@ -49,7 +49,7 @@ def fetch_images(config, log):
 def _fetch(store, folder, log):
     listing, _ = store.read(CHECKSUMS)
     if listing is None:
-        there = what_is_there(store)
+        there = _what_is_there(store)
         raise DataError(f"{store.url} holds no {CHECKSUMS}, {there}: copy the folder that prepare_data.py wrote there")
     checksums, sizes = _checksums_in(listing, store), {}
     for name in checksums:
@@ -69,7 +69,7 @@ def _fetch(store, folder, log):
         file.write(listing)
 
 
-def what_is_there(store):
+def _what_is_there(store):
     try:
         found = store.some_names()
     except StorageError as error:
