@@ -161,7 +161,7 @@ class CheckpointFolder:
             self._prune()
         return not failed, at_best
 
-    def mirrorwhat_is_there(self, state):
+    def mirror_what_is_there(self, state):
         """Have the checkpoints of a run that goes on at last.pt uploaded; what the mirror has is not sent again."""
         if self.mirror is not None and self.is_saved:
             names = [path.name for path in checkpoints_in(self.folder) if path.name in (LAST, BEST)]

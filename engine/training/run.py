@@ -79,7 +79,7 @@ class Run:
         self.monitor.forecast = Forecast(self.config, counts, self.ledger)
         if resumed:
             self.checkpoints.find_best(*resumed)
-            self.checkpoints.mirrorwhat_is_there(state)
+            self.checkpoints.mirror_what_is_there(state)
         came_from = Path(resumed[1]).parent if resumed else None
         self.monitor.open_records(self.config, self.checkpoints.folder, state.epoch, came_from)
         self.state = state
