@@ -13,7 +13,7 @@ from engine.training.activation_checkpointing import with_activation_checkpointi
 from engine.training.loss import start_bias_for
 from engine.training.sync_batch_norm import synced_batch_norm
 
-LAYERS = {
+LAYERS = {  # the names that --architecture admits stand in engine/cli/keys.py
     "resnet18": (BasicBlock, [2, 2, 2, 2]),
     "resnet34": (BasicBlock, [3, 4, 6, 3]),
     "resnet50": (Bottleneck, [3, 4, 6, 3]),

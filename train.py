@@ -2,7 +2,7 @@
 
 python train.py                                the seed's run on data/imagenet
 python train.py --recipe demo                  minutes on a CPU, no download
-python train.py --recipe mild                  for most people: 76.19 % published, about 12 hours on a T4 (calculated)
+python train.py --recipe mild                  for most people: 76.19 % published, about 13 hours on a T4 (calculated)
 python train.py --hours 12                     the best published recipe for a budget; --plan only says what it would take
 python train.py --resume checkpoints/last.pt   go on where a run was stopped; --resume auto takes the newest good file
 torchrun --nproc_per_node=4 train.py           the same run on four GPUs

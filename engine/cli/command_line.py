@@ -19,7 +19,24 @@ from engine.system.errors import launched_rank
 
 TOP = Path(__file__).resolve().parents[2]  # where config.py and the programs lie
 PATH_FLAGS = ("resume", "output")  # the programs' own flags that name a place
-OTHERS_NAMES = {"--pretrained": "; weights to begin with: --initial-weights FILE, or torchvision:IMAGENET1K_V2"}
+WEIGHTS_HINT = "; weights to begin with: --initial-weights FILE, or torchvision:IMAGENET1K_V2"
+SIZE_HINT = "; the sizes are --train-resolution and --val-resolution"
+OTHERS_NAMES = {  # what other programs call it: what to say
+    "--pretrained": WEIGHTS_HINT,
+    "--weights": WEIGHTS_HINT,
+    "--lr": "; did you mean --learning-rate?",
+    "--wd": "; did you mean --weight-decay?",
+    "--model": "; did you mean --architecture?",
+    "--arch": "; did you mean --architecture?",
+    "--amp": "; did you mean --precision?",
+    "--output-dir": "; did you mean --checkpoint-dir?",
+    "--auto-augment": "; did you mean --augmentation?",
+    "--img-size": SIZE_HINT,
+    "--image-size": SIZE_HINT,
+    "--num-classes": "; the classes are the class folders in --data-dir",
+    "--gpus": "; several GPUs: torchrun --nproc_per_node=N train.py",
+    "--evaluate": "; scores: python evaluate.py CHECKPOINT",
+}
 MISSING = object()  # in place of a flag's value
 
 
@@ -149,7 +166,7 @@ def key_comments():
     """Return {key: the comment beside it in config.py}; the comment is the key's help."""
     source = (TOP / "config.py").read_text(encoding="utf-8")
     source = source[source.index("\nHYPERPARAMETERS = {") : source.index("\nCONFIG = ")]
-    return dict(re.findall(r'^    "(\w+)": .*?,  # (.*)$', source, flags=re.MULTILINE))
+    return dict(re.findall(r'^    "(\w+)": .*?, *# *(.*)$', source, flags=re.MULTILINE))
 
 
 def build_parser(program, usage, own_flags, for_help=False):
@@ -173,8 +190,9 @@ def build_parser(program, usage, own_flags, for_help=False):
             takes = {"metavar": value.strip("[]"), "nargs": "?", "const": ""}
         group.add_argument(f"--{name}", dest=name.replace("-", "_"), help=text, **takes)
     group = parser.add_argument_group(f"configuration ({program} --key value; defaults of the seed recipe in brackets)")
-    for key, comment in key_comments().items():
-        text = f"[{CONFIG[key]}] {comment}".replace("%", "%%")
+    comments = key_comments()
+    for key, default in CONFIG.items():
+        text = f"[{default}] {comments.get(key, '')}".replace("%", "%%")
         group.add_argument(flag_of(key), dest=key, metavar="", help=text, **optional)
     return parser
 
@@ -188,12 +206,18 @@ def parse_command_line(arguments, own_flags=(), program="train.py"):
     Raises:
         ConfigError: with every problem found, not just the first.
     """
+    if problems := problems_of_keys():
+        raise ConfigError(problems)
     words = [re.sub(r"^--[\w-]+", lambda flag: flag[0].replace("_", "-"), word) for word in arguments]  # both are understood
     parsed, left_over = build_parser(program, "", dict.fromkeys(own_flags, "")).parse_known_args(words)
     known = ["recipe", *(flag.partition(" ")[0].replace("-", "_") for flag in own_flags), *CONFIG]
     values = vars(parsed)
     problems = unknown_flags(left_over, known)
-    problems += [f"{flag_of(name)}: a value is missing" for name, value in values.items() if value is MISSING]
+    problems += [
+        f"{flag_of(name)}: a value is missing" + (f"; it must be {ALLOWED[name].describe()}" if name in ALLOWED else "")
+        for name, value in values.items()
+        if value is MISSING
+    ]
     values = {name: value for name, value in values.items() if value is not MISSING}
     recipe = values.pop("recipe", None)
     flags = {key: ALLOWED[key].read(text) for key, text in values.items() if key in CONFIG}
@@ -210,6 +234,18 @@ def parse_command_line(arguments, own_flags=(), program="train.py"):
     if problems:
         raise ConfigError(problems)
     return Command(config, flags, recipe, options)
+
+
+def problems_of_keys():
+    """Return a line for each key that config.py, or a recipe in it, should not have, or lacks."""
+    own = "; one of your own needs a line in ALLOWED of engine/cli/keys.py"
+    places = {"config.py": CONFIG} | {f"config.py, recipe {name}": recipe for name, recipe in RECIPES.items()}
+    return [
+        f"{place}: {key}: no such key{nearest(key, ALLOWED, '; did you mean {}?', joint='_') or own}"
+        for place, keys in places.items()
+        for key in keys
+        if key not in ALLOWED
+    ] + [f"config.py: {key} is missing" for key in ALLOWED if key not in CONFIG]
 
 
 def unknown_flags(words, known):
@@ -229,10 +265,10 @@ def unknown_flags(words, known):
     return problems
 
 
-def nearest(word, known, text, cutoff=0.6):
-    """Return the text with the known word that is nearest to a word, or '' if none is near."""
+def nearest(word, known, text, cutoff=0.6, joint="-"):
+    """Return the text with the known word that is nearest to a word, or '' if none is near; its parts joined as in flags."""
     found = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
-    return text.format(found[0].replace("_", "-")) if found else ""
+    return text.format(found[0].replace("_", joint)) if found else ""
 
 
 def command_from_terminal(program, usage, own_flags):

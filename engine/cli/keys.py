@@ -74,7 +74,8 @@ class Number(NamedTuple):
         if math.isinf(self.high):
             bounds = f"above {self.low:g}" if self.above_low else f"of at least {self.low:g}"
         else:
-            bounds = f"{'above' if self.above_low else 'from'} {self.low:g} {'up ' if self.above_low else ''}to {self.high:g}"
+            high = f"{self.high:d}" if self.whole else f"{self.high:g}"
+            bounds = f"{'above' if self.above_low else 'from'} {self.low:g} {'up ' if self.above_low else ''}to {high}"
         return f"{kind} {bounds}" + (", or auto" if self.or_auto else "")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from engine.data.images import PACKED_SHORTER_SIDE, image_size, packed_jpeg, training_view
 from engine.preparation.finding import FolderTree, some
-from engine.preparation.forms import form_at, no_form
+from engine.preparation.forms import ARCHIVES, form_at, no_form
 from engine.preparation.packed import PackedSplit, unfinished_files
 from engine.preparation.trees import SPLITS, all_names, open_folders
 from engine.preparation.val_share import class_folders_alone, open_shares, refuse_other_levels
@@ -93,6 +93,8 @@ def _nothing_there(data_dir, splits):
     )
     if not data_dir.exists():
         return f"data_dir = {str(data_dir)!r} does not exist. {advice}"
+    if data_dir.is_file() and not data_dir.name.endswith(ARCHIVES):
+        return f"data_dir = {str(data_dir)!r} is a file. {advice}"
     for split in splits:
         if unfinished_files(data_dir / f"{split}.arrow")[0].exists():
             return f"{data_dir} is being prepared ({split}.arrow is not finished): let prepare_data.py end first"

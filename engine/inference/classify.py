@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from engine.data.images import decode_rgb, validation_view
@@ -17,6 +17,7 @@ from engine.inference.networks import class_labels
 from engine.inference.outputs import SHEET_SOURCE
 from engine.inference.scoring import log_mean_probabilities
 from engine.preparation.finding import FolderTree, LeftOut, files_below, join_path, text_of
+from engine.run.curves import label_font
 from engine.system.device import AUTOCAST_DTYPES, autocast
 from engine.system.errors import UserError
 from engine.system.files import replacing
@@ -175,7 +176,7 @@ def write_contact_sheet(path, predictions, class_names, columns=6):
     width, height = THUMBNAIL + 12, THUMBNAIL + 40
     rows = -(-len(predictions) // columns)
     sheet = Image.new("RGB", (width * min(columns, max(len(predictions), 1)), height * max(rows, 1)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    draw, font = ImageDraw.Draw(sheet), label_font(12)
     for number, prediction in enumerate(predictions):
         left, top = width * (number % columns) + 6, height * (number // columns) + 6
         picture = Image.fromarray(decode_rgb(read(prediction.path)))

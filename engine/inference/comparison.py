@@ -21,7 +21,7 @@ from engine.inference.outputs import (
     user_error_on_failure,
 )
 from engine.inference.provenance import checkpoints_of, images_in_words, is_of_folder
-from engine.inference.scoring import ENSEMBLE, evaluate, seen_in
+from engine.inference.scoring import ENSEMBLE, are_uneven, evaluate, seen_in
 from engine.inference.test_sets import (
     SUBSET_RULE,
     classes_present,
@@ -98,6 +98,7 @@ def _score_members(members, loader, view, resolution, subject, details, real, tr
         view.flip,
         ensemble=subject == ENSEMBLE,
         confusions_of=subject if details else None,
+        by_class=not is_subset and are_uneven(split),
         logits_of=needed,
     )
     crop = _crop_in_words(resolution, view.crop_ratio)
@@ -190,7 +191,9 @@ def delete_details(folder):
 def scores_in_words(scores, classes, view=""):
     """Return top-1, top-5 and loss of evaluate()'s result in words; of the mean with the mirror image for view 'flip_'."""
     top1, top5, loss = (scores[f"{view}{name}"] for name in ("top1", "top5", "loss"))
-    return f"top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f} on {scores['images']:,} images of {classes:,} classes"
+    mean = f", mean of the classes {scores['balanced_top1']:.2f} %" if "balanced_top1" in scores and not view else ""
+    images = f"{scores['images']:,} images of {classes:,} classes{mean}"
+    return f"top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f} on {images}"
 
 
 def note_shared_images(networks):

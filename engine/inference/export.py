@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import torch
+import torchvision
 
 from engine.inference.model_card import accuracy_in_words, facts_of_runs, hub_card, hub_config, model_card, model_facts
 from engine.inference.networks import class_labels
@@ -81,8 +82,27 @@ def export(model, path, facts):
 
         with replacing(path) as file:
             file.write(save(weights, told | {"format": "pt"}))
-    warning = "; mind the blur (see the model card)" if facts["blurs"] else ""
-    return f"wrote {path}: {sum(t.numel() for t in weights.values()):,} numbers with the keys of torchvision's resnet{warning}"
+    keys = " with the keys of torchvision's resnet"
+    if facts["blurs"]:
+        keys += "; mind the blur (see the model card)"
+    elif other := _difference_from_torchvision(model, weights, facts):
+        keys = f"; WARNING: {other}: model.py builds another network"
+    return f"wrote {path}: {sum(t.numel() for t in weights.values()):,} numbers{keys}"
+
+
+def _difference_from_torchvision(model, weights, facts):
+    """Return in words why torchvision's network of this name is another one, by weights or logits; None if it is not."""
+    with torch.device("meta"):
+        network = torchvision.models.get_model(facts["architecture"], num_classes=len(facts["classes"])).eval()
+    try:
+        network.load_state_dict(weights, assign=True)
+    except RuntimeError:
+        return f"torchvision's {facts['architecture']} does not take them"
+    images = torch.randn(2, 3, facts["resolution"], facts["resolution"], generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, logits = model(images), network(images)
+    alike = torch.allclose(logits, expected, rtol=1e-3, atol=1e-3 * max(float(expected.abs().max()), 1.0))
+    return None if alike else f"with them torchvision's {facts['architecture']} gives other logits"
 
 
 def is_folder(path):
@@ -111,6 +131,8 @@ def _export_folder(model, folder, facts):
             f"--export {folder}/: timm would build a {facts['architecture']} without {' and '.join(facts['blurs'])} and score "
             "worse; export ONNX (--export model.onnx), or train with --blur-pool false --blur-max-pool false"
         )
+    if not isinstance(model.fc, torch.nn.Linear):
+        raise UserError(f"--export {folder}/: timm has no network with this last layer; export ONNX (--export model.onnx)")
     sentence = export(model, folder / HUB_WEIGHTS, facts)
     with replacing(folder / HUB_CONFIG, "w") as file:
         file.write(json.dumps(hub_config(facts, model.fc.in_features), indent=2) + "\n")

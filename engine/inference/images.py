@@ -5,6 +5,7 @@ from pathlib import Path
 from engine.data.loader import BatchLoader
 from engine.data.splits import open_splits
 from engine.inference.class_matching import match_classes
+from engine.inference.networks import class_labels
 from engine.preparation.val_share import open_shares, share_digests
 from engine.system.device import AUTOCAST_DTYPES
 from engine.system.errors import DataError
@@ -30,7 +31,7 @@ def open_matching_splits(networks, data_dir, needed):
         )
     splits = next(iter(shares.values()))[0] if shares else open_splits(data_dir, needed)
     for network in networks:
-        outputs = network.model.fc.out_features
+        outputs = len(class_labels(network))
         match_classes(splits["val"], network.classes, outputs, network.path, data_dir, remarks.setdefault)
         orders[network.path] = splits["val"].classes
     first_path, first = next(iter(orders.items()))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from engine.inference.class_matching import read_class_file
-from engine.inference.weight_files import chosen_kinds, read_checkpoint, read_weights, without_prefix
+from engine.inference.weight_files import chosen_kinds, load_whole, read_checkpoint, read_weights, without_prefix
 from engine.run.weights import WEIGHTS
 from engine.system.device import choose_precision
 from engine.system.errors import CheckpointError
@@ -61,9 +61,8 @@ def load_networks(path, kinds, defaults, build):
     facts = {key: value for key, value in checkpoint.items() if key not in tensors}
     networks = []
     for kind in kinds:
-        model = build(config, len(checkpoint["classes"]))
-        model.load_state_dict(without_prefix(checkpoint[WEIGHTS[kind].checkpoint_key]))
-        name = f"{path}, {WEIGHTS[kind].in_words}"
+        model, name = build(config, len(checkpoint["classes"])), f"{path}, {WEIGHTS[kind].in_words}"
+        load_whole(model, without_prefix(checkpoint[WEIGHTS[kind].checkpoint_key]), name)
         names = checkpoint.get("class_names", {})
         share = _share_of_run(checkpoint)
         networks.append(Network(name, path, kind, model, config, checkpoint["classes"], names, facts, share))

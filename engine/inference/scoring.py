@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -12,6 +13,7 @@ from engine.system.errors import DataError
 from engine.system.gpu_memory import retry_in_parts_on_oom
 
 ENSEMBLE = "ensemble"
+UNEVEN = 2  # the largest class has more than so many times the images of the smallest; on ImageNet-1K 1.8
 SEEN_CLASSES = 5
 
 
@@ -21,6 +23,12 @@ class Seen(NamedTuple):
     shares: torch.Tensor  # float32 [N, 5], probabilities of the most probable classes, the most probable first
     classes: torch.Tensor  # int64 [N, 5], which these are
     of_label: torch.Tensor  # float32 [N], probability of the label
+
+
+def are_uneven(images):
+    """Return whether a split's classes differ in their numbers of images so much that one accuracy hides it."""
+    counts = np.bincount(images.labels, minlength=len(images.classes))
+    return bool(counts.max() > UNEVEN * counts.min())
 
 
 @torch.inference_mode()

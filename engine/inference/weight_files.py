@@ -76,6 +76,8 @@ def read_checkpoint(path):
         CheckpointError: as of checkpoint_files.read; or what its weights cannot be used without is no longer there.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; {checkpoint_files.what_is_there(path)}: name a file in it")
     try:
         return checkpoint_files.read(path), ()
     except checkpoint_files.NotSealedError as error:
@@ -185,7 +187,8 @@ def _read_tensors(path, take_average=False, no_checkpoint=None):
             raise CheckpointError(
                 f"{path} holds pickled objects, which could run any code and are not loaded: save the network's state_dict()"
             ) from error
-        raise CheckpointError(f"{path} holds no weights: {first_line(error)}") from error
+        why = "torch.save has not written it, or it is damaged" if "weights_only" in str(error) else first_line(error)
+        raise CheckpointError(f"{path} holds no weights: {why}") from error
     if _is_checkpoint(contents):
         raise no_checkpoint or CheckpointError(f"{path} is a checkpoint of this program")
     _require_undamaged(path)
@@ -277,6 +280,31 @@ def load_weights(model, found, classes):
         why = f"{there:,} classes there, {len(classes):,} here" if there != len(classes) else "other classes there"
         lines.append(f"the last layer begins anew ({why})")
         weights |= {key: own[key] for key in ("fc.weight", "fc.bias")}
+    if problems := _differences(own, weights):
+        raise CheckpointError(f"{found.name} holds weights of another network; {problems}; see --architecture")
+    model.load_state_dict({key: weights.get(key, tensor) for key, tensor in own.items()})
+    return lines
+
+
+def load_whole(model, weights, name):
+    """Load all weights of a checkpoint into a network.
+
+    Args:
+        name: of the checkpoint, in words.
+    Raises:
+        CheckpointError: they are not those of this network; names the first that differ.
+    """
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{name} holds weights of another network than model.py builds; {_differences(model.state_dict(), weights)}. "
+            "model.py must be what it was when the run began"
+        ) from error
+
+
+def _differences(own, weights):
+    """Return in words how weights differ from a network's own by name or shape, with the first of each; '' if they do not."""
     missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]  # torch < 0.4.1 has none
     unknown = [key for key in weights if key not in own]
     shapes = [
@@ -285,7 +313,4 @@ def load_weights(model, found, classes):
         if key in weights and weights[key].shape != own[key].shape
     ]
     differing = ("of another shape", shapes), ("missing", missing), ("unknown", unknown)
-    if problems := [f"{what}: {some(names, 3)}" for what, names in differing if names]:
-        raise CheckpointError(f"{found.name} holds weights of another network; {'; '.join(problems)}; see --architecture")
-    model.load_state_dict({key: weights.get(key, tensor) for key, tensor in own.items()})
-    return lines
+    return "; ".join(f"{what}: {some(names, 3)}" for what, names in differing if names)

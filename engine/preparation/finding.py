@@ -270,6 +270,23 @@ def has_images(tree, path, in_folders_only=False):
     return any(has_images(tree, join_path(path, name)) for name in folders)
 
 
+def in_place_of_classes(tree, splits):
+    """Return in words which images lie outside of class folders, or else what is not named as an image; '' where nothing is.
+
+    Args:
+        splits: names of folders that hold class folders.
+    """
+    left_out = LeftOut()
+    images = images_below(tree, "", left_out)
+    if outside := [path for path in images if "/" not in path or path.count("/") == 1 and path.split("/")[0] in splits]:
+        names = some([text_of(path) for path in outside], EXAMPLES)
+        return f" {len(outside):,} {'image' if len(outside) == 1 else 'images'} outside of class folders ({names})."
+    if images or not (count := left_out.counts.get(OTHER_KIND, 0)):
+        return ""
+    what = f"{count:,} files are not named as images" if count > 1 else "1 file is not named as an image"
+    return f" {what} ({', '.join(left_out.examples[OTHER_KIND])}): these end in {', '.join(IMAGE_SUFFIXES)}."
+
+
 class Labelled(NamedTuple):
     """The images of a split and their labels."""
 

@@ -33,6 +33,7 @@ from engine.preparation.finding import (
     FolderTree,
     LeftOut,
     class_order,
+    in_place_of_classes,
     is_image_name,
     is_junk,
     some,
@@ -143,7 +144,8 @@ def no_form(path):
     archives = [text_of(name) for name in names if name.endswith(ARCHIVES) and not is_junk(name)]
     if len(archives) > 1:
         return f"no images in train/<class>/ in {path}, but {len(archives)} archives ({some(archives, 3)}): name one."
-    return f"no images in train/<class>/ in the folder {path}."
+    splits = {name for split in SPLITS for name in trees.all_names(split)}
+    return f"no images in train/<class>/ in the folder {path}.{in_place_of_classes(FolderTree(path), splits)}"
 
 
 def known_forms():

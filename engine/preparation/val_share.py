@@ -90,6 +90,11 @@ def refuse_other_levels(tree, folder, where):
     if folder:
         return
     inside = _with_images(tree, "")
+    if len(inside) > 1 and all(_name(each).lower() in SPLIT_WORDS for each in inside):
+        raise DataError(
+            f"{where}: {_some(inside)} look like splits, not classes, and their images lie outside of class folders: sort them "
+            "into train/<class>/ and val/<class>/"
+        )
     while len(inside) == 1 and inside == _folders_of_folders(tree, folder):
         (folder,) = inside
         inside = _with_images(tree, folder)

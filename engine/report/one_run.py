@@ -71,6 +71,8 @@ def results(run, price_per_hour):
         ("best validation top-1", f"{percent(top1)}, epoch {epoch}, {best_weights.in_words}, {conditions(run)}"),
         ("its top-5", percent(best.get(f"{best_weights.column}_top5"))),
     ]
+    if best.get(f"{best_weights.column}_balanced_top1") is not None:
+        rows.append(("its mean of the classes' accuracies", percent(best[f"{best_weights.column}_balanced_top1"])))
     if best.get(f"{best_weights.column}_flip_top1") is not None:
         rows.append(("the same with image and mirror image", percent(best[f"{best_weights.column}_flip_top1"])))
     for weights in WEIGHTS.values():

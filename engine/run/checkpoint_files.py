@@ -86,7 +86,7 @@ def read(path):
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"no checkpoint at {path}; {_what_is_there(path.parent)}") from None
+        raise CheckpointError(f"no checkpoint at {path}; {what_is_there(path.parent)}") from None
     except OSError as error:  # a folder above is closed to this user
         raise MachineError(f"{path} cannot be read: {error.strerror}") from error
     if not os.path.isfile(path):
@@ -285,7 +285,8 @@ def newest_good(folder):
     return None, None, []
 
 
-def _what_is_there(folder):
+def what_is_there(folder):
+    """Return in words which checkpoints a folder holds."""
     names = [p.name for p in checkpoints_in(folder)]
     return f"found {', '.join(names)} there" if names else f"there is none in {folder}"
 

@@ -1,6 +1,11 @@
 """Pictures: a run's curves and the learning-rate range test."""
 
+import importlib.util
 import os
+import warnings
+from pathlib import Path
+
+from PIL import ImageFont
 
 from engine.run.weights import WEIGHTS
 from engine.system.files import replacing
@@ -34,8 +39,16 @@ def save_figure(figure, path, source=None):
     Args:
         source: which program and flag it is of, to stand in the file; or None.
     """
-    with replacing(path) as file:
+    with replacing(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for it, as for an emoji in a class's name
         figure.savefig(file, format="png", dpi=110, metadata={"Source": source} if source else None)
+
+
+def label_font(size):
+    """Return a Pillow font: matplotlib's, with Latin, Greek and Cyrillic letters; without it Pillow's, of ASCII alone."""
+    found = importlib.util.find_spec("matplotlib")
+    path = Path(found.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf" if found and found.origin else None
+    return ImageFont.truetype(path, size) if path and path.is_file() else ImageFont.load_default(size)
 
 
 def draw_curves(records, path):

@@ -87,6 +87,8 @@ def epoch_line(record, epochs):
         text += f"val loss {record['val_loss']:.3f}, top-1 {record['val_top1']:.2f} %, top-5 {record['val_top5']:.2f} %"
     else:
         text += "not validated"
+    if "val_balanced_top1" in record:
+        text += f", mean of the classes {record['val_balanced_top1']:.2f} %"
     if "val_flip_top1" in record:
         text += f", with flip {record['val_flip_top1']:.2f} %"
     for kind, weights in WEIGHTS.items():

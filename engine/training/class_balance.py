@@ -1,15 +1,7 @@
-"""Classes of unlike numbers of training images: what weighs the loss, and when the records tell the classes apart."""
+"""Classes of unlike numbers of training images: what weighs the loss."""
 
 import numpy as np
 import torch
-
-UNEVEN = 2  # the largest class has more than so many times the images of the smallest; on ImageNet-1K 1.8
-
-
-def are_uneven(images):
-    """Return whether a split's classes differ in their numbers of images so much that one accuracy hides it."""
-    counts = np.bincount(images.labels, minlength=len(images.classes))
-    return bool(counts.max() > UNEVEN * counts.min())
 
 
 def class_weights(config, images, device):

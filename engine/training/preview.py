@@ -4,7 +4,7 @@ import contextlib
 import itertools
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from engine.cli.keys import ConfigError
 from engine.data.batches import training_requests
@@ -12,6 +12,7 @@ from engine.data.loader import IMAGENET_MEAN, IMAGENET_STD, BatchLoader
 from engine.inference.class_names import class_in_short, class_in_words
 from engine.inference.classify import png_of, shortened
 from engine.inference.outputs import PREVIEW_SOURCE, claim, picture_mark, user_error_on_failure
+from engine.run.curves import label_font
 from engine.system.distributed import refuse_several
 from engine.system.files import replacing
 from engine.system.interruption import StopRequest
@@ -108,7 +109,7 @@ def sheet(pixels, labels, title):
     columns = max(1, min(WIDTH // cell, 8, count))
     rows = -(-count // columns)
     page = Image.new("RGB", (max(cell * columns, 480), cell_height * rows + 2 * LINE), "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(13)
+    draw, font = ImageDraw.Draw(page), label_font(12)
     draw.text((4, 6), shortened(title, draw, font, page.width - 8), fill="black", font=font)
     for number, (image, label) in enumerate(zip(pixels, labels, strict=True)):
         left, top = cell * (number % columns) + 4, cell_height * (number // columns) + 2 * LINE

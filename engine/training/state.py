@@ -8,6 +8,7 @@ import torch
 
 from engine.data.batches import resolution_of_epoch
 from engine.inference.freezing import freeze
+from engine.inference.weight_files import load_whole
 from engine.run.throughput import Throughput
 from engine.system import distributed
 from engine.system.device import build_scaler, load_scaler
@@ -108,7 +109,7 @@ class TrainState:
 
     def load_state_dict(self, saved, config, steps_per_epoch):
         """Take over a checkpoint; the schedule is built from the configuration and moved to the checkpoint's step."""
-        self.model.load_state_dict(saved["model"])
+        load_whole(self.model, saved["model"], "the checkpoint")
         if self.averaged_model is not None and saved["averaged_model"] is not None:  # a flag may bring averaging in
             self.averaged_model.load_state_dict(saved["averaged_model"])
         if self.ema_model is not None:

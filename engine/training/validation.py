@@ -10,7 +10,7 @@ import torch
 
 from engine.data.batches import resolution_of_epoch, training_requests
 from engine.inference.batch_norm import remark_on_left_out
-from engine.inference.scoring import evaluate
+from engine.inference.scoring import are_uneven, evaluate
 from engine.run.checkpoint_folder import require_finite, way_out
 from engine.run.weights import WEIGHTS
 from engine.system import distributed
@@ -19,7 +19,6 @@ from engine.system.errors import TrainingStopped
 from engine.system.gpu_memory import retry_pass_on_oom
 from engine.system.random_state import random_state_restored_on_error
 from engine.training import averaging
-from engine.training.class_balance import are_uneven
 from engine.training.compiling import eager_mode
 
 

@@ -1,7 +1,10 @@
 import math
+import shutil
+import subprocess
+import sys
 
 import pytest
-from conftest import run_program
+from conftest import REPOSITORY, run_program
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -96,6 +99,8 @@ def test_all_problems_are_reported_at_once_with_range_and_nearest_key():
         ("--precision fp16 --device cpu", "fp16"),
         ("--micro-batch-size 512", "micro_batch_size"),
         ("--learning-rate nan", "learning_rate"),
+        ("--seed -1", "from 0 to 4294967295"),
+        ("--blur-pool --learning-rate", "--blur-pool: a value is missing; it must be true or false"),
         ("--learning-rate 0", "learning_rate"),
         ("--weight-decay -1", "weight_decay"),
         ("--zero-init-residual maybe", "zero_init_residual"),
@@ -169,6 +174,59 @@ def test_help_lists_every_key_with_its_comment_and_needs_no_torch(program, tmp_p
     for key, comment in key_comments().items():
         assert f"--{key.replace('_', '-')} " in output
         assert comment in output
+
+
+@pytest.fixture
+def edited(tmp_path):
+    """Return a function that edits config.py of a copy of the programs and gives (status, output) of its train.py."""
+    for name in ("train.py", "engine/__init__.py", *(f"engine/{room}/*.py" for room in ("cli", "system"))):
+        for file in REPOSITORY.glob(name):
+            (tmp_path / file.relative_to(REPOSITORY)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, tmp_path / file.relative_to(REPOSITORY))
+
+    def edit(old, new, *arguments):
+        text = (REPOSITORY / "config.py").read_text()
+        assert old in text
+        (tmp_path / "config.py").write_text(text.replace(old, new, 1))
+        command = [sys.executable, tmp_path / "train.py", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stdout + done.stderr
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"learning_rate": 0.0005,', '"lerning_rate": 0.0005,', "lerning_rate: no such key; did you mean learning_rate?"),
+        ('"learning_rate": 0.0005,', '"lerning_rate": 0.0005,', "config.py: learning_rate is missing"),
+        ('    "seed": 0,', '    "my_key": 3,\n    "seed": 0,', "my_key: no such key; one of your own needs a line in ALLOWED"),
+        ('"epochs": 29,', '"epoch": 29,', "config.py, recipe mild: epoch: no such key; did you mean epochs?"),
+    ],
+)
+def test_a_key_that_config_py_should_not_have_or_lacks_is_named_at_each_start(edited, old, new, said):
+    status, output = edited(old, new, "--epochs", "none")
+    assert status == 2
+    assert said in output
+    assert "Traceback" not in output
+
+
+def test_a_key_is_a_flag_whatever_its_line_in_config_py_looks_like(edited):
+    edits = '"batch_size": 64, # my GPU is small\n    "learning_rate": 0.1,\n    "epochs": (\n  50\n    ),\n    "weight_decay"'
+    before = (REPOSITORY / "config.py").read_text()
+    status, output = edited(before[before.index('"batch_size"') : before.index(": 1e-4")], edits, "--help")
+    assert status == 0
+    lines = [" ".join(line.split()) for line in output.splitlines()]
+    assert {"--batch-size [64] my GPU is small", "--learning-rate [0.1]", "--epochs [50]"} <= set(lines)
+
+
+@pytest.mark.parametrize(
+    ("flag", "hint"),
+    [("--lr", "--learning-rate"), ("--wd", "--weight-decay"), ("--model", "--architecture"), ("--num-classes", "--data-dir")],
+)
+def test_other_programs_names_of_a_flag_are_understood(flag, hint):
+    (problem,) = problems_of(flag, "3")
+    assert problem.startswith(f"{flag}: no such flag; ") and hint in problem
 
 
 # The resume rule -----------------------------------------------------------------------------------------------------

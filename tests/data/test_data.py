@@ -71,6 +71,36 @@ def test_a_missing_split_is_named(tmp_path, missing):
         open_splits(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["cat_1.jpg", "cat_2.jpg", "dog_1.JPG"], "3 images outside of class folders (cat_1.jpg, cat_2.jpg, dog_1.JPG)"),
+        (["train/1.jpg", "val/1.jpg"], "outside of class folders"),
+        (
+            ["train/a/1.heic", "val/a/2.avif"],
+            "2 files are not named as images (train/a/1.heic, val/a/2.avif): these end in .jpg,",
+        ),
+        (["val/1.jpg", "val/a/2.jpg"], "train/<class>/ in the folder {folder}. 1 image outside of class folders (val/1.jpg)"),
+        (["val/a/2.jpg", "val/b/2.jpg"], "in the folder {folder}. Prepare ImageNet there"),
+        (["a/1.heic", "b/.DS_Store"], "1 file is not named as an image (a/1.heic): these end in .jpg,"),
+    ],
+)
+def test_what_lies_there_in_place_of_class_folders_is_said(tmp_path, files, said):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(encoded(np.zeros((40, 40, 3), np.uint8)))
+    for share in (0.0, 0.2):
+        with pytest.raises(DataError) as error:
+            open_splits(tmp_path, val_share=share)
+        assert said.format(folder=tmp_path) in str(error.value)
+
+
+def test_a_file_in_place_of_the_folder_is_said(tmp_path):
+    (tmp_path / "cat.jpg").write_bytes(b"")
+    with pytest.raises(DataError, match=r"cat.jpg' is a file.*name another folder with --data-dir"):
+        open_splits(tmp_path / "cat.jpg")
+
+
 def test_an_empty_split_and_an_empty_class_are_named(tmp_path):
     for split in ("train", "val"):
         (tmp_path / split).mkdir()

@@ -2,16 +2,21 @@
 
 import io
 import json
+import os
+import warnings
 
 import matplotlib
+import numpy as np
 import pytest
-from conftest import run_here, tiny_run
+from conftest import encoded, photo, run_here, tiny_run
 from PIL import Image
 from test_evaluate import evaluated
 
 from engine.data.demo import make_demo_data
 from engine.inference.class_names import class_in_short, class_in_words
-from engine.run.curves import as_written, new_figure
+from engine.inference.classify import Prediction, write_contact_sheet
+from engine.run.curves import as_written, new_figure, save_figure
+from engine.training.preview import sheet
 
 NAMES = ["cats, brown", "cats, white", "$", "under_$5_", "over_$5_", "$100_bill$", "line\nbreak", r"\$ \frac$"]
 
@@ -60,3 +65,19 @@ def test_details_sheet_preview_and_card_call_classes_by_their_names(run, tmp_pat
     assert evaluated(run / "last.pt", "--export", tmp_path / "net.pt") == 0
     (classes,) = [line for line in (tmp_path / "net.md").read_text().splitlines() if line.startswith("Classes: ")]
     assert all(name in classes for name in expected)
+
+
+def test_letters_of_other_alphabets_are_drawn_and_those_that_no_font_has_give_no_warning(tmp_path):
+    (tmp_path / "1.png").write_bytes(encoded(photo(40, 40), "PNG"))
+    pages, sheets = set(), set()
+    for name in ("Bär", "Bör", "Bκr", "Bжr"):  # boxes would be alike
+        pages.add(sheet(np.zeros((1, 40, 40, 3), np.uint8), [name], "one"))
+        predictions = [Prediction("1.png", os.fsencode(tmp_path / "1.png"), [(name, 1.0)])]
+        write_contact_sheet(tmp_path / "sheet.png", predictions, {})
+        sheets.add((tmp_path / "sheet.png").read_bytes())
+    assert len(pages) == len(sheets) == 4
+    figure, axes = new_figure(1, 1, (2, 2))
+    axes[0, 0].set_title("\N{DOG FACE} \N{CJK UNIFIED IDEOGRAPH-72AC}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_figure(figure, tmp_path / "1.png")

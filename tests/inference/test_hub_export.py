@@ -29,7 +29,10 @@ def exported(tmp_path, whole_network, capsys):
     (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
     flags = [tmp_path / "w.pt", "--architecture=resnet18", f"--classes={tmp_path / 'classes.txt'}"]
     assert evaluated(*flags, "--export", f"{tmp_path / 'hub'}/") == 0
-    assert "local-dir:" in capsys.readouterr().out
+    assert (
+        "with the keys of torchvision's resnet; beside it config.json, for timm.create_model('local-dir:"
+        in capsys.readouterr().out
+    )
     return network, tmp_path / "hub"
 
 

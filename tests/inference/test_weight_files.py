@@ -124,3 +124,15 @@ def test_an_export_that_the_disk_has_no_room_for_fails_as_any_file_does_and_leav
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_or_a_file_of_something_else_is_called_what_it_is(checkpoint, tmp_path):
+    (tmp_path / "cat.jpg").write_bytes(b"\xff\xd8\xff\xe0" + bytes(100))
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    for read in (lambda path: find_weights(str(path), "resnet18"), lambda path: evaluated(path)):
+        with pytest.raises(CheckpointError, match=r"run is a folder; found .*last.pt.* there: name a file in it$"):
+            read(checkpoint.parent)
+        for name in ("cat.jpg", "metrics.jsonl"):
+            with pytest.raises(CheckpointError, match=f"{name} holds no weights: torch.save has not written it") as error:
+                read(tmp_path / name)
+            assert "weights_only" not in str(error.value)

@@ -33,6 +33,8 @@ def below(*folders):
         (below("training", "testing"), "testing, training look like splits"),
         (below("a/Train", "a/Valid"), r"--data-dir \S*/a$"),
         ([*CLASSES, *below("Test")], "Test looks like a split"),
+        (["train/1.jpg", "train/2.jpg", "val/3.jpg", "val/4.jpg", "labels.csv"], "outside of class folders"),
+        (["Train/1.jpg", "Train/2.jpg", "Test/3.jpg", "Test/4.jpg"], r"Test, Train look like splits.*: sort .* train/<class>/"),
         (below("part1", "part2"), r"all 2 folders \(part1, part2\) hold folders alone \(part1/ant, .*\): .* a folder train"),
     ],
 )

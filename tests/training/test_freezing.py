@@ -1,6 +1,7 @@
 """Fine-tuning's own training: what is frozen, the backbone's rate, and classes of unlike size."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -10,15 +11,16 @@ import torchvision
 from conftest import assert_same_run, fresh_state, run_here, tiny_run
 from torch.utils.flop_counter import FlopCounterMode
 
+import evaluate as evaluate_program
 import train
 from config import CONFIG
 from engine.data.demo import make_demo_data
 from engine.inference.freezing import PARTS, SHARES, work_of_a_step
-from engine.inference.scoring import evaluate
+from engine.inference.scoring import are_uneven, evaluate
 from engine.preparation.finding import ImageFolder, Labelled
 from engine.run import checkpoint_files
 from engine.run.records import read_records
-from engine.training.class_balance import are_uneven, class_weights, weights_in_words
+from engine.training.class_balance import class_weights, weights_in_words
 from engine.training.loss import training_loss
 from engine.training.optim import build_optimizer, build_schedule, peak_rates
 from engine.training.plan import rates_stated
@@ -193,7 +195,14 @@ def test_records_tell_the_classes_apart_where_they_are_uneven(tmp_path, capsys):
     make_demo_data(tmp_path / "tree", train_images=60, val_images=20)
     for path in sorted((tmp_path / "tree/train/dots_disc").iterdir())[2:]:
         path.unlink()
-    changes = {"epochs": 1, "warmup_epochs": 0, "swa_start_epoch": 0, "class_weights": "balanced", "tensorboard": False}
+    changes = {
+        "epochs": 1,
+        "warmup_epochs": 0,
+        "swa_start_epoch": 0,
+        "class_weights": "balanced",
+        "tensorboard": False,
+        "report": True,
+    }
     assert run_here(tiny_run(tmp_path / "tree", tmp_path / "run", **changes)) == 0
     said = capsys.readouterr().out
     assert "of the 2 images of dots_disc 2.8" in said
@@ -201,3 +210,10 @@ def test_records_tell_the_classes_apart_where_they_are_uneven(tmp_path, capsys):
     assert len(record["val_class_top1"]) == 10
     assert record["val_balanced_top1"] == pytest.approx(np.mean(record["val_class_top1"]))
     assert math.isclose(record["val_balanced_top1"], record["val_top1"])  # two validation images of each class
+    mean = f"{record['val_balanced_top1']:.2f} %"
+    assert f" %, mean of the classes {mean}; lr " in said
+    assert f"its mean of the classes' accuracies | {mean} |" in (tmp_path / "run/report.md").read_text()
+    for split, told in (("val", False), ("train", True)):  # the training images are uneven
+        flags = [str(tmp_path / "run/last.pt"), f"--split={split}", "--device=cpu"]
+        assert evaluate_program.main(evaluate_program.parse_arguments(flags)) == 0
+        assert bool(re.search(r"images of 10 classes, mean of the classes [\d.]+ %, ", capsys.readouterr().out)) is told
