@@ -111,10 +111,7 @@ class Ledger:
 
     def _write(self):
         temporary = self._path.with_name(f".{os.getpid()}-{HOURS}.tmp")
-        with (
-            self._writing,
-            contextlib.suppress(OSError),
-        ):  # every checkpoint has the ledger, too; a sync every few seconds is not worth it
+        with self._writing, contextlib.suppress(OSError):  # every checkpoint has it, too: not worth a sync every few seconds
             temporary.write_text(to_json(self.state()) + "\n", encoding="utf-8")
             os.replace(temporary, self._path)
 
