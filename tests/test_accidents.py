@@ -386,12 +386,12 @@ READ_AS_NOBODY = """
 import os, sys
 sys.path.insert(0, {repository!r})
 from engine.run import checkpoint_files
-from engine.system.errors import CheckpointError
+from engine.system.errors import MachineError
 os.seteuid(65534)
 for path in sys.argv[1:]:
     try:
         checkpoint_files.read(path)
-    except CheckpointError as error:
+    except MachineError as error:
         print(error)
 """
 
@@ -408,7 +408,7 @@ def test_a_file_that_may_not_be_read_is_refused_in_words(finished):
         done = subprocess.run([sys.executable, "-c", script, *paths], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"{paths[0]} cannot be read: Permission denied" in done.stdout
-    assert f"no checkpoint at {paths[1]}" in done.stdout
+    assert f"{paths[1]} cannot be read: Permission denied" in done.stdout
 
 
 @pytest.mark.parametrize("done", [{"swa_start_epoch": 0}, {"swa_start_epoch": 2}], ids=["without averaging", "averaging"])
