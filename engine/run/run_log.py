@@ -94,8 +94,9 @@ def _require_text(log_file):
     """Raise UserError if there is a file that is no text: a line behind a checkpoint or an image would damage it."""
     if Path(log_file).is_file():
         with open(log_file, "rb") as file:
-            if b"\0" in file.read(1 << 16):
-                raise UserError(f"log_file = {str(log_file)!r} is there and is no text: name another file with --log-file")
+            start = file.read(16)
+        if b"\0" in start and start.strip(b"\0"):  # further on, and where all are, a power cut may have left zeros in a log
+            raise UserError(f"log_file = {str(log_file)!r} is there and is no text: name another file with --log-file")
 
 
 def _complain_of_the_log(record):

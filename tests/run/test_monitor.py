@@ -160,3 +160,12 @@ def test_a_log_is_never_written_behind_a_file_that_is_no_text(tmp_path):
     with pytest.raises(UserError, match=r"best\.pt' is there and is no text: name another file with --log-file"):
         Monitor(str(tmp_path / "best.pt"), CPU)
     assert (tmp_path / "best.pt").read_bytes() == b"PK\x03\x04\x00\x00"
+
+
+@pytest.mark.parametrize("left", [b"2026-11-27T00:15:39+0000 resumed\n" + bytes(4096), bytes(4096)], ids=["its end", "all"])
+def test_a_log_whose_blocks_a_power_cut_left_as_zeros_is_continued(left, tmp_path):
+    (tmp_path / "run.log").write_bytes(left)
+    with Monitor(str(tmp_path / "run.log"), CPU) as monitor:
+        monitor.log("gone on")
+    content = (tmp_path / "run.log").read_bytes()
+    assert content.startswith(left) and content.endswith(b" gone on\n")
