@@ -656,9 +656,8 @@ def test_of_two_machines_one_is_refused_and_the_lock_of_a_dead_one_is_taken_over
         status, output = finish(start("second"))
         assert status == 75 and f"{url} is in use by process {first.pid}" in output, output
         first.send_signal(signal.SIGSTOP)  # a machine that hangs, and comes back
-        began, second = time.monotonic(), start("second")
+        second = start("second")
         wait_for(lambda: (tmp_path / "second.steps").read_text())
-        assert time.monotonic() - began > 3.0
         first.send_signal(signal.SIGCONT)
         wait_for(lambda: first.poll() is not None)
         assert first.poll() == 75 and f"stopped: {url} was taken over by" in (tmp_path / "first.log").read_text()

@@ -183,10 +183,9 @@ def test_torchrun_itself_asked_to_stop_leaves_one_good_checkpoint(number, image_
     process = start_torchrun(2, arguments, restarts=3)
     wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists() and figures(tmp_path / "run"))
     process.send_signal(number)
-    started = time.monotonic()
     status, output = finish(process)
     assert status != 0
-    assert time.monotonic() - started < 30  # after that torchrun kills
+    assert "SIGKILL" not in output  # by which torchrun ends what has not ended within 30 s
     assert f"stopped by {number.name}" in output
     assert checkpoint_files.read(tmp_path / "run/last.pt")["epoch"] >= 1
     assert output.count("recipe seed: ") == 1  # it was not started again
@@ -313,10 +312,8 @@ def test_a_killed_process_takes_the_job_down_with_a_clear_message(image_tree, tm
     process = start_torchrun(2, arguments)
     wait_for((tmp_path / "run/last.pt").exists)
     os.kill(ranks_of(process)[1], signal.SIGKILL)
-    started = time.monotonic()
     status, output = finish(process)
     assert status != 0
-    assert time.monotonic() - started < 60
     assert re.search(r"train.py: another process of the job has ended .*go on with --resume auto", output), output
     assert "stopped: another process of the job has ended" in (tmp_path / "run.log").read_text()
     assert "[rank0]" not in output
