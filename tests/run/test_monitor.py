@@ -119,6 +119,8 @@ def test_the_time_between_asking_for_a_batch_and_getting_it_is_the_waiting(monke
 
 def test_epochs_shorter_than_the_steps_between_figures_show_the_forecast_and_warn_of_the_budget(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("LINES", "50")
     monkeypatch.setattr("engine.run.epoch_records.draw_curves", lambda records, path: True)  # a second of drawing
     figures = {"train_loss": None, "val_loss": 1.0, "val_top1": 1.0, "val_top5": 1.0, "learning_rate": 1.0}
     figures |= {"images_per_s": 1.0, "seconds": 1.0, "skipped_steps": 0}
