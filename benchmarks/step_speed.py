@@ -51,10 +51,17 @@ ON_CPU = (
     "ours",
     "ours, under torchrun",
     "ours, Muon",
+    "ours, ResNet-18",
+    "ours, ResNet-18, Muon",
     *FROZEN,
     *OF_RECIPES,
 )
-CPU_CONTENDERS = CONTENDERS | {"ours, fp32": {"loop": "ours", "compile": "off", "precision": "fp32"}}
+RESNET18 = {"architecture": "resnet18"}
+CPU_CONTENDERS = CONTENDERS | {
+    "ours, fp32": {"loop": "ours", "compile": "off", "precision": "fp32"},
+    "ours, ResNet-18": {"loop": "ours", "compile": "off", "changes": RESNET18},
+    "ours, ResNet-18, Muon": {"loop": "ours", "compile": "off", "changes": RESNET18 | {"optimizer": "muon"}},
+}
 NUM_CLASSES = 1000
 LEARNING_RATE = 0.01
 

@@ -119,7 +119,7 @@ def test_the_validation_view_is_torchvisions_resize_and_centre_crop():
 
 @pytest.mark.parametrize("size", [(196, 294), (322, 161), (300, 450)])  # sides that 256 px of the shorter one divide evenly
 def test_the_resized_longer_side_is_torchvisions_to_the_pixel(size):
-    """To a rounding, which PyTorch 2.8 does another way: a side that is a pixel shorter differs by dozens."""
+    """To a rounding, which PyTorch 2.8 does another way: a side that is a pixel shorter differs by 6 and more."""
     pixels = photo(*size)
     view = images.validation_view(encoded(pixels, "PNG"), 224, 0.875)
     exact = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224)])(torch.from_numpy(pixels).permute(2, 0, 1))
