@@ -21,7 +21,7 @@ from object_storage import BUCKET, S3Server
 
 import train
 from engine.run import checkpoint_files, mirror
-from engine.run.mirror import MANIFEST
+from engine.run.generations import MANIFEST
 from engine.system import lock, object_store
 from engine.system.errors import CheckpointError, UserError
 from engine.system.object_store import Conflict, ObjectStore
