@@ -15,7 +15,7 @@ import torch
 
 from engine.data.images import PACKED_SHORTER_SIDE, packed_jpeg
 from engine.preparation.archives import delete_uncompressed
-from engine.preparation.forms import Options, open_source
+from engine.preparation.forms import open_source
 from engine.preparation.packing import (
     Packing,
     ReadFailed,
@@ -28,6 +28,7 @@ from engine.preparation.packing import (
     refuse_to_replace_source,
     write_manifest,
 )
+from engine.preparation.source import Options
 from engine.system.console import protect_output
 from engine.system.errors import DataError, run_program
 from engine.system.files import path_argument

@@ -77,18 +77,18 @@ def train_step(state, images, targets, config, probe=False):
         probe: only find out whether the step fits the memory: exchange no gradients and change no weights.
     """
     state.optimizer.zero_grad(set_to_none=True)
-    statistics = StatisticsSnapshot(state.model)
-    loss, correct = loss_and_gradient(state, images, targets, config, sync=not probe)
-    if sam.is_due(state, config, probe):
-        with sam.uphill(state, config):
-            loss_and_gradient(state, images, targets, config, sync=not probe)
-    if probe:
-        return StepResult(loss, None, correct)
-    state.scaler.unscale_(state.optimizer)  # clip the true gradient, not the scaled one
-    grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config["grad_clip_value"])
-    skip_unless_finite(state.scaler, state.optimizer, grad_norm)
-    statistics.restore_unless(torch.isfinite(grad_norm))
-    with stop_on_oom(f"while the weights were being changed; {cure(state, len(targets))}"):  # what precedes can be retried
+    with StatisticsSnapshot(state.model) as statistics:  # a step that fails in here can be taken again
+        loss, correct = loss_and_gradient(state, images, targets, config, sync=not probe)
+        if sam.is_due(state, config, probe):
+            with sam.uphill(state, config):
+                loss_and_gradient(state, images, targets, config, sync=not probe)
+        if probe:
+            return StepResult(loss, None, correct)
+        state.scaler.unscale_(state.optimizer)  # clip the true gradient, not the scaled one
+        grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config["grad_clip_value"])
+        skip_unless_finite(state.scaler, state.optimizer, grad_norm)
+        statistics.restore_unless(torch.isfinite(grad_norm))
+    with stop_on_oom(f"while the weights were being changed; {cure(state, len(targets))}"):
         state.scaler.step(state.optimizer)
         state.scaler.update()
     state.schedule.step()

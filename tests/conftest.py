@@ -348,3 +348,17 @@ def metadata_service():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
+
+
+@pytest.fixture
+def writer(tmp_path, monkeypatch):
+    """A Writer in the folder run/, mirrored in mirror/, that soon tries again what fails."""
+    from mirrored_run import Writer
+
+    from engine.run import mirror
+
+    monkeypatch.chdir(tmp_path)  # a log would lie there
+    monkeypatch.setattr(mirror, "RETRY_SECONDS", (0.05, 0.1))
+    made = Writer(tmp_path / "run", tmp_path / "mirror")
+    yield made
+    made.mirror.close()

@@ -1,6 +1,5 @@
 """A real S3 server on loopback (moto), and a line to it that can be slow or broken."""
 
-import os
 import select
 import socket
 import subprocess
@@ -74,8 +73,3 @@ class S3Server:
                         self.bytes_in += len(data)
                     if self.mode == "slow":
                         time.sleep(len(data) / 2e6)
-
-
-def clear_credentials(environment=os.environ):
-    """The names of what the environment says of S3."""
-    return [name for name in environment if name.startswith("AWS_")]

@@ -1,7 +1,7 @@
 """Promise 1 in everyday life: a closed terminal, a broken pipe, an odd file system, a broken ornament, a mistyped resumption.
 
 Real processes, pipes, pseudo-terminals and file-system faults. Two starts are in test_lock.py, damaged files in
-test_checkpoint.py, kills in test_resume.py; docs/accidents.md lists all of them.
+test_checkpoint.py and test_checkpoint_folder.py, kills in test_resume.py; docs/accidents.md lists all of them.
 """
 
 import contextlib

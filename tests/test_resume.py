@@ -35,7 +35,7 @@ from engine.run import checkpoint_files
 from engine.run.monitor import Monitor
 from engine.run.records import read_records
 from engine.system.errors import CheckpointError, DataError
-from engine.training import averaging, validation
+from engine.training import validation
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def reference(image_tree, tmp_path_factory):
 
 MOMENTS = {  # function of a module, its n-th call, and where the run then says that it stopped
     "a training step": ("train", "train_step", 11, "in epoch 2 after 4 batches"),
-    "the recomputation of batch norm": ("engine.training.averaging", "recompute_bn_stats", 1, "in epoch 2 after 7 batches"),
+    "the recomputation of batch norm": ("engine.training.validation", "recompute_bn_stats", 1, "in epoch 2 after 7 batches"),
     "validation": ("engine.training.validation", "evaluate", 3, "in epoch 3 after 7 batches"),
     "the writing of a checkpoint": ("engine.run.checkpoint_files", "write", 2, "in epoch 3 after 0 batches"),
     "the writing of the records": ("engine.run.epoch_records", "append_record", 2, "in epoch 3 after 0 batches"),
@@ -124,14 +124,14 @@ def then_sigterm(batches, after):
 @pytest.mark.parametrize(
     "where",
     [
-        pytest.param("engine.training.averaging.recompute_bn_stats", marks=pytest.mark.slow),
+        pytest.param("engine.training.validation.recompute_bn_stats", marks=pytest.mark.slow),
         "engine.training.validation.evaluate",
     ],
 )
 def test_a_stop_between_an_epochs_last_step_and_its_record_is_resumed_bit_by_bit(where, image_tree, tmp_path, monkeypatch):
     changes = {"stochastic_depth": 0.5, "swa_start_epoch": 2, "epochs": 3}  # the recomputation draws random numbers
     assert run_here(tiny_run(image_tree, tmp_path / "whole", **changes)) == 0
-    original, calls = {"engine.training.validation.evaluate": validation.evaluate}.get(where, averaging.recompute_bn_stats), []
+    original, calls = getattr(validation, where.rpartition(".")[2]), []
 
     def interrupted(model, batches, *others, **options):
         calls.append(model)

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from engine.data.images import PACKED_SHORTER_SIDE, image_size, packed_jpeg, training_view
-from engine.preparation.finding import FolderTree, some
+from engine.preparation.finding import FolderTree
 from engine.preparation.forms import ARCHIVES, form_at, no_form
+from engine.preparation.names import some
 from engine.preparation.packed import PackedSplit, unfinished_files
 from engine.preparation.trees import SPLITS, all_names, open_folders
 from engine.preparation.val_share import class_folders_alone, open_shares, refuse_other_levels

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from engine.preparation.finding import WNID, are_numbers, class_order, some
+from engine.preparation.names import WNID, are_numbers, class_order, some
 from engine.system.errors import DataError
 
 IMAGENET_CLASSES = 1000

@@ -16,7 +16,8 @@ from engine.inference.class_names import class_in_short, class_in_words
 from engine.inference.networks import class_labels
 from engine.inference.outputs import SHEET_SOURCE
 from engine.inference.scoring import log_mean_probabilities
-from engine.preparation.finding import FolderTree, LeftOut, files_below, join_path, text_of
+from engine.preparation.finding import FolderTree, LeftOut, files_below, join_path
+from engine.preparation.names import text_of
 from engine.run.curves import label_font
 from engine.system.device import AUTOCAST_DTYPES, autocast
 from engine.system.errors import UserError

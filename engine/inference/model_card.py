@@ -6,7 +6,7 @@ from pathlib import Path
 from engine.data.loader import IMAGENET_MEAN, IMAGENET_STD
 from engine.inference.class_names import class_in_short
 from engine.inference.weight_files import BLURS, has_best_weights
-from engine.preparation.finding import are_numbers, class_order
+from engine.preparation.names import are_numbers, class_order
 from engine.run import checkpoint_files
 from engine.run.records import read_records
 from engine.run.weights import WEIGHTS

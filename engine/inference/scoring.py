@@ -20,8 +20,8 @@ SEEN_CLASSES = 5
 class Seen(NamedTuple):
     """What a network sees in N images, on the CPU."""
 
-    shares: torch.Tensor  # float32 [N, 5], probabilities of the most probable classes, the most probable first
-    classes: torch.Tensor  # int64 [N, 5], which these are
+    shares: torch.Tensor  # float32 [N, min(5, C)], probabilities of the most probable classes, the most probable first
+    classes: torch.Tensor  # int64 [N, min(5, C)], which these are
     of_label: torch.Tensor  # float32 [N], probability of the label
 
 

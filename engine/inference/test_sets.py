@@ -7,7 +7,7 @@ import torch
 
 from engine.inference.class_matching import all_of_imagenet
 from engine.inference.scoring import scores_of_logits
-from engine.preparation.finding import class_order
+from engine.preparation.names import class_order
 from engine.system.errors import DataError
 from engine.system.plain_json import from_json
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from engine.preparation.finding import some
+from engine.preparation.names import some
 from engine.run import checkpoint_files
 from engine.run.checkpoint_folder import all_finite
 from engine.run.weights import PREFERENCE, WEIGHTS

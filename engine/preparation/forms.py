@@ -1,79 +1,29 @@
-"""ImageNet, and other sets of labelled images, in each published form, seen as one: named, labelled images per split.
+"""The published forms of ImageNet and of other sets of labelled images: which are known, each opened as one Source.
 
 Nothing is unpacked to disk, but a compressed tar. A name inside an archive becomes a name in the packed split and never a path.
 """
 
 import contextlib
-import itertools
 import os
 import re
 import tarfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 from engine.preparation import tables, trees
-from engine.preparation.archives import (
-    FileSlice,
-    ParquetRow,
-    Zipped,
-    delete_uncompressed,
-    opener_of_compressed,
-    tar_listing,
-    uncompressed,
-    zip_listing,
-)
-from engine.preparation.finding import (
-    NO_LABEL,
-    OTHER_KIND,
-    WNID,
-    ArchiveTree,
-    FolderTree,
-    LeftOut,
-    class_order,
-    in_place_of_classes,
-    is_image_name,
-    is_junk,
-    some,
-    text_of,
-)
-from engine.preparation.trees import DEVKIT, SPLITS
+from engine.preparation.archives import delete_uncompressed, opener_of_compressed, tar_listing, uncompressed, zip_listing
+from engine.preparation.finding import ArchiveTree, FolderTree, LeftOut, in_place_of_classes
+from engine.preparation.imagenet_tars import TRAIN_TAR, VAL_TAR, is_official, old_hub_folder, open_official, open_old_hub
+from engine.preparation.label_files import DEVKIT
+from engine.preparation.names import is_junk, some, text_of
+from engine.preparation.rows import open_arrow, open_parquet, open_shards
+from engine.preparation.source import Entry, Options, Source
+from engine.preparation.trees import SPLITS
 from engine.system.errors import DataError
 
-TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
-MOST_CLASSES = 1_000_000  # by numbers as labels
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
-OLD_TRAIN, OLD_VAL = tuple(f"train_images_{part}.tar.gz" for part in range(5)), "val_images.tar.gz"
-
-
-class Entry(NamedTuple):
-    """One image of a split."""
-
-    name: str  # text: a file name, or a path below the class's folder
-    label: int  # index into the source's classes
-    place: FileSlice | Zipped | ParquetRow
-
-
-@dataclass
-class Source:
-    """A data set as it was found."""
-
-    kind: str  # in words
-    classes: list  # text, in the order of the labels: sorted wnids, for ImageNet
-    splits: dict  # {'train': [Entry], 'val': [Entry]}, sorted by label and name, parquet as it lies
-    class_names: dict = field(default_factory=dict)  # {class: what people call it}, as far as known
-    remarks: list = field(default_factory=list)  # lines for the user: what was left out, and what was chosen
-
-
-class Options(NamedTuple):
-    """What a source may need besides its path."""
-
-    scratch: Path | None = None  # folder for uncompressed archives
-    image_column: str | None = None  # of parquet files
-    label_column: str | None = None
-    log: Callable = print
 
 
 class Form(NamedTuple):
@@ -110,7 +60,7 @@ def _form_of(path, options):
     if form is None:
         raise DataError(f"{no_form(path)}\n{known_forms()}")
     for flag in ("image_column", "label_column"):
-        if getattr(options, flag) is not None and form.open is not _open_parquet:
+        if getattr(options, flag) is not None and form.open is not open_parquet:
             raise DataError(f"--{flag.replace('_', '-')} is for parquet files; {path} holds {form.name}")
     return form
 
@@ -162,12 +112,6 @@ def _open_folder(path, options):
 
 def _is_folder_of_images(path):
     return path.is_dir() and trees.has_tree(FolderTree(path), str(path))
-
-
-def _has_both_splits(path):
-    tree, where = FolderTree(path), str(path)
-    root = trees.root_of_split(tree, where, "train")
-    return root is not None and bool(trees.split_folders(tree, root, "val"))
 
 
 def _archive_at(path):
@@ -224,170 +168,6 @@ def _of_tree(found, kind):
     return Source(kind, found.found["train"].classes, splits, found.class_names, trees.remarks_of(found))
 
 
-# The official tars ---------------------------------------------------------------------------------------------------
-
-
-def _is_official(path):
-    there = [(path / name).is_file() for name in (TRAIN_TAR, VAL_TAR, DEVKIT)] if path.is_dir() else []
-    return any(there[:2]) and (all(there) or not _has_both_splits(path))  # else it is a tree with a tar left over
-
-
-def _open_official(folder, options):
-    missing = [name for name in (TRAIN_TAR, VAL_TAR, DEVKIT) if not (folder / name).is_file()]
-    if missing:
-        raise DataError(f"{folder} holds a part of the official ImageNet; missing: {', '.join(missing)}")
-    kit = trees.read_devkit(FileSlice(str(folder / DEVKIT), 0, (folder / DEVKIT).stat().st_size))
-    left_out = {split: LeftOut() for split in SPLITS}
-    outer = tar_listing(folder / TRAIN_TAR)
-    left_out["train"].add_refused(outer)
-    train, remarks = [], []
-    for name, place in sorted(outer.files.items()):
-        wnid = PurePosixPath(name).stem
-        if wnid not in kit.classes or not name.endswith(".tar"):
-            left_out["train"].add("not the tar of a class", name)
-            continue
-        inner = tar_listing(folder / TRAIN_TAR, place.start, place.length, f"{name} in {folder / TRAIN_TAR}")
-        images = [(wnid, member, at) for member, at in inner.files.items() if is_image_name(member)]
-        left_out["train"].add_refused(inner, f"{name}: ")
-        for member in sorted(set(inner.files) - {member for _, member, _ in images}):
-            left_out["train"].add(OTHER_KIND, f"{name}: {member}")
-        if len(images) != (promised := kit.train_images.get(wnid, len(images))):
-            remarks.append(f"WARNING: {name} holds {len(images):,} images; {DEVKIT} promises {promised:,}")
-        train += images
-    if missing := sorted(kit.classes - {wnid for wnid, _, _ in train}):
-        raise DataError(
-            f"{folder / TRAIN_TAR} holds no images of {len(missing):,} of the {len(kit.classes):,} classes of {DEVKIT} "
-            f"({some(missing, 3)}): download it again"
-        )
-    val_listing = tar_listing(folder / VAL_TAR)
-    left_out["val"].add_refused(val_listing)
-    val = []
-    for name, place in val_listing.files.items():
-        wnid = kit.wnids_of_val.get(trees.stem(name))
-        if wnid is None or not is_image_name(name):
-            left_out["val"].add(NO_LABEL, name)
-        else:
-            val.append((wnid, name, place))
-    trees.require_all(kit.wnids_of_val, [name for _, name, _ in val], f"{folder / VAL_TAR}: validation images", DEVKIT)
-    return _of_classes("official tar files", {"train": train, "val": val}, kit.class_names, remarks, left_out)
-
-
-def _of_classes(kind, images, class_names, remarks, left_out):
-    """Return the Source of {split: [(class, name, place)]}."""
-    classes = class_order({name for name, _, _ in images["train"]})
-    label_of = {name: label for label, name in enumerate(classes)}
-    splits = {}
-    for split, of_split in images.items():
-        for name, path, _ in of_split:
-            if name not in label_of:
-                left_out[split].add(NO_LABEL, path)
-        entries = [
-            Entry(text_of(PurePosixPath(path).name), label_of[name], at) for name, path, at in of_split if name in label_of
-        ]
-        splits[split] = sorted(entries, key=lambda entry: (entry.label, entry.name))
-    remarks = remarks + [line for split in SPLITS for line in left_out[split].lines(split)]
-    return Source(kind, [text_of(name) for name in classes], splits, class_names, remarks)
-
-
-# The Hub's archives of 2022: train_images_0.tar.gz to 4, val_images.tar.gz -------------------------------------------
-
-
-def _old_hub_folder(path):
-    folders = (path, path / "data")
-    return next((folder for folder in folders if any((folder / name).exists() for name in OLD_TRAIN)), None)
-
-
-def _open_old_hub(path, options):
-    folder = _old_hub_folder(path)
-    archives = {"train": [folder / name for name in OLD_TRAIN], "val": [folder / OLD_VAL]}
-    if missing := [path.name for paths in archives.values() for path in paths if not path.is_file()]:
-        raise DataError(f"{folder} holds a part of the Hub's archives; missing: {', '.join(missing)}")
-    delete_uncompressed(options.scratch, but=itertools.chain(*archives.values()))
-    images, left_out = {split: [] for split in SPLITS}, {split: LeftOut() for split in SPLITS}
-    for split, paths in archives.items():
-        for archive in paths:
-            listing = tar_listing(uncompressed(archive, options.scratch, options.log), what=str(archive))
-            left_out[split].add_refused(listing)
-            for name, place in listing.files.items():
-                wnid = trees.stem(name).rpartition("_")[2]  # n01440764_10026_n01440764.JPEG
-                if is_image_name(name) and WNID.fullmatch(wnid):
-                    images[split].append((wnid, name, place))
-                else:
-                    left_out[split].add(NO_LABEL, name)
-    return _of_classes("archives of the Hugging Face Hub", images, {}, [], left_out)
-
-
-# Rows ----------------------------------------------------------------------------------------------------------------
-
-
-def _open_parquet(path, options):
-    rows = tables.read_parquet(tables.parquet_files(path), options.image_column, options.label_column)
-    return _of_rows("parquet files of Hugging Face", rows, keep_order=True)
-
-
-def _open_arrow(path, options):
-    return _of_rows("Arrow files of the datasets library", tables.read_arrow(tables.arrow_files(path)), keep_order=False)
-
-
-def _open_shards(path, options):
-    return _of_rows("WebDataset shards", tables.read_shards(tables.shard_files(path)), keep_order=False)
-
-
-def _of_rows(kind, found, keep_order):
-    """Return the Source of Rows; the classes become sorted wnids where those are known.
-
-    Hugging Face's imagenet-1k calls its classes by English words; the wnids are in the names of the training images.
-    """
-    names, class_names, rows = found.names, found.class_names, found.rows
-    if names is None:
-        rows = _with_labels_alike(rows)
-        seen = {label for _, label, _ in rows["train"] if label is not None}
-        if all(isinstance(label, int) for label in seen):
-            if max(seen, default=0) >= MOST_CLASSES:
-                raise DataError(f"the labels go up to {max(seen)}: they number something else; classes are numbered from 0")
-            names = [str(number) for number in range(max(seen, default=-1) + 1)]
-        else:
-            names = class_order(seen)
-    label_of = {label: label for label in range(len(names))} | {name: label for label, name in enumerate(names)}
-    wnids = {}
-    for name, label, _ in rows["train"]:
-        if label in label_of and (found_wnid := WNID.match(PurePosixPath(name).name)):
-            wnids.setdefault(label_of[label], set()).add(found_wnid[0])
-    classes = names
-    if len(wnids) == len(names) and all(len(each) == 1 for each in wnids.values()) and not all(map(WNID.fullmatch, names)):
-        wnid_of = {label: each.pop() for label, each in wnids.items()}
-        classes = sorted(set(wnid_of.values()))
-        if len(classes) == len(names):
-            if not all(name.isdigit() for name in names):
-                class_names = {wnid: names[label] for label, wnid in wnid_of.items()}
-            label_of = {each: classes.index(wnid_of[label]) for each, label in label_of.items()}
-        else:
-            classes = names
-    splits, left_out = {}, {split: LeftOut() for split in SPLITS}
-    for split, of_split in rows.items():
-        splits[split] = []
-        for name, label, place in of_split:
-            if label in label_of:
-                splits[split].append(Entry(text_of(PurePosixPath(name).name), label_of[label], place))
-            else:
-                left_out[split].add(NO_LABEL, name)
-        if not keep_order:
-            splits[split].sort(key=lambda entry: (entry.label, entry.name))
-    remarks = found.remarks + [line for split in SPLITS for line in left_out[split].lines(split)]
-    return Source(kind, list(classes), splits, dict(class_names), remarks)
-
-
-def _with_labels_alike(rows):
-    """Return the rows of all splits with labels that are all int, or all text: a number is no index where others are names."""
-    labels = {label for of_split in rows.values() for _, label, _ in of_split}
-    if all(isinstance(label, (int, type(None))) for label in labels):
-        return rows
-    return {
-        split: [(name, label if label is None else str(label), place) for name, label, place in of_split]
-        for split, of_split in rows.items()
-    }
-
-
 # What is known -------------------------------------------------------------------------------------------------------
 
 FORMS = (
@@ -396,16 +176,16 @@ FORMS = (
         f"a folder with {TRAIN_TAR}, {VAL_TAR} and {DEVKIT}",
         "the names of the inner tars; the kit's ground truth",
         False,
-        _is_official,
-        _open_official,
+        is_official,
+        open_official,
     ),
     Form(
         "archives of the Hugging Face Hub",
         "a folder with the Hub's old train_images_0.tar.gz, ... and val_images.tar.gz",
         "the wnid at the end of each name",
         False,
-        lambda path: _old_hub_folder(path) is not None,
-        _open_old_hub,
+        lambda path: old_hub_folder(path) is not None,
+        open_old_hub,
     ),
     Form(
         "parquet files of Hugging Face",
@@ -413,7 +193,7 @@ FORMS = (
         "the column of class labels; --image-column and --label-column name others",
         False,
         lambda path: path.is_dir() and tables.parquet_files(path) is not None,
-        _open_parquet,
+        open_parquet,
     ),
     Form(
         "Arrow files",
@@ -421,7 +201,7 @@ FORMS = (
         "the column of class labels",
         False,
         lambda path: path.is_dir() and tables.arrow_files(path) is not None,
-        _open_arrow,
+        open_arrow,
     ),
     Form(
         "WebDataset shards",
@@ -429,7 +209,7 @@ FORMS = (
         "KEY.cls, or 'label' in KEY.json; wnids where the images' names begin with them",
         False,
         lambda path: path.is_dir() and tables.shard_files(path) is not None,
-        _open_shards,
+        open_shards,
     ),
     Form(
         "a tree of folders",

@@ -21,7 +21,7 @@ from torchvision.models import ResNet50_Weights
 from tqdm import tqdm
 
 from engine.preparation.archives import ParquetRow
-from engine.preparation.finding import WNID, is_image_name, text_of
+from engine.preparation.names import WNID, is_image_name, text_of
 from engine.preparation.packed import PackedSplit, PackedWriter, files_of_job, packed_schema, unfinished_files
 from engine.preparation.trees import IMAGENET_COUNTS
 from engine.system.errors import DataError

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from engine.preparation import finding
 from engine.preparation.archives import FileSlice, ParquetRow, tar_listing
-from engine.preparation.finding import some
+from engine.preparation.names import IMAGE_SUFFIXES, is_junk, some
 from engine.preparation.packed import DAMAGED, PackedSplit
 from engine.preparation.trees import SPLIT_NAMES, SPLITS
 from engine.system.errors import DataError
@@ -60,7 +60,7 @@ def files_of_splits(folders, patterns, is_meant=lambda path: True):
 def _files(folder, name, patterns):
     for pattern in patterns:
         files = [path for path in sorted(folder.glob(pattern.replace("NAME", name))) if path.is_file()]
-        if files := [path for path in files if not finding.is_junk(path.name) and path.name != METADATA]:
+        if files := [path for path in files if not is_junk(path.name) and path.name != METADATA]:
             return files
     return []
 
@@ -302,7 +302,7 @@ def read_shards(files):
                 key, _, extension = file.partition(".")
                 samples.setdefault(f"{folder}/{key}", {})[f".{extension.lower()}"] = member, place
             for parts in samples.values():
-                images = [suffix for suffix in parts if suffix in finding.IMAGE_SUFFIXES]
+                images = [suffix for suffix in parts if suffix in IMAGE_SUFFIXES]
                 label = _label_of_sample(parts, path)
                 if len(images) != 1 or label is None:
                     reason = finding.NO_LABEL if len(images) == 1 else "not one image in the sample"

@@ -3,19 +3,8 @@
 import hashlib
 
 from engine.preparation import trees
-from engine.preparation.finding import (
-    FolderTree,
-    ImageFolder,
-    Labelled,
-    LeftOut,
-    has_images,
-    is_image_name,
-    join_path,
-    labelled_by_folder,
-    path_bytes,
-    some,
-    text_of,
-)
+from engine.preparation.finding import FolderTree, ImageFolder, Labelled, LeftOut, has_images, join_path, labelled_by_folder
+from engine.preparation.names import is_image_name, path_bytes, some, text_of
 from engine.system.errors import DataError
 
 SPLIT_WORDS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval", "evaluation"}  # in any case

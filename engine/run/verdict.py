@@ -125,7 +125,7 @@ class Verdict:
         self._guessing = loss_of_guessing(config["loss"], classes)
         self._before = self._epoch = None
         self._waiting, self._learning, self._gpu = NOTHING, NOTHING, []
-        self._steps, self._rate, self._lowest, self._norms = 0, 0.0, math.inf, []
+        self._rate, self._lowest, self._norms = 0.0, math.inf, []
         self._in_a_row = {}
 
     @property
@@ -143,7 +143,6 @@ class Verdict:
         since, self._before = sums.minus(self._before), sums
         changes = []
         self._waiting, self._learning = self._waiting.plus(since), self._learning.plus(since)
-        self._steps += since.steps
         if self._waiting.seconds >= WAITING_SECONDS:
             changes += self._judge_waiting(self._waiting)
             self._waiting = NOTHING

@@ -326,7 +326,7 @@ def wrap_ddp(model):
 
 
 def gradient_sync(network, now):
-    """Return a context for a forward and backward pass of parallel()'s network whose gradients are exchanged, or only kept."""
+    """Return a context for a forward and backward pass of wrap_ddp()'s network whose gradients are exchanged, or only kept."""
     if now or not isinstance(network, DistributedDataParallel):
         return contextlib.nullcontext()
     return network.no_sync()

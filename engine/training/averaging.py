@@ -5,8 +5,6 @@ import itertools
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from engine.inference.batch_norm import recompute_bn_stats  # noqa: F401 - train.py takes it from here
-
 MOST_OF_FIRST = 0.05  # of the EMA at a run's end, above which the first weights that entered it are too large a share
 
 

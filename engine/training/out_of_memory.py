@@ -13,22 +13,7 @@ from engine.system.micro_batches import enough_for_batch_norm
 from engine.system.random_state import random_state, set_random_state
 from engine.training.activation_checkpointing import frozen_bn_stats
 from engine.training.compiling import COMPILE_ERRORS, fall_back_to_eager
-from engine.training.statistics_snapshot import StatisticsSnapshot
 from engine.training.sync_batch_norm import SYNCED_NORMS, local_batch_norm
-
-
-class Snapshot:
-    """What a step changes before its weights: the batch-norm statistics and the random state. A GPU is not waited for."""
-
-    def __init__(self, model, device):
-        self._statistics = StatisticsSnapshot(model)
-        self._device = device
-        self._random_state = random_state(device)
-
-    def restore(self):
-        """Put everything back as it was."""
-        set_random_state(self._random_state, self._device)
-        self._statistics.restore()
 
 
 def retry_on_oom(train_step, state, images, targets, config, log):
@@ -63,6 +48,7 @@ def take_step(train_step, state, images, targets, config, log):
 def attempts(state, images, resolution, config, log):
     """Yield contexts for a step; where it fails, the state is put back, something is adapted, and the next one comes.
 
+    The batch-norm statistics are put back by the step itself, which has them for the gradient that is not finite, too.
     Out of memory the micro-batch is halved. What cannot be compiled runs as written, unless `compile` is on. The step that
     succeeds is the one that would have been taken with these settings from the start.
 
@@ -71,7 +57,7 @@ def attempts(state, images, resolution, config, log):
     Raises:
         TrainingStopped: nothing is left to adapt, or the weights may be changed in part (see train_step).
     """
-    before = Snapshot(state.model, state.device)
+    before = random_state(state.device)
     while True:
         attempt = _Attempt(may_run_eagerly=config["compile"] != "on")
         yield attempt
@@ -81,7 +67,7 @@ def attempts(state, images, resolution, config, log):
         state.optimizer.zero_grad(set_to_none=True)
         # the old scaler may have unscaled this step's gradients, and would refuse to unscale any others
         state.scaler = rebuilt_scaler(state.scaler, state.device, state.precision)
-        before.restore()
+        set_random_state(before, state.device)
         if attempt.out_of_memory:
             state.micro_batch_size = smaller_micro_batch(state, images, resolution, config, attempt.failure)
             torch.cuda.empty_cache()

@@ -6,7 +6,10 @@ from engine.inference.batch_norm import norms_of
 
 
 class StatisticsSnapshot:
-    """A copy of a model's batch-norm statistics and of their counters, one tensor each. A GPU is not waited for."""
+    """A copy of a model's batch-norm statistics and of their counters, one tensor each. A GPU is not waited for.
+
+    As a context it puts everything back as it was where the block fails.
+    """
 
     def __init__(self, model):
         norms = norms_of(model)
@@ -14,9 +17,12 @@ class StatisticsSnapshot:
         self._counters = [norm.num_batches_tracked for norm in norms]
         self._before = self._joined()
 
-    def restore(self):
-        """Put everything back as it was."""
-        self._take(self._before)
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if error is not None:
+            self._take(self._before)
 
     def restore_unless(self, finite):
         """Put everything back as it was if a step's gradient is not finite; otherwise no bit changes.

@@ -42,5 +42,5 @@ class Trials:
         return state
 
     def step(self, state, images, targets, config):
-        """Take a step; it adapts to what fails as in a run."""
+        """Take a step and return its StepResult; it adapts to what fails as in a run."""
         return take_step(self.train_step, state, images, targets, config, self.remarks.append)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from engine.data.batches import resolution_of_epoch, training_requests
-from engine.inference.batch_norm import remark_on_left_out
+from engine.inference.batch_norm import recompute_bn_stats, remark_on_left_out
 from engine.inference.scoring import are_uneven, evaluate
 from engine.run.checkpoint_folder import require_finite, way_out
 from engine.run.weights import WEIGHTS
@@ -62,7 +62,7 @@ def averaged_models(state, run):
             return run.monitor.watch(run.batches.training(itertools.islice(requests, count), state.bad_images))
 
         context = autocast(state.device, state.precision)
-        recompute = functools.partial(averaging.recompute_bn_stats, state.averaged_model, autocast=context)
+        recompute = functools.partial(recompute_bn_stats, state.averaged_model, autocast=context)
         left_out, count = retry_pass_on_oom(recompute, some_batches, config["batch_size"], state.device)
         for line in remark_on_left_out(int(distributed.all_reduce_sum(left_out)), count * distributed.size()):
             run.monitor.log(line)

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from config import CONFIG
+from engine.inference.batch_norm import recompute_bn_stats
 from engine.inference.scoring import evaluate
 from engine.system.device import autocast
-from engine.training.averaging import recompute_bn_stats
 from engine.training.mixing import build_mixing
 from train import train_step
 

@@ -9,9 +9,9 @@ from fake_cuda import QUICK, Copies, batch, fake_cuda, steps
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from config import CONFIG, RECIPES
+from engine.inference.batch_norm import recompute_bn_stats
 from engine.inference.scoring import evaluate, topk_correct
 from engine.system.device import autocast
-from engine.training import averaging
 
 NATIVE_BF16 = int(os.environ["STANDIN_CAPABILITY"]) >= 80
 VARIANTS = {
@@ -112,7 +112,7 @@ def test_recomputing_batch_norm_statistics_reads_nothing_on_the_host():
     with fake_cuda():
         state = fresh_state(CONFIG | QUICK, "fp16", 1000, 50, "cuda")
         batches = (batch(16, 32, "fp16") for _ in range(3))
-        averaging.recompute_bn_stats(state.averaged_model, batches, autocast(state.device, "fp16"))
+        recompute_bn_stats(state.averaged_model, batches, autocast(state.device, "fp16"))
 
 
 @pytest.mark.parametrize(

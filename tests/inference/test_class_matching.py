@@ -14,7 +14,8 @@ from test_evaluate import evaluated, figures
 
 from engine.inference.class_matching import match_classes, read_class_file
 from engine.preparation import finding
-from engine.preparation.finding import ImageFolder, Labelled, class_order
+from engine.preparation.finding import ImageFolder, Labelled
+from engine.preparation.names import class_order
 from engine.system.errors import DataError
 
 WNIDS = [f"n{number:08d}" for number in range(1_440_764, 1_441_764)]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from engine.data.splits import open_splits
 from engine.preparation import forms
-from engine.preparation.finding import class_order, name_of, text_of
+from engine.preparation.names import class_order, name_of, text_of
 from engine.preparation.packed import PackedSplit, write_split
 from engine.system.errors import DataError
 

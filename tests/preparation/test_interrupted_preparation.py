@@ -18,9 +18,10 @@ from engine.data.images import packed_jpeg
 from engine.data.splits import open_splits
 from engine.preparation import packing
 from engine.preparation.archives import FileSlice
-from engine.preparation.forms import Entry, open_source
+from engine.preparation.forms import open_source
 from engine.preparation.packed import PackedSplit, PackedWriter
 from engine.preparation.packing import Packing, ReadFailed, job_id, pack
+from engine.preparation.source import Entry
 from engine.system.errors import DataError
 
 

@@ -7,6 +7,7 @@ from conftest import run_here, tiny_run
 from torch.optim.swa_utils import update_bn
 
 from config import CONFIG, RECIPES
+from engine.inference.batch_norm import recompute_bn_stats
 from engine.inference.freezing import FrozenBatchNorm2d
 from engine.run import checkpoint_files
 from engine.system.device import autocast
@@ -14,7 +15,6 @@ from engine.training.averaging import (
     build_ema_model,
     build_swa_model,
     epochs_to_average,
-    recompute_bn_stats,
     update_ema,
     update_swa,
     warning_of_ema,
