@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import threading
-import time
 from datetime import timedelta
 from pathlib import Path
 
