@@ -19,7 +19,18 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, figures, finish, narrow, run_here, run_program, start_program, tiny_run, wait_for
+from conftest import (
+    REPOSITORY,
+    figures,
+    finish,
+    narrow,
+    run_here,
+    run_program,
+    start_program,
+    tiny_run,
+    wait_for,
+    within_seconds,
+)
 
 import train
 from engine.cli.command_line import parse_command_line
@@ -375,9 +386,12 @@ def test_a_folder_is_resumed_from_its_farthest_good_file(finished, capfd):
 def test_what_cannot_be_resumed_is_refused_in_words(finished, tmp_path):
     (tmp_path / "empty").mkdir()
     (finished / "dangling.pt").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(finished / "pipe.pt")
     refused(CheckpointError, "holds no checkpoint", f"--resume={tmp_path}/empty")
     refused(CheckpointError, "no checkpoint at .*found last.pt", f"--resume={finished}/lst.pt")
     refused(CheckpointError, "is a link that leads nowhere", f"--resume={finished}/dangling.pt")
+    with within_seconds(60):
+        refused(CheckpointError, "is no regular file", f"--resume={finished}/pipe.pt")
     refused(ConfigError, "give at least 2", f"--resume={finished}/last.pt", "--epochs=1")
     assert not (finished / "run.lock").exists()
 

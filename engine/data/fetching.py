@@ -11,7 +11,7 @@ from pathlib import Path
 from engine.system import object_store
 from engine.system.disks import free_bytes
 from engine.system.errors import DataError
-from engine.system.files import SCHEMES, replacing
+from engine.system.files import SCHEMES, make_folder, replacing
 from engine.system.lock import FolderLock
 from engine.system.object_store import ObjectStore, StorageError
 
@@ -72,7 +72,7 @@ def _fetch(store, folder, log, resumed=False):
         if not sizes:
             return
     _require_room(folder, sizes)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if not is_same:
         known.unlink(missing_ok=True)  # of other files than those that come now
     log(f"fetching {sum(sizes.values()) / 1e9:.2f} GB from {store.url} to {folder}")

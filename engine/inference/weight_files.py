@@ -177,6 +177,8 @@ def _read_tensors(path, take_average=False, no_checkpoint=None):
         take_average: return the running average, where there is one.
         no_checkpoint: as of read_weights.
     """
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is no regular file")  # of a pipe there is nothing to wait for
     if path.suffix == ".safetensors":
         return checkpoint_files.read_plain_weights(path), None
     try:

@@ -120,11 +120,15 @@ def require_known_version(checkpoint, path):
 
 def position(path):
     """Return (whole epochs, batches of the next one) of a checkpoint at a glance, unverified; None if it cannot be told."""
-    if not os.path.isfile(path):
+    return at_a_glance(path, lambda checkpoint: (int(checkpoint["epoch"]), int(checkpoint["batch"])))
+
+
+def at_a_glance(path, look):
+    """Return what look(contents) finds in a checkpoint, unverified; None where that cannot be told."""
+    if not os.path.isfile(path):  # of a pipe nobody knows when it ends
         return None
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # the tensors stay on disk
-        return int(checkpoint["epoch"]), int(checkpoint["batch"])
+        return look(torch.load(path, map_location="cpu", weights_only=True, mmap=True))  # the tensors stay on disk
     except Exception:  # whatever is wrong with it, read() says
         return None
 

@@ -34,6 +34,25 @@ def path_text(text):
     return os.path.expanduser(text)
 
 
+def make_folder(folder):
+    """Make a folder, and those above it, unless it is there.
+
+    Raises:
+        OSError: it cannot be made; a file or a link in its way is named.
+    """
+    if obstacle := in_the_way(folder):
+        raise NotADirectoryError(obstacle)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+
+
+def in_the_way(folder):
+    """Return in words what lies where a folder is or will be made, and is none; None where nothing does."""
+    there = next((place for place in (Path(folder), *Path(folder).parents) if os.path.lexists(place)), None)
+    if there is None or os.path.isdir(there):
+        return None
+    return f"{there} is a link that leads nowhere" if not os.path.exists(there) else f"{there} is no folder"
+
+
 @contextlib.contextmanager
 def replacing(path, mode="wb"):
     """Give a file to write beside `path`, and let it take its place, synced, when the block ends without an error.

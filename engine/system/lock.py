@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from engine.system.distributed import run_on_rank0
 from engine.system.errors import CheckpointError, InUse, TrainingStopped
+from engine.system.files import make_folder
 from engine.system.plain_json import json_object
 
 LOCK = "run.lock"
@@ -114,7 +115,7 @@ class FolderLock:
         """Take the lock; take it over from a holder that is gone."""
         try:
             self._made_folder = not self.path.parent.exists()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
             self._acquire(log)
             self._folder = _identity(self.path.parent)
         except OSError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.system.errors import UserError, first_line
-from engine.system.files import ADDRESS
+from engine.system.files import ADDRESS, make_folder
 
 CHUNK_BYTES = 8 << 20
 # The longest silence of the other side: while an answer arrives, and until the answer to a part that was sent, of which four at
@@ -69,7 +69,8 @@ class ObjectStore:
         self._obstore = obstore
         try:
             if self.is_folder:
-                self._store = LocalStore(self.path, mkdir=True)
+                make_folder(self.path)
+                self._store = LocalStore(self.path)
             else:
                 self._store = from_url(url, client_options=TIMEOUTS, retry_config=RETRIES)
         except Exception as error:  # of many kinds: unknown scheme, missing bucket, broken credentials

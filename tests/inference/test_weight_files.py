@@ -1,10 +1,11 @@
 """A checkpoint of this program is never taken for plain weights, and what another program's checkpoint has besides is told."""
 
+import os
 import resource
 
 import pytest
 import torch
-from conftest import run_here, tiny_run
+from conftest import run_here, tiny_run, within_seconds
 from test_evaluate import evaluated, figures
 
 import evaluate
@@ -124,6 +125,13 @@ def test_an_export_that_the_disk_has_no_room_for_fails_as_any_file_does_and_leav
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["pipe.pt", "pipe.safetensors"])
+def test_a_pipe_in_place_of_weights_is_refused_and_not_waited_for(name, tmp_path):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name} is no regular file"), within_seconds(20):
+        find_weights(str(tmp_path / name), "resnet18")
 
 
 def test_a_folder_or_a_file_of_something_else_is_called_what_it_is(checkpoint, tmp_path):

@@ -251,8 +251,15 @@ def test_a_lock_file_without_sense_is_taken_over_once_it_is_old(tmp_path, monkey
 
 def test_a_folder_that_cannot_be_written_to_is_refused_in_words(tmp_path):
     (tmp_path / "file").write_text("")
-    for place in (tmp_path / "file", tmp_path / "file/run", "/proc/run"):
-        with pytest.raises(CheckpointError, match="cannot be written to"), hold(place):
+    (tmp_path / "astray").symlink_to(tmp_path / "nowhere")
+    for place, reason in (
+        (tmp_path / "file", "file is no folder"),
+        (tmp_path / "file/run", "file is no folder"),
+        (tmp_path / "astray", "astray is a link that leads nowhere"),
+        (tmp_path / "astray/run", "astray is a link that leads nowhere"),
+        ("/proc/run", "No such file"),
+    ):
+        with pytest.raises(CheckpointError, match=f"cannot be written to: .*{reason}"), hold(place):
             pass
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / lock.LOCK).symlink_to(tmp_path / "nowhere/at/all")

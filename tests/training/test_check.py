@@ -189,6 +189,8 @@ def test_an_instance_store_and_main_memory_are_told_from_a_disk_that_stays(tmp_p
     assert why_it_goes_away(ebs, root) is None and why_it_goes_away("/", root) is None
     assert mount_of(own, tmp_path / "nothing") is None
     assert why_not_writable(f"{own}/new/run") is None
+    (tmp_path / "astray").symlink_to(tmp_path / "nowhere")
+    assert why_not_writable(tmp_path / "astray/run") == f"{tmp_path}/astray is a link that leads nowhere"
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs /dev/shm")
