@@ -54,7 +54,7 @@ def test_what_would_stop_a_run_is_named_and_ends_in_status_1(image_tree, tmp_pat
     assert status == 1
     assert table["val images"][0] == "FAILS" and broken.name in table["val images"][1]
     assert table["train images"][0] == "note"  # another one takes its place
-    assert table["checkpoint_dir"][0] == "FAILS" and "Not a directory" in table["checkpoint_dir"][1]
+    assert table["checkpoint_dir"][0] == "FAILS" and "file is no folder" in table["checkpoint_dir"][1]
     assert table["disk speed"][0] == "note" and "the disk and decoding will hold the run up" in table["disk speed"][1]
     status, table = checked(capsys, tiny_run(tmp_path / "nowhere", tmp_path / "run"))
     assert status == 1 and "does not exist" in table["images"][1]
