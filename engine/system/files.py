@@ -80,6 +80,25 @@ def replacing(path, mode="wb"):
     sync_folder(path.parent)
 
 
+def append_whole(path, content, synced=False):
+    """Append bytes to a file, which is made where there is none: all of them, or none where that fails.
+
+    Args:
+        synced: have them on disk before returning.
+    """
+    with open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            if synced:
+                sync(file)
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(end)
+            raise
+
+
 def copy_file(source, target):
     """Make `target` a file of its own with the bytes of `source`, whole or as it was; shares blocks where the disk can."""
     with replacing(target) as copy, open(source, "rb") as original:
