@@ -368,6 +368,16 @@ def test_an_unexpected_error_within_a_step_saves_nothing_half_done(image_tree, t
     assert checkpoint_files.read(tmp_path / "run/last.pt")["epoch"] == 1
 
 
+@pytest.mark.parametrize("name", ["curves.png", "events.jsonl", "hours.json"])
+@pytest.mark.parametrize("flag", ["--resume=auto", "--overwrite"])
+def test_a_file_of_ones_own_under_a_name_of_the_runs_is_not_replaced(flag, name, image_tree, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("mine")
+    refused(CheckpointError, f"{name} is there, but no run that it is of", *tiny_run(image_tree, tmp_path / "run"), flag)
+    assert run_here([*tiny_run(image_tree, tmp_path / "run"), "--check"]) == 1
+    assert [path.read_text() for path in (tmp_path / "run").iterdir()] == ["mine"]
+
+
 # Resumptions that cannot be done ----------------------------------------------------------------------------------------
 
 

@@ -40,6 +40,7 @@ from engine.training.images import open_images, refuse_folders_among_classes
 from engine.training.initial_weights import with_initial_weights
 from engine.training.mirroring import IS_THE_SAME, is_same_folder, refuse_another_run
 from engine.training.plan import positive
+from engine.training.resuming import refuse_to_replace_others
 from engine.training.settling import require_consistent_flags
 from engine.training.size_rule import adapted
 
@@ -105,6 +106,7 @@ def whole_check(command, build_model):
     yield from _tried("folders", lambda: refuse_folders_among_classes(config))[1]
     if "overwrite" not in command.options:
         yield from _tried("checkpoint_dir", lambda: refuse_to_overwrite(config["checkpoint_dir"]))[1]
+    yield from _tried("checkpoint_dir", lambda: refuse_to_replace_others(config["checkpoint_dir"]))[1]
     classes = len(splits["train"].classes) if splits else 1000
     yield from quick_check(config, device, classes, build_model)
     if splits is not None:

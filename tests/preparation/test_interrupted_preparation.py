@@ -125,6 +125,17 @@ def test_what_was_prepared_before_is_kept_unless_told_otherwise(long_work, tmp_p
     assert len(PackedSplit(destination / "train.arrow")) == 15
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "SHA256SUMS"])
+def test_a_file_of_ones_own_under_a_name_of_the_preparations_is_not_replaced(name, tmp_path):
+    image_folder(tmp_path / "images", ORIGINALS)
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / name).write_text("mine\n")
+    for flags in ([], ["--overwrite"]):
+        with pytest.raises(DataError, match=f"{name} is there, is none of prepare_data.py's, and would be replaced"):
+            prepare(tmp_path / "images", tmp_path / "packed", *flags)
+    assert [path.read_text() for path in (tmp_path / "packed").iterdir()] == ["mine\n"]
+
+
 def test_an_unfinished_preparation_of_other_images_is_not_mixed_with_this_one(long_work, tmp_path):
     destination = tmp_path / "packed"
     process = start_program("prepare_data.py", arguments_for(long_work, destination), start_new_session=True)
