@@ -5,7 +5,7 @@ import hashlib
 import os
 import re
 import time
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from engine.system import object_store
@@ -162,8 +162,9 @@ def _fetch_file(store, name, size, checksum, folder):
             os.fsync(file.fileno())  # before the list says so
             list_of_ranges.write(f"{start}\n")
 
-        with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(fetch, (start for start in range(0, size, RANGE_BYTES) if start not in done)))
+        with ThreadPool(THREADS) as pool:  # a ThreadPoolExecutor would wait for its threads where the run is asked to stop
+            for _ in pool.imap(fetch, (start for start in range(0, size, RANGE_BYTES) if start not in done)):
+                pass
     with open(part, "rb") as file:
         arrived = hashlib.file_digest(file, "sha256").hexdigest()
     ranges.unlink()
