@@ -349,7 +349,7 @@ def test_a_file_that_a_finished_preparation_has_lost_is_packed_anew(tmp_path, ca
 def test_overwrite_keeps_what_this_very_job_has_begun_and_no_other(half_done, capsys):
     tree, whole, packed = half_done
     (packed / "val.arrow").write_bytes(b"of another job")
-    (packed / "manifest.json").write_text("{}")
+    (packed / "manifest.json").write_text('{"job": "another", "splits": {}}')
     assert prepare(tree, packed, "--overwrite") == 0
     assert "train: going on after 4 images" in capsys.readouterr().out
     assert_same_files(packed, (tree, whole))
