@@ -143,6 +143,6 @@ class StoreLock:
 def _holder_in(content):
     try:
         facts = json_object(content)
-        return Holder(**{name: facts[name] for name in Holder._fields})
-    except (ValueError, TypeError, KeyError):
+        return Holder(**{name: facts[name] for name in Holder._fields if name in facts})
+    except (ValueError, TypeError):
         return UNKNOWN

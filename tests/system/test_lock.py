@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import threading
@@ -265,6 +266,18 @@ def test_a_folder_that_cannot_be_written_to_is_refused_in_words(tmp_path):
     (tmp_path / "linked" / lock.LOCK).symlink_to(tmp_path / "nowhere/at/all")
     with pytest.raises(CheckpointError, match="leads nowhere"), hold(tmp_path / "linked"):
         pass
+
+
+def test_a_copy_of_the_folder_of_a_run_that_goes_on_is_a_folder_of_its_own_once_it_is_seen_that_nobody_is_there(
+    tmp_path, monkeypatch
+):
+    with hold(tmp_path / "run"):
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        monkeypatch.setattr(lock, "SILENCE_SECONDS", 0.3)
+        with hold(tmp_path / "copy") as copy:
+            assert f"taken over from process {os.getpid()} on " in copy.note and "no sign of life" in copy.note
+            with pytest.raises(CheckpointError, match="run is in use by"), hold(tmp_path / "run"):
+                pass
 
 
 def test_a_folder_made_for_a_run_that_is_refused_does_not_stay(tmp_path):
