@@ -106,6 +106,17 @@ def test_a_file_name_that_the_output_cannot_show_is_shown_as_an_escape(image_tre
     assert checkpoint_files.read(folder / "last.pt")["epoch"] == 1
 
 
+@pytest.mark.slow
+def test_a_name_that_is_no_utf_8_is_an_escape_in_reports_and_pictures(image_tree, tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    status, output = run_program("train.py", tiny_run(image_tree, folder, report="true", **ONE_EPOCH))
+    assert status == 0 and "WARNING" not in output, output
+    assert r"caf\udce9" in (folder / "report.md").read_text()
+    evaluated = [folder / "best.pt", "--device=cpu", f"--details={tmp_path}/details"]
+    status, output = run_program("evaluate.py", evaluated)
+    assert status == 0 and "Traceback" not in output and (tmp_path / "details.png").exists(), output
+
+
 def in_terminal(arguments, ignore_hangup=False):
     """Start train.py in a pseudo-terminal, as its session's leader; return (process number, the terminal's other end)."""
     child, terminal = pty.fork()
@@ -264,6 +275,22 @@ def test_a_run_works_where_folders_cannot_be_synced_and_files_not_be_linked(erro
 def test_each_checkpoint_is_a_file_of_its_own(finished):
     files = [finished / name for name in ("last.pt", "previous.pt", "best.pt", "epoch_001.pt", "epoch_002.pt")]
     assert len({path.stat().st_ino for path in files}) == len(files)
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs a /dev/shm of its own")
+@pytest.mark.parametrize("program", ["train.py", slow("prepare_data.py")])
+def test_without_room_for_semaphores_a_program_ends_in_words(program, image_tree, tmp_path):
+    flags = (
+        tiny_run(image_tree, tmp_path / "run", num_workers=1) if program == "train.py" else [image_tree, tmp_path / "packed"]
+    )
+    full = "mount -t tmpfs -o size=4k none /dev/shm && head -c 4096 /dev/zero >/dev/shm/filling"
+    command = ["unshare", "-m", "bash", "-c", f"{full} || exit 99; {shell(program, flags, '')}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    if done.returncode == 99 or done.stderr.startswith("unshare"):
+        pytest.skip("mounting a file system needs root")
+    assert done.returncode == 1, done.stderr
+    assert "worker processes need semaphores, and none can be made in /dev/shm" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 # Ornaments -------------------------------------------------------------------------------------------------------------
@@ -445,6 +472,14 @@ def test_other_validation_images_are_refused(finished, image_tree, tmp_path):
     shutil.copytree(image_tree, tmp_path / "fewer")
     next((tmp_path / "fewer/val").glob("*/*.jpg"), next((tmp_path / "fewer/val").glob("*/*"))).unlink()
     refused(DataError, "holds 19 validation images", f"--resume={finished}/last.pt", f"--data-dir={tmp_path}/fewer")
+
+
+def test_a_class_that_was_renamed_is_named(finished, image_tree, tmp_path):
+    shutil.copytree(image_tree, tmp_path / "renamed")
+    was = sorted(folder.name for folder in image_tree.joinpath("train").iterdir())[0]
+    for split in ("train", "val"):
+        (tmp_path / "renamed" / split / was).rename(tmp_path / "renamed" / split / "new_name")
+    refused(DataError, f"classes, with new_name; .* with {was}[.]", f"--resume={finished}", f"--data-dir={tmp_path}/renamed")
 
 
 def test_as_many_images_with_other_labels_are_refused(finished, image_tree, tmp_path):

@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -128,7 +129,8 @@ def at_a_glance(path, look):
     if not os.path.isfile(path):  # of a pipe nobody knows when it ends
         return None
     try:
-        return look(torch.load(path, map_location="cpu", weights_only=True, mmap=True))  # the tensors stay on disk
+        with open(path, "rb") as file:  # torch maps a file by its name, which must be text: this one's always is
+            return look(torch.load(f"/dev/fd/{file.fileno()}", map_location="cpu", weights_only=True, mmap=True))
     except Exception:  # whatever is wrong with it, read() says
         return None
 
@@ -152,7 +154,12 @@ def verify(path):
         if _holds_plain_weights(path):
             raise NotSealedError(
                 f"{path} holds weights alone, without the optimizer, schedule and position that a run needs to go on; "
-                "resume from a last.pt or epoch_NNN.pt instead"
+                "resume from a last.pt or epoch_NNN.pt instead, or begin a run with them: --initial-weights"
+            )
+        if ending.endswith(b"\0\0") and zipfile.is_zipfile(path):  # whole, and without a comment
+            raise NotSealedError(
+                f"{path} was saved by another program, or saved again: a run goes on from its own checkpoints alone. Begin a "
+                "run with its weights: --initial-weights"
             )
         raise NotSealedError(f"{path} is damaged or cut short ({size:,} bytes): its checksum is missing; {_ADVICE}")
     if comment[1].decode() != digest.hexdigest():

@@ -69,7 +69,8 @@ def replacing(path, mode="wb"):
     _require_replaceable(path)
     temporary = _temporary(path)
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}  # of names that are no UTF-8
+        with open(temporary, mode, **text) as file:
             yield file
             sync(file)
         os.replace(temporary, path)

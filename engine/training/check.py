@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import multiprocessing
 import os
 import platform
 import random
@@ -29,12 +28,12 @@ from engine.run.published import SEED_RUN
 from engine.system.device import choose_device, choose_precision, describe_device
 from engine.system.disks import existing, free_bytes, why_it_goes_away, why_not_writable
 from engine.system.distributed import local_size, refuse_several, size
-from engine.system.errors import CheckpointError, UserError
+from engine.system.errors import CheckpointError, MachineError, UserError
 from engine.system.files import ADDRESS
 from engine.system.interruption import spot_notice
 from engine.system.micro_batches import network_px
 from engine.system.object_store import ObjectStore, StorageError
-from engine.system.workers import available_cores
+from engine.system.workers import available_cores, require_semaphores
 from engine.training.averaging import warning_of_ema
 from engine.training.images import open_images, refuse_folders_among_classes
 from engine.training.initial_weights import with_initial_weights
@@ -345,12 +344,10 @@ def _processes(config, device):
     few = limit != resource.RLIM_INFINITY and limit < needed
     yield Finding(FAILS if few else OK, "open files", text + ("; ulimit -n 4096" if few else ""))
     try:
-        multiprocessing.get_context("fork").Lock()
+        require_semaphores()
         yield Finding(OK, "/dev/shm", "semaphores can be made there; batches take no room in it")
-    except OSError as error:
-        yield Finding(
-            FAILS if workers else NOTE, "/dev/shm", f"no semaphore can be made ({error}): mount it, or --num-workers 0"
-        )
+    except MachineError as error:
+        yield Finding(FAILS if workers else NOTE, "/dev/shm", f"{error}; or --num-workers 0")
 
 
 def _metadata_service(config):
