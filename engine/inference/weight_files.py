@@ -13,6 +13,7 @@ from engine.run import checkpoint_files
 from engine.run.checkpoint_folder import all_finite
 from engine.run.weights import PREFERENCE, WEIGHTS
 from engine.system.errors import CheckpointError, UserError, first_line
+from engine.system.files import readable_name
 from engine.system.plain_json import parse_json
 
 TORCHVISION = "torchvision:"
@@ -229,7 +230,7 @@ def _facts_of_export(path, weights):
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 
-        with safe_open(path, "pt") as file:
+        with readable_name(path) as name, safe_open(name, "pt") as file:
             facts = {name: value for name, value in (file.metadata() or {}).items() if name != "format"}
     else:
         facts = getattr(weights, "_metadata", {}).get("", {}).get("facts", {})

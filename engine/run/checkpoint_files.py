@@ -16,7 +16,7 @@ import torch
 
 from engine.run.events import EVENTS
 from engine.system.errors import CheckpointError, MachineError, first_line, is_out_of_main_memory
-from engine.system.files import copy_file, keep_as, replacing, sync
+from engine.system.files import copy_file, keep_as, readable_name, replacing, sync
 
 FORMAT, VERSION = "resnet50-training-run", 1
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
@@ -129,8 +129,8 @@ def at_a_glance(path, look):
     if not os.path.isfile(path):  # of a pipe nobody knows when it ends
         return None
     try:
-        with open(path, "rb") as file:  # torch maps a file by its name, which must be text: this one's always is
-            return look(torch.load(f"/dev/fd/{file.fileno()}", map_location="cpu", weights_only=True, mmap=True))
+        with readable_name(path) as name:
+            return look(torch.load(name, map_location="cpu", weights_only=True, mmap=True))  # the tensors stay on disk
     except Exception:  # whatever is wrong with it, read() says
         return None
 
@@ -196,7 +196,8 @@ def read_plain_weights(path):
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(path)
+            with readable_name(path) as name:
+                return load_file(name)
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise CheckpointError(f"{path}: safetensors is not installed: pip install safetensors") from error

@@ -81,6 +81,13 @@ def replacing(path, mode="wb"):
     sync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def readable_name(path):
+    """Give another name of a file, for libraries that take none whose bytes are no UTF-8; it holds within the block."""
+    with open(path, "rb") as file:
+        yield f"/dev/fd/{file.fileno()}"
+
+
 def append_whole(path, content, synced=False):
     """Append bytes to a file, which is made where there is none: all of them, or none where that fails.
 

@@ -127,6 +127,17 @@ def test_an_export_that_the_disk_has_no_room_for_fails_as_any_file_does_and_leav
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("suffix", ["pt", "safetensors", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_an_export_in_a_folder_whose_name_is_no_utf_8_is_written_and_known_again(suffix, checkpoint, tmp_path):
+    if suffix != "pt":
+        pytest.importorskip({"onnx": "onnxruntime"}.get(suffix, suffix))
+    path = tmp_path / os.fsdecode(b"caf\xe9") / f"model.{suffix}"
+    for _ in range(2):  # the second takes the place of the first
+        assert evaluate.main(evaluate.parse_arguments([str(checkpoint), "--device=cpu", f"--export={path}"])) == 0
+    if suffix != "onnx":
+        assert find_weights(str(path), "resnet18").classes
+
+
 @pytest.mark.parametrize("name", ["pipe.pt", "pipe.safetensors"])
 def test_a_pipe_in_place_of_weights_is_refused_and_not_waited_for(name, tmp_path):
     os.mkfifo(tmp_path / name)
