@@ -83,9 +83,14 @@ def replacing(path, mode="wb"):
 
 @contextlib.contextmanager
 def readable_name(path):
-    """Give another name of a file, for libraries that take none whose bytes are no UTF-8; it holds within the block."""
-    with open(path, "rb") as file:
-        yield f"/dev/fd/{file.fileno()}"
+    """Give a file's name as text, or where its bytes are no UTF-8, which some libraries refuse, one that holds in the block."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        with open(path, "rb") as file:
+            yield f"/dev/fd/{file.fileno()}"
+    else:
+        yield os.fspath(path)
 
 
 def append_whole(path, content, synced=False):
