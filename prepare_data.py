@@ -25,6 +25,7 @@ from engine.preparation.packing import (
     is_prepared,
     job_id,
     pack_split,
+    refuse_to_replace_others,
     refuse_to_replace_source,
     write_manifest,
 )
@@ -56,6 +57,7 @@ def prepare(arguments):
     source = find_source(arguments)
     job = job_id(source, packing)
     refuse_to_replace_source(source, destination)
+    refuse_to_replace_others(destination)
     if not arguments.overwrite and is_prepared(destination, job):
         print(f"{destination} is prepared already, from images of the same names and sizes in the same way")
         delete_uncompressed(destination)

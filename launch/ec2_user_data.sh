@@ -35,8 +35,8 @@ patiently() { # what fails now may go well in a minute; ending here would end th
 }
 
 # The mirror's client takes us-east-1 where nothing names the region, and the AWS CLI may take none.
-token=$(curl -sSf -X PUT -H "X-aws-ec2-metadata-token-ttl-seconds: 300" "$METADATA/api/token")
-AWS_REGION=$(curl -sSf -H "X-aws-ec2-metadata-token: $token" "$METADATA/meta-data/placement/region")
+token=$(patiently curl -sSf -X PUT -H "X-aws-ec2-metadata-token-ttl-seconds: 300" "$METADATA/api/token")
+AWS_REGION=$(patiently curl -sSf -H "X-aws-ec2-metadata-token: $token" "$METADATA/meta-data/placement/region")
 export AWS_REGION AWS_DEFAULT_REGION="$AWS_REGION"
 
 for _ in {1..12}; do # its service may still be at it
@@ -66,11 +66,21 @@ fi
 patiently "$DISK/venv/bin/pip" install --quiet -r "$DISK/code/requirements.txt" obstore
 
 cd "$DISK/code"
+failures=0
 while true; do
+    began=$SECONDS
     # shellcheck disable=SC2086 # FLAGS are words
     if "$DISK/venv/bin/python" train.py $FLAGS --data-dir "$DISK/imagenet" --checkpoint-dir "$DISK/run" \
         --log-file "$DISK/training.log" --mirror "$MIRROR" --resume auto --spot-notice true; then status=0; else status=$?; fi
     echo "train.py ended with status $status"
-    [ "$status" -eq 75 ] || break # 75: another machine still holds the run, or the mirror has not got the end of it
+    case $status in
+    75) ;;                      # another machine still holds the run, or the mirror has not got the end of it
+    0 | 2 | 129 | 130 | 143) break ;; # at its end, no such command line, asked to stop
+    *)                          # a storage that does not answer, out of memory: what fails now may go well in a minute
+        if [ $((SECONDS - began)) -ge 3600 ]; then failures=0; fi
+        failures=$((failures + 1))
+        [ "$failures" -lt 5 ] || break
+        ;;
+    esac
     sleep 60
 done

@@ -1,5 +1,6 @@
 """What the tests share: small trees of real JPEG files, tiny runs of train.py in this process or in one of their own."""
 
+import contextlib
 import http.server
 import io
 import json
@@ -298,6 +299,22 @@ def wait_for(condition, seconds=120):
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def within_seconds(seconds):
+    """Fail a test in a block that takes longer, which would wait without end."""
+
+    def give_up(*_):
+        pytest.fail(f"not done within {seconds} s")  # no Exception, which the block may catch
+
+    former = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, former)
 
 
 def children_of(pid):

@@ -73,3 +73,26 @@ class S3Server:
                         self.bytes_in += len(data)
                     if self.mode == "slow":
                         time.sleep(len(data) / 2e6)
+
+
+class SilentServer:
+    """A server on loopback that accepts whoever comes and never answers."""
+
+    def __init__(self):
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.environment = {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_REGION": "us-east-1",
+        }
+
+    def wait_for_client(self):
+        """Return once somebody has come and asked; the connection stays open."""
+        self._client, _ = self._listener.accept()
+        assert self._client.recv(1)
+
+    def close(self):
+        self._client.close()
+        self._listener.close()

@@ -19,7 +19,18 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, figures, finish, narrow, run_here, run_program, start_program, tiny_run, wait_for
+from conftest import (
+    REPOSITORY,
+    figures,
+    finish,
+    narrow,
+    run_here,
+    run_program,
+    start_program,
+    tiny_run,
+    wait_for,
+    within_seconds,
+)
 
 import train
 from engine.cli.command_line import parse_command_line
@@ -93,6 +104,17 @@ def test_a_file_name_that_the_output_cannot_show_is_shown_as_an_escape(image_tre
     assert status == 0, errors
     assert r"/l\udcc3\udca4uft \udce2\udc9c\udc93/best.pt" in output
     assert checkpoint_files.read(folder / "last.pt")["epoch"] == 1
+
+
+@pytest.mark.slow
+def test_a_name_that_is_no_utf_8_is_an_escape_in_reports_and_pictures(image_tree, tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    status, output = run_program("train.py", tiny_run(image_tree, folder, report="true", **ONE_EPOCH))
+    assert status == 0 and "WARNING" not in output, output
+    assert r"caf\udce9" in (folder / "report.md").read_text()
+    evaluated = [folder / "best.pt", "--device=cpu", f"--details={tmp_path}/details"]
+    status, output = run_program("evaluate.py", evaluated)
+    assert status == 0 and "Traceback" not in output and (tmp_path / "details.png").exists(), output
 
 
 def in_terminal(arguments, ignore_hangup=False):
@@ -255,6 +277,22 @@ def test_each_checkpoint_is_a_file_of_its_own(finished):
     assert len({path.stat().st_ino for path in files}) == len(files)
 
 
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs a /dev/shm of its own")
+@pytest.mark.parametrize("program", ["train.py", slow("prepare_data.py")])
+def test_without_room_for_semaphores_a_program_ends_in_words(program, image_tree, tmp_path):
+    flags = (
+        tiny_run(image_tree, tmp_path / "run", num_workers=1) if program == "train.py" else [image_tree, tmp_path / "packed"]
+    )
+    full = "mount -t tmpfs -o size=4k none /dev/shm && head -c 4096 /dev/zero >/dev/shm/filling"
+    command = ["unshare", "-m", "bash", "-c", f"{full} || exit 99; {shell(program, flags, '')}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    if done.returncode == 99 or done.stderr.startswith("unshare"):
+        pytest.skip("mounting a file system needs root")
+    assert done.returncode == 1, done.stderr
+    assert "worker processes need semaphores, and none can be made in /dev/shm" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 # Ornaments -------------------------------------------------------------------------------------------------------------
 
 
@@ -357,6 +395,16 @@ def test_an_unexpected_error_within_a_step_saves_nothing_half_done(image_tree, t
     assert checkpoint_files.read(tmp_path / "run/last.pt")["epoch"] == 1
 
 
+@pytest.mark.parametrize("name", ["curves.png", "events.jsonl", "hours.json"])
+@pytest.mark.parametrize("flag", ["--resume=auto", "--overwrite"])
+def test_a_file_of_ones_own_under_a_name_of_the_runs_is_not_replaced(flag, name, image_tree, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("mine")
+    refused(CheckpointError, f"{name} is there, but no run that it is of", *tiny_run(image_tree, tmp_path / "run"), flag)
+    assert run_here([*tiny_run(image_tree, tmp_path / "run"), "--check"]) == 1
+    assert [path.read_text() for path in (tmp_path / "run").iterdir()] == ["mine"]
+
+
 # Resumptions that cannot be done ----------------------------------------------------------------------------------------
 
 
@@ -375,9 +423,12 @@ def test_a_folder_is_resumed_from_its_farthest_good_file(finished, capfd):
 def test_what_cannot_be_resumed_is_refused_in_words(finished, tmp_path):
     (tmp_path / "empty").mkdir()
     (finished / "dangling.pt").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(finished / "pipe.pt")
     refused(CheckpointError, "holds no checkpoint", f"--resume={tmp_path}/empty")
     refused(CheckpointError, "no checkpoint at .*found last.pt", f"--resume={finished}/lst.pt")
     refused(CheckpointError, "is a link that leads nowhere", f"--resume={finished}/dangling.pt")
+    with within_seconds(60):
+        refused(CheckpointError, "is no regular file", f"--resume={finished}/pipe.pt")
     refused(ConfigError, "give at least 2", f"--resume={finished}/last.pt", "--epochs=1")
     assert not (finished / "run.lock").exists()
 
@@ -421,6 +472,14 @@ def test_other_validation_images_are_refused(finished, image_tree, tmp_path):
     shutil.copytree(image_tree, tmp_path / "fewer")
     next((tmp_path / "fewer/val").glob("*/*.jpg"), next((tmp_path / "fewer/val").glob("*/*"))).unlink()
     refused(DataError, "holds 19 validation images", f"--resume={finished}/last.pt", f"--data-dir={tmp_path}/fewer")
+
+
+def test_a_class_that_was_renamed_is_named(finished, image_tree, tmp_path):
+    shutil.copytree(image_tree, tmp_path / "renamed")
+    was = sorted(folder.name for folder in image_tree.joinpath("train").iterdir())[0]
+    for split in ("train", "val"):
+        (tmp_path / "renamed" / split / was).rename(tmp_path / "renamed" / split / "new_name")
+    refused(DataError, f"classes, with new_name; .* with {was}[.]", f"--resume={finished}", f"--data-dir={tmp_path}/renamed")
 
 
 def test_as_many_images_with_other_labels_are_refused(finished, image_tree, tmp_path):

@@ -73,7 +73,7 @@ def instance(tmp_path, training="exit 0", fetching=""):
     return {name: str(place) for name, place in places.items()} | {"MIRROR": "s3://b/run", "IMAGES": "s3://b/images"}
 
 
-@pytest.mark.parametrize(("status", "switched_off"), [(0, True), (1, True), (143, False)])
+@pytest.mark.parametrize(("status", "switched_off"), [(0, True), (2, True), (143, False)])
 def test_an_instance_prepares_itself_trains_and_switches_off_unless_it_was_interrupted(status, switched_off, tmp_path):
     _, asked, output = run_script(LAUNCH / "ec2_user_data.sh", tmp_path, **instance(tmp_path, f"exit {status}"))
     programs = [line.split()[0] for line in asked]
@@ -183,6 +183,11 @@ def test_an_instance_tries_again_while_another_one_holds_the_run_or_the_mirror_h
     assert [line.split()[0] for line in asked[9:]] == ["python", "sleep", "python", "sleep", "aws", "shutdown"], output
 
 
+def test_an_instance_starts_a_run_that_fails_five_times_before_it_switches_off(tmp_path):
+    _, asked, output = run_script(LAUNCH / "ec2_user_data.sh", tmp_path, **instance(tmp_path, "exit 137"))
+    assert [line.split()[0] for line in asked[9:]] == ["python", *4 * ["sleep", "python"], "sleep", "aws", "shutdown"], output
+
+
 SRUN = 'while [[ $1 == --* ]]; do shift; done; exec "$@"'
 
 
@@ -282,6 +287,9 @@ def test_a_skypilot_job_tries_again_while_another_machine_holds_the_run_and_is_r
     status, asked, output = run_script(tmp_path / "run.sh", tmp_path, HOME=str(tmp_path))
     assert [line.split()[0] for line in asked] == ["python", "sleep", "python"], output
     assert status == 143 and status in task["resources"]["job_recovery"]["recover_on_exit_codes"]
+    stand_in(tmp_path / "venv/bin", "python", "exit 1")
+    status, tries, _ = run_script(tmp_path / "run.sh", tmp_path, HOME=str(tmp_path))
+    assert status == 1 and len(tries) - len(asked) == 5 + 4  # started five times
     command = parse_command_line(asked[0].split()[2:], OWN_FLAGS)
     assert command.config["spot_notice"] and command.config["mirror"] == "s3://BUCKET/runs/mild" and task["envs"]["AWS_REGION"]
 

@@ -5,13 +5,13 @@ import hashlib
 import os
 import re
 import time
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from engine.system import object_store
 from engine.system.disks import free_bytes
 from engine.system.errors import DataError
-from engine.system.files import SCHEMES, replacing
+from engine.system.files import SCHEMES, make_folder, replacing
 from engine.system.lock import FolderLock
 from engine.system.object_store import ObjectStore, StorageError
 
@@ -72,7 +72,7 @@ def _fetch(store, folder, log, resumed=False):
         if not sizes:
             return
     _require_room(folder, sizes)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if not is_same:
         known.unlink(missing_ok=True)  # of other files than those that come now
     log(f"fetching {sum(sizes.values()) / 1e9:.2f} GB from {store.url} to {folder}")
@@ -162,8 +162,9 @@ def _fetch_file(store, name, size, checksum, folder):
             os.fsync(file.fileno())  # before the list says so
             list_of_ranges.write(f"{start}\n")
 
-        with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(fetch, (start for start in range(0, size, RANGE_BYTES) if start not in done)))
+        with ThreadPool(THREADS) as pool:  # a ThreadPoolExecutor would wait for its threads where the run is asked to stop
+            for _ in pool.imap(fetch, (start for start in range(0, size, RANGE_BYTES) if start not in done)):
+                pass
     with open(part, "rb") as file:
         arrived = hashlib.file_digest(file, "sha256").hexdigest()
     ranges.unlink()

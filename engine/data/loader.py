@@ -14,7 +14,7 @@ from engine.data.buffers import BATCHES_HELD, BatchBuffers
 from engine.system.distributed import gather_events, largest_shard, local_size, shard, size
 from engine.system.errors import DataError, UserError
 from engine.system.interruption import Interrupted, ignore_signals
-from engine.system.workers import WorkerDied, available_cores
+from engine.system.workers import WorkerDied, available_cores, require_semaphores
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -60,6 +60,8 @@ class BatchLoader:
         )
         self._met_bad = set()  # indices of the training images that could not be read in this process's time
         self.work = 0.0, 0.0, 0.0  # seconds of the workers so far: making batches, thereof reading files, and on a core
+        if workers:
+            require_semaphores()
         self._iterator = iter(self._loader) if workers else None  # forks
         if device.type == "cuda" and not self._buffers.pin():
             log("note: the batches' memory could not be pinned; copies to the GPU will not overlap with its work")

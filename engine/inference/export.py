@@ -15,7 +15,7 @@ from engine.inference.outputs import CARD_MARK, TIMM_CONFIG_MARK, is_export, mar
 from engine.run.weights import WEIGHTS
 from engine.system.environment import commit
 from engine.system.errors import UserError
-from engine.system.files import replacing
+from engine.system.files import readable_name, replacing
 from engine.system.plain_json import to_json
 
 OPSET = 18
@@ -182,7 +182,8 @@ def _export_onnx(model, path, facts):
     onnx.checker.check_model(exported)
     with replacing(path) as file:
         file.write(exported.SerializeToString())
-    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    with readable_name(path) as name:
+        session = runtime.InferenceSession(name, providers=["CPUExecutionProvider"])
     with torch.inference_mode():
         expected = model(images)
     (logits,) = session.run(["logits"], {"images": images.numpy()})

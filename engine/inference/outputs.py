@@ -12,6 +12,7 @@ from pathlib import Path
 
 from engine.inference.weight_files import read_weights
 from engine.system.errors import UserError
+from engine.system.files import make_folder
 
 HEAD_BYTES = 1 << 16  # at a file's beginning, in which its mark lies
 
@@ -64,7 +65,7 @@ def claim(flag, marks, inputs=()):
     for path, mark in marks.items():
         path = Path(path)
         with user_error_on_failure(flag, path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             tempfile.TemporaryFile(dir=path.parent).close()
             if problem := _problem(path, mark, inputs):
                 raise UserError(f"--{flag} {path} {problem}")

@@ -13,6 +13,7 @@ from engine.run import checkpoint_files
 from engine.run.checkpoint_folder import all_finite
 from engine.run.weights import PREFERENCE, WEIGHTS
 from engine.system.errors import CheckpointError, UserError, first_line
+from engine.system.files import readable_name
 from engine.system.plain_json import parse_json
 
 TORCHVISION = "torchvision:"
@@ -177,6 +178,8 @@ def _read_tensors(path, take_average=False, no_checkpoint=None):
         take_average: return the running average, where there is one.
         no_checkpoint: as of read_weights.
     """
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is no regular file")  # of a pipe there is nothing to wait for
     if path.suffix == ".safetensors":
         return checkpoint_files.read_plain_weights(path), None
     try:
@@ -227,7 +230,7 @@ def _facts_of_export(path, weights):
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 
-        with safe_open(path, "pt") as file:
+        with readable_name(path) as name, safe_open(name, "pt") as file:
             facts = {name: value for name, value in (file.metadata() or {}).items() if name != "format"}
     else:
         facts = getattr(weights, "_metadata", {}).get("", {}).get("facts", {})

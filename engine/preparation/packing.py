@@ -110,6 +110,16 @@ def refuse_to_replace_source(source, destination):
             )
 
 
+def refuse_to_replace_others(destination):
+    """Raise DataError where a manifest or checksums lie that no packing job has written."""
+    for name, sign in ((MANIFEST, '"splits": {'), (CHECKSUMS, "train.arrow")):
+        path = destination / name
+        if path.exists() and path.stat().st_size and sign not in path.read_text(errors="replace"):
+            raise DataError(
+                f"{path} is there, is none of prepare_data.py's, and would be replaced: move it away, or name another folder"
+            )
+
+
 def files_to_overwrite(destination, job):
     """Return the paths of what packing jobs have written, finished or not, but the beginning that is this very job's."""
     finished = _lost_files(destination, job) == []

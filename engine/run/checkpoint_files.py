@@ -9,13 +9,14 @@ import hashlib
 import math
 import os
 import re
+import zipfile
 from pathlib import Path
 
 import torch
 
 from engine.run.events import EVENTS
 from engine.system.errors import CheckpointError, MachineError, first_line, is_out_of_main_memory
-from engine.system.files import copy_file, keep_as, replacing, sync
+from engine.system.files import copy_file, keep_as, readable_name, replacing, sync
 
 FORMAT, VERSION = "resnet50-training-run", 1
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
@@ -120,11 +121,16 @@ def require_known_version(checkpoint, path):
 
 def position(path):
     """Return (whole epochs, batches of the next one) of a checkpoint at a glance, unverified; None if it cannot be told."""
-    if not os.path.isfile(path):
+    return at_a_glance(path, lambda checkpoint: (int(checkpoint["epoch"]), int(checkpoint["batch"])))
+
+
+def at_a_glance(path, look):
+    """Return what look(contents) finds in a checkpoint, unverified; None where that cannot be told."""
+    if not os.path.isfile(path):  # of a pipe nobody knows when it ends
         return None
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # the tensors stay on disk
-        return int(checkpoint["epoch"]), int(checkpoint["batch"])
+        with readable_name(path) as name:
+            return look(torch.load(name, map_location="cpu", weights_only=True, mmap=True))  # the tensors stay on disk
     except Exception:  # whatever is wrong with it, read() says
         return None
 
@@ -148,7 +154,12 @@ def verify(path):
         if _holds_plain_weights(path):
             raise NotSealedError(
                 f"{path} holds weights alone, without the optimizer, schedule and position that a run needs to go on; "
-                "resume from a last.pt or epoch_NNN.pt instead"
+                "resume from a last.pt or epoch_NNN.pt instead, or begin a run with them: --initial-weights"
+            )
+        if ending.endswith(b"\0\0") and zipfile.is_zipfile(path):  # whole, and without a comment
+            raise NotSealedError(
+                f"{path} was saved by another program, or saved again: a run goes on from its own checkpoints alone. Begin a "
+                "run with its weights: --initial-weights"
             )
         raise NotSealedError(f"{path} is damaged or cut short ({size:,} bytes): its checksum is missing; {_ADVICE}")
     if comment[1].decode() != digest.hexdigest():
@@ -185,7 +196,8 @@ def read_plain_weights(path):
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(path)
+            with readable_name(path) as name:
+                return load_file(name)
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise CheckpointError(f"{path}: safetensors is not installed: pip install safetensors") from error

@@ -10,10 +10,13 @@ import torch
 from engine.run import checkpoint_files
 from engine.run.checkpoint_files import (
     BEST,
+    CURVES,
     EPOCH_PATTERN,
     FORMAT,
     LAST,
     PREVIOUS,
+    RECORDS,
+    REPORTS,
     VERSION,
     checkpoints_in,
     epoch_name,
@@ -55,7 +58,8 @@ class CheckpointFolder:
 
     def _delete_leftovers(self):
         try:
-            delete_leftovers(self.folder, "*.pt")
+            for names in ("*.pt", RECORDS, CURVES, *REPORTS):
+                delete_leftovers(self.folder, names)
         except OSError as error:
             raise CheckpointError(f"checkpoint_dir = {str(self.folder)!r} cannot be written to: {error}") from error
 

@@ -29,8 +29,11 @@ def new_figure(rows, columns, size, layout="constrained"):
 
 
 def as_written(text):
-    """Return a text for matplotlib to draw as it is, a name or a path: two dollar signs would begin and end a formula."""
-    return text.replace("$", r"\$")
+    """Return a text for matplotlib to draw as it is, a name or a path: two dollar signs would begin and end a formula.
+
+    Bytes of a name that are no UTF-8 become escapes.
+    """
+    return text.replace("$", r"\$").encode("utf-8", "backslashreplace").decode()
 
 
 def save_figure(figure, path, source=None):

@@ -47,12 +47,6 @@ class EpochRecords:
             with log.warn_on_error("TensorBoard's file could not be opened"):
                 self._board = open_tensorboard(folder, epochs_done)
 
-    def close(self):
-        """Close TensorBoard's file."""
-        if self._board is not None:
-            with self._log.warn_on_error("TensorBoard's file could not be closed"):
-                self._board.close()
-
     def write(self, record):
         """Add an epoch's record to metrics.jsonl. What cannot be written now is written with the next record."""
         self._unwritten.append(record)

@@ -1,10 +1,9 @@
 """events.jsonl: what happens to a run, a JSON object a line: when it starts, resumes, saves, warns, stops and ends."""
 
-import errno
-import os
 import time
 from pathlib import Path
 
+from engine.system.files import append_whole
 from engine.system.plain_json import from_json, to_json
 
 EVENTS = "events.jsonl"
@@ -42,14 +41,7 @@ class EventLog:
             return
         lines = b"".join((to_json(event).encode() if event else b"") + b"\n" for event in self._waiting)
         try:
-            with open(self._path, "ab", buffering=0) as file:
-                end = file.tell()
-                try:
-                    if file.write(lines) < len(lines):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                except OSError:
-                    file.truncate(end)
-                    raise
+            append_whole(self._path, lines)
         except OSError:  # the log says what the disk does not take; the next event tries again
             return
         self._waiting.clear()

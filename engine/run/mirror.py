@@ -305,7 +305,7 @@ class Mirror:
 
     def _upload_small_files(self):
         paths = {name: self.folder / name for name in (RECORDS, EVENTS, CURVES, *REPORTS)}
-        paths |= {LOG: Path(self.log_file)} if self.log_file else {}
+        paths |= {LOG: Path(self.log_file)} if self.log_file and os.path.isfile(self.log_file) else {}  # no terminal, no pipe
         for name, path in paths.items():
             try:
                 found = path.stat()

@@ -48,8 +48,6 @@ class Monitor(RunLog):
         self._heartbeat.stop()
         self.finish()
         self._sampler.stop()
-        if self._records is not None:
-            self._records.close()
         self.close()
 
     def start(self, what, total, done=0, epoch=None):

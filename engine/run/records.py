@@ -1,27 +1,14 @@
 """metrics.jsonl: one JSON object for each finished epoch of a run."""
 
-import contextlib
-import errno
-import os
 from pathlib import Path
 
-from engine.system.files import replacing, sync
+from engine.system.files import append_whole, replacing
 from engine.system.plain_json import from_json, to_json
 
 
 def append_record(path, record):
     """Append the record as one line and have it on disk before returning; nothing of it is left where that fails."""
-    line = to_json(record).encode() + b"\n"
-    with open(path, "ab", buffering=0) as file:
-        end = file.tell()
-        try:
-            if file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-            sync(file)
-        except OSError:
-            with contextlib.suppress(OSError):
-                file.truncate(end)
-            raise
+    append_whole(path, to_json(record).encode() + b"\n", synced=True)
 
 
 def read_records(path):

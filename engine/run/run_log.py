@@ -1,7 +1,9 @@
 """What a run says: on the terminal, in its log file, in events.jsonl."""
 
 import contextlib
+import errno
 import logging
+import os
 import sys
 import threading
 from pathlib import Path
@@ -12,6 +14,7 @@ from engine.run.events import EventLog
 from engine.system.console import lost_output
 from engine.system.distributed import rank
 from engine.system.errors import UserError, first_line
+from engine.system.files import make_folder
 
 WARNINGS = ("WARNING", "bad image", "out of GPU memory")  # what a warning begins with
 
@@ -33,11 +36,12 @@ class RunLog:
         self._log = logging.Logger("training")  # not from the registry: each run has its own file
         if self._is_main and log_file is not None:
             try:
-                Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+                make_folder(Path(log_file).parent)
                 _require_text(log_file)
-                handler = logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace")
+                handler = _LogFile(log_file, encoding="utf-8", errors="backslashreplace")
             except OSError as error:
-                raise UserError(f"log_file = {log_file!r} cannot be written to: {error}") from error
+                reason = "nobody reads it" if error.errno == errno.ENXIO else error
+                raise UserError(f"log_file = {log_file!r} cannot be written to: {reason}") from error
             handler.handleError = _complain_of_the_log
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S%z"))
             self._log.addHandler(handler)
@@ -88,6 +92,16 @@ class RunLog:
             raise
         except Exception as error:
             self.log(f"WARNING: {trouble}: {first_line(error)}. The run goes on")
+
+
+class _LogFile(logging.FileHandler):
+    """Neither opening it nor a line waits for the reader of a pipe."""
+
+    def _open(self):
+        def open_at_once(path, flags):
+            return os.open(path, flags | os.O_NONBLOCK, 0o666)
+
+        return open(self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors, opener=open_at_once)
 
 
 def _require_text(log_file):

@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from engine.system.files import in_the_way
+
 IN_MEMORY = ("tmpfs", "ramfs")
 INSTANCE_STORE = "Amazon EC2 NVMe Instance Storage"  # model that such a disk states; EBS: Amazon Elastic Block Store
 
@@ -68,7 +70,9 @@ def free_bytes(path):
 
 
 def why_not_writable(path):
-    """Return what the system says against a new file in a folder, or where that will be made; None if it can be written."""
+    """Return what is against a new file in a folder, or where that will be made; None if it can be written."""
+    if obstacle := in_the_way(path):
+        return obstacle
     try:
         tempfile.TemporaryFile(dir=existing(path)).close()
     except OSError as error:

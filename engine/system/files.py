@@ -34,6 +34,25 @@ def path_text(text):
     return os.path.expanduser(text)
 
 
+def make_folder(folder):
+    """Make a folder, and those above it, unless it is there.
+
+    Raises:
+        OSError: it cannot be made; a file or a link in its way is named.
+    """
+    if obstacle := in_the_way(folder):
+        raise NotADirectoryError(obstacle)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+
+
+def in_the_way(folder):
+    """Return in words what lies where a folder is or will be made, and is none; None where nothing does."""
+    there = next((place for place in (Path(folder), *Path(folder).parents) if os.path.lexists(place)), None)
+    if there is None or os.path.isdir(there):
+        return None
+    return f"{there} is a link that leads nowhere" if not os.path.exists(there) else f"{there} is no folder"
+
+
 @contextlib.contextmanager
 def replacing(path, mode="wb"):
     """Give a file to write beside `path`, and let it take its place, synced, when the block ends without an error.
@@ -50,7 +69,8 @@ def replacing(path, mode="wb"):
     _require_replaceable(path)
     temporary = _temporary(path)
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}  # of names that are no UTF-8
+        with open(temporary, mode, **text) as file:
             yield file
             sync(file)
         os.replace(temporary, path)
@@ -59,6 +79,37 @@ def replacing(path, mode="wb"):
             temporary.unlink()
         raise
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def readable_name(path):
+    """Give a file's name as text, or where its bytes are no UTF-8, which some libraries refuse, one that holds in the block."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        with open(path, "rb") as file:
+            yield f"/dev/fd/{file.fileno()}"
+    else:
+        yield os.fspath(path)
+
+
+def append_whole(path, content, synced=False):
+    """Append bytes to a file, which is made where there is none: all of them, or none where that fails.
+
+    Args:
+        synced: have them on disk before returning.
+    """
+    with open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            if synced:
+                sync(file)
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(end)
+            raise
 
 
 def copy_file(source, target):

@@ -8,6 +8,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import Future
 
 SPOT_POLL_SECONDS = 5.0  # as AWS recommends; the notice comes two minutes ahead
 SAVING_SECONDS = 120.0  # before a limit on a session's hours, for the step in progress, the save and its upload
@@ -146,6 +147,26 @@ class StopRequest:
         for item in items:
             yield item
             self.check()
+
+
+def in_a_thread(function, *arguments, seconds=None, **options):
+    """Return function(...), called in a thread where the main thread asks: a signal is heard while a foreign library waits.
+
+    Args:
+        seconds: raise TimeoutError once they have passed; what the function does is left to itself then, as after a signal.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return function(*arguments, **options)
+    outcome = Future()
+
+    def call():
+        try:
+            outcome.set_result(function(*arguments, **options))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()  # none of concurrent.futures', which Python waits for when it ends
+    return outcome.result(seconds)
 
 
 def ignore_signals():

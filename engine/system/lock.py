@@ -1,8 +1,8 @@
 """One run to a folder: a lock that says who holds it and since when, and that is taken over once its holder is gone.
 
 The lock is a small file, made by an exclusive create, which network file systems know, too; flock is not relied on. Its holder
-touches it every SIGN_OF_LIFE_SECONDS. A holder on this machine is gone when its process is; one elsewhere, when the file has
-not been touched for SILENCE_SECONDS by the clock of the file system.
+touches it every SIGN_OF_LIFE_SECONDS. A holder on this machine is gone when its process is; one elsewhere, or of a folder that
+this one is a copy of, when the file has not been touched for SILENCE_SECONDS by the clock of the file system.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from engine.system.distributed import run_on_rank0
 from engine.system.errors import CheckpointError, InUse, TrainingStopped
+from engine.system.files import make_folder
 from engine.system.plain_json import json_object
 
 LOCK = "run.lock"
@@ -33,6 +34,7 @@ class Holder(NamedTuple):
     process_started: str  # in clock ticks after the boot; "" where it cannot be known
     since: str  # date and time
     token: str  # of this one time
+    inode: int = 0  # of the lock file, which a copy of the folder has not; 0 where it is not known
 
     def __str__(self):
         return f"process {self.pid} on {self.host}, since {self.since}"
@@ -114,7 +116,7 @@ class FolderLock:
         """Take the lock; take it over from a holder that is gone."""
         try:
             self._made_folder = not self.path.parent.exists()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
             self._acquire(log)
             self._folder = _identity(self.path.parent)
         except OSError as error:
@@ -185,6 +187,8 @@ class FolderLock:
             descriptor = os.open(path or self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             return False
+        if path is None:
+            self.me = self.me._replace(inode=os.fstat(descriptor).st_ino)
         try:
             os.write(descriptor, json.dumps(self.me._asdict()).encode() + b"\n")
         except OSError:
@@ -215,7 +219,10 @@ class FolderLock:
     def _why_gone(self, holder, log):
         """Return why the holder is known to be gone, or None if it lives; may wait for a sign of life."""
         if holder.machine == self.me.machine:
-            return None if process_lives(holder.pid, holder.process_started) else "that process is gone"
+            if not process_lives(holder.pid, holder.process_started):
+                return "that process is gone"
+            if not self._is_copy(holder):
+                return None
         touched = self._touched()
         if touched is None:
             return "it was released"
@@ -230,6 +237,12 @@ class FolderLock:
             if self._touched() is None:
                 return "it was released"
         return f"no sign of life for {SILENCE_SECONDS:.0f} s"
+
+    def _is_copy(self, holder):
+        """Return whether this may be the lock file of a copied folder; where inodes do not stay, only silence tells."""
+        with contextlib.suppress(FileNotFoundError):
+            return holder.inode not in (0, self.path.stat().st_ino)
+        return False
 
     def _now_there(self):
         """Return the time by the clock of the file system, which may be another machine's."""

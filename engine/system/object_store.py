@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.system.errors import UserError, first_line
-from engine.system.files import ADDRESS
+from engine.system.files import ADDRESS, make_folder
+from engine.system.interruption import in_a_thread
 
 CHUNK_BYTES = 8 << 20
 # The longest silence of the other side: while an answer arrives, and until the answer to a part that was sent, of which four at
@@ -69,7 +70,8 @@ class ObjectStore:
         self._obstore = obstore
         try:
             if self.is_folder:
-                self._store = LocalStore(self.path, mkdir=True)
+                make_folder(self.path)
+                self._store = LocalStore(self.path)
             else:
                 self._store = from_url(url, client_options=TIMEOUTS, retry_config=RETRIES)
         except Exception as error:  # of many kinds: unknown scheme, missing bucket, broken credentials
@@ -100,13 +102,13 @@ class ObjectStore:
         mode = "create" if create else "overwrite" if version is None else version.conditions()
         upload = {"chunk_size": CHUNK_BYTES, "max_concurrency": 4}
         with self._translated():
-            return _version_in(self._obstore.put(self._store, name, content, mode=mode, **upload))
+            return _version_in(in_a_thread(self._obstore.put, self._store, name, content, mode=mode, **upload))
 
     def head(self, name):
         """Return the StoredObject of a name, or None if there is none."""
         with self._translated():
             try:
-                found = self._obstore.head(self._store, name)
+                found = in_a_thread(self._obstore.head, self._store, name)
             except FileNotFoundError:
                 return None
         return StoredObject(found["size"], _version_in(found), found["last_modified"])
@@ -115,8 +117,8 @@ class ObjectStore:
         """Return (contents, StoredObject) of a small object, or (None, None) if there is none."""
         with self._translated():
             try:
-                found = self._obstore.get(self._store, name)
-                content, meta = bytes(found.bytes()), found.meta
+                found = in_a_thread(self._obstore.get, self._store, name)
+                content, meta = bytes(in_a_thread(found.bytes)), found.meta
             except FileNotFoundError:
                 return None, None
         return content, StoredObject(meta["size"], _version_in(meta), meta["last_modified"])
@@ -124,7 +126,7 @@ class ObjectStore:
     def read_range(self, name, start, end):
         """Return the bytes from `start` to before `end` of an object."""
         with self._translated():
-            return bytes(self._obstore.get_range(self._store, name, start=start, end=end))
+            return bytes(in_a_thread(self._obstore.get_range, self._store, name, start=start, end=end))
 
     def read_range_retried(self, name, start, end):
         """Return what read_range does, asked for again for a while where the storage does not answer."""
@@ -150,12 +152,13 @@ class ObjectStore:
     def list(self, prefix=""):
         """Return {name: bytes} of the objects under a folder."""
         with self._translated():
-            return {found["path"]: found["size"] for part in self._obstore.list(self._store, prefix or None) for found in part}
+            parts = in_a_thread(list, self._obstore.list(self._store, prefix or None))
+        return {found["path"]: found["size"] for part in parts for found in part}
 
     def some_names(self):
         """Return the names of the first objects, as many as the storage tells at a time."""
         with self._translated():
-            return [found["path"] for found in next(iter(self._obstore.list(self._store)), [])]
+            return [found["path"] for found in in_a_thread(next, iter(self._obstore.list(self._store)), [])]
 
     def delete_unfinished(self, names):
         """Delete what kills in the middle of a put have left of files in a folder, which list() passes over.
@@ -175,12 +178,12 @@ class ObjectStore:
         with self._translated():
             if self.is_folder and (self.path / other).exists() and (self.path / other).samefile(self.path / name):
                 return  # it is: to rename one name of a file to another of its names would leave both
-            self._obstore.copy(self._store, name, other)
+            in_a_thread(self._obstore.copy, self._store, name, other)
 
     def delete(self, name):
         """Delete an object; one that is not there stays so."""
         with self._translated(), contextlib.suppress(FileNotFoundError):
-            self._obstore.delete(self._store, name)
+            in_a_thread(self._obstore.delete, self._store, name)
 
 
 def _version_in(facts):

@@ -12,10 +12,12 @@ import uuid
 
 from engine.system import lock
 from engine.system.errors import InUse, TrainingStopped
+from engine.system.interruption import in_a_thread
 from engine.system.lock import LOCK, UNKNOWN, FolderLock, Holder, process_lives, this_process
 from engine.system.object_store import Conflict, StorageError
 from engine.system.plain_json import json_object
 
+RELEASE_SECONDS = 10.0  # to give a lock back in, or else it falls silent
 ASKING_SECONDS = 1.0  # between two looks at a lock that may be given up
 
 
@@ -118,9 +120,13 @@ class StoreLock:
     def release(self):
         """Give the lock back, unless somebody else has taken it over."""
         self._released.set()
-        with contextlib.suppress(StorageError):
-            if self._version is not None and self.lost_to is None and self.is_mine():
-                self.store.delete(LOCK)
+        if self._version is not None and self.lost_to is None:
+            with contextlib.suppress(StorageError, TimeoutError):
+                in_a_thread(self._give_back, seconds=RELEASE_SECONDS)
+
+    def _give_back(self):
+        if self.is_mine():
+            self.store.delete(LOCK)
 
     def _show_life(self):
         while not self._released.wait(lock.SIGN_OF_LIFE_SECONDS):
@@ -137,6 +143,6 @@ class StoreLock:
 def _holder_in(content):
     try:
         facts = json_object(content)
-        return Holder(**{name: facts[name] for name in Holder._fields})
-    except (ValueError, TypeError, KeyError):
+        return Holder(**{name: facts[name] for name in Holder._fields if name in facts})
+    except (ValueError, TypeError):
         return UNKNOWN

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import multiprocessing
 import os
 import signal
 import threading
@@ -9,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path, PurePosixPath
 
-from engine.system.errors import UserError
+from engine.system.errors import MachineError, UserError
 
 NOTICED_SECONDS = 5.0  # after the death of a worker, by which the pool has usually noticed
 
@@ -64,13 +65,25 @@ def _text(path):
         return ""
 
 
+def require_semaphores():
+    """Raise MachineError where no worker processes can be worked with; PyTorch's loader would end in a traceback."""
+    try:
+        multiprocessing.get_context("fork").Lock()
+    except OSError as error:
+        raise MachineError(
+            f"worker processes need semaphores, and none can be made in /dev/shm ({error}): mount it, or make room in it"
+        ) from error
+
+
 @contextlib.contextmanager
 def worker_pool(processes):
     """Give a ProcessPoolExecutor; on leaving, jobs that are not begun are dropped and the processes have ended.
 
     Raises:
         WorkerDied: a worker process ended, for example killed by the OS for its memory.
+        MachineError: no semaphore can be made.
     """
+    require_semaphores()
     pool, ended = ProcessPoolExecutor(processes, initializer=_start_worker), threading.Event()
     pool.submit(int)  # begins the workers, before there is a second thread
     threading.Thread(target=_end_with_the_first, args=(pool._processes, pool._result_queue, ended), daemon=True).start()

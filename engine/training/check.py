@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import multiprocessing
 import os
 import platform
 import random
@@ -29,17 +28,18 @@ from engine.run.published import SEED_RUN
 from engine.system.device import choose_device, choose_precision, describe_device
 from engine.system.disks import existing, free_bytes, why_it_goes_away, why_not_writable
 from engine.system.distributed import local_size, refuse_several, size
-from engine.system.errors import CheckpointError, UserError
+from engine.system.errors import CheckpointError, MachineError, UserError
 from engine.system.files import ADDRESS
 from engine.system.interruption import spot_notice
 from engine.system.micro_batches import network_px
 from engine.system.object_store import ObjectStore, StorageError
-from engine.system.workers import available_cores
+from engine.system.workers import available_cores, require_semaphores
 from engine.training.averaging import warning_of_ema
 from engine.training.images import open_images, refuse_folders_among_classes
 from engine.training.initial_weights import with_initial_weights
 from engine.training.mirroring import IS_THE_SAME, is_same_folder, refuse_another_run
 from engine.training.plan import positive
+from engine.training.resuming import refuse_to_replace_others
 from engine.training.settling import require_consistent_flags
 from engine.training.size_rule import adapted
 
@@ -105,6 +105,7 @@ def whole_check(command, build_model):
     yield from _tried("folders", lambda: refuse_folders_among_classes(config))[1]
     if "overwrite" not in command.options:
         yield from _tried("checkpoint_dir", lambda: refuse_to_overwrite(config["checkpoint_dir"]))[1]
+    yield from _tried("checkpoint_dir", lambda: refuse_to_replace_others(config["checkpoint_dir"]))[1]
     classes = len(splits["train"].classes) if splits else 1000
     yield from quick_check(config, device, classes, build_model)
     if splits is not None:
@@ -343,12 +344,10 @@ def _processes(config, device):
     few = limit != resource.RLIM_INFINITY and limit < needed
     yield Finding(FAILS if few else OK, "open files", text + ("; ulimit -n 4096" if few else ""))
     try:
-        multiprocessing.get_context("fork").Lock()
+        require_semaphores()
         yield Finding(OK, "/dev/shm", "semaphores can be made there; batches take no room in it")
-    except OSError as error:
-        yield Finding(
-            FAILS if workers else NOTE, "/dev/shm", f"no semaphore can be made ({error}): mount it, or --num-workers 0"
-        )
+    except MachineError as error:
+        yield Finding(FAILS if workers else NOTE, "/dev/shm", f"{error}; or --num-workers 0")
 
 
 def _metadata_service(config):

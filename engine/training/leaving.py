@@ -24,6 +24,8 @@ def ending_before_training(stop):
         if stop.cause is None or stop.exit_code == 128 + signal.SIGINT:
             raise
         print(f"stopped by {stop.cause}, before the training began", flush=True)
+        if stop.machine_goes_away:
+            distributed.end_launcher()
         raise RunEnded(stop.exit_code) from interruption
 
 

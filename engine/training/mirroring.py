@@ -6,8 +6,6 @@ import os
 import time
 from pathlib import Path
 
-import torch
-
 from config import CONFIG
 from engine.run import checkpoint_files
 from engine.run.checkpoint_files import BEST, LAST, PREVIOUS, RECORDS
@@ -76,10 +74,7 @@ def _url_of(command, source, folder):
 
 def _config_of(path):
     """Return the configuration in a checkpoint at a glance, {} where it has none."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["config"]
-    except Exception:  # whatever is wrong with it, read() says
-        return {}
+    return checkpoint_files.at_a_glance(path, lambda checkpoint: checkpoint["config"]) or {}
 
 
 def _reach(store, ledger, stack):

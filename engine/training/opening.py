@@ -97,6 +97,8 @@ def _open(stack, stop, command, train_step, build_model, begun):
     set_up_arithmetic(config, device)
     monitor = stack.enter_context(Monitor(config["log_file"], device))
     stack.callback(ledger.close)
+    if config["spot_notice"] and distributed.local_rank() == 0:
+        watch_spot_notice(stop, config["spot_notice_url"], monitor.log)
     if distributed.rank() == 0:
         ledger.keep(folder, mirror)  # fetching images may take an hour
     splits = open_images(config, checkpoint, monitor.log)
@@ -135,8 +137,6 @@ def _open(stack, stop, command, train_step, build_model, begun):
     batches = BatchLoader(splits, config, device, AUTOCAST_DTYPES[precision], stop, monitor.log)
     stack.callback(batches.close)
     monitor.judge_with(verdict_of(config, recipe, splits, batches), batches)
-    if config["spot_notice"] and distributed.local_rank() == 0:
-        watch_spot_notice(stop, config["spot_notice_url"], monitor.log)
     opened = device, precision, batches, monitor, lock, stop, ledger, mirror
     return Run(config, recipe, checkpoint, initial, compile_choice, *opened), trials
 

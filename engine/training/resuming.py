@@ -9,9 +9,15 @@ from engine.cli.command_line import stretching_in_words
 from engine.cli.keys import ConfigError, config_problems
 from engine.cli.resume_rule import RULED_ON_RESUME, resumed_config, with_keys_of_today
 from engine.run import checkpoint_files
+from engine.run.checkpoint_files import CURVES, RECORDS
+from engine.run.events import EVENTS
+from engine.run.ledger import HOURS
 from engine.system import distributed
 from engine.system.errors import CheckpointError
 from engine.training.plan import overruled
+
+# What its files begin with, besides the zeros that a power cut leaves; curves are drawn after the first record.
+OF_A_RUN_BEFORE_ITS_FIRST_SAVE = {CURVES: None, EVENTS: b'{"event": ', HOURS: b'{"run": '}
 
 
 class Beginning(NamedTuple):
@@ -54,6 +60,7 @@ def beginning_of_run(command, source, folder):
     if source is None:
         if not overwrite:
             checkpoint_files.refuse_to_overwrite(folder)
+        refuse_to_replace_others(folder)
         return new_run
     if overwrite:
         raise ConfigError(["--resume and --overwrite: the one goes on with a run, the other deletes it"])
@@ -62,7 +69,23 @@ def beginning_of_run(command, source, folder):
         return _resumed(command, path, checkpoint, remarks, folder)
     if unsound := config_problems(command.config):
         raise ConfigError(unsound)
+    refuse_to_replace_others(folder)
     return new_run._replace(remarks=[*new_run.remarks, f"nothing to resume in {folder}: a new run starts"])
+
+
+def refuse_to_replace_others(folder):
+    """Raise CheckpointError if a folder holds no run, but files of others under names that a run gives its own."""
+    folder = Path(folder)
+    if checkpoint_files.checkpoints_in(folder) or (folder / RECORDS).exists():
+        return
+    for name, beginning in OF_A_RUN_BEFORE_ITS_FIRST_SAVE.items():
+        path = folder / name
+        content = path.read_bytes().strip(b"\0\n") if path.is_file() else b""
+        if content and not (beginning and content.startswith(beginning)):
+            raise CheckpointError(
+                f"{path} is there, but no run that it is of, and this one would replace it: move it away, or name another "
+                "--checkpoint-dir"
+            )
 
 
 def find_checkpoint(source, folder):

@@ -3,10 +3,11 @@
 import hashlib
 import os
 import resource
+import signal
 
 import pytest
-from conftest import run_program, tiny_run
-from object_storage import BUCKET, S3Server
+from conftest import NOTICE, finish, run_program, start_program, tiny_run
+from object_storage import BUCKET, S3Server, SilentServer
 
 from engine.data import fetching
 from engine.system import object_store
@@ -53,6 +54,37 @@ def test_files_are_fetched_once_and_gone_on_with_where_a_kill_left_them(store, t
     asked.clear()
     fetching._fetch(store, local, print)
     assert asked == []
+
+
+SILENT = {"data_dir": "s3://bucket/images", "mirror": "s3://bucket/run"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("setting", SILENT)
+def test_a_run_that_is_stopped_while_storage_does_not_answer_ends_at_once(setting, number, image_tree, tmp_path):
+    server = SilentServer()
+    arguments = tiny_run(image_tree, tmp_path / "run", **{setting: SILENT[setting]}, local_data_dir=tmp_path / "local")
+    process = start_program("train.py", arguments, environment=server.environment)
+    server.wait_for_client()
+    process.send_signal(number)
+    status, output = finish(process, timeout=30)  # the client gives up after a minute
+    server.close()
+    assert status == 128 + number, output
+    assert "stopped" in output and "Traceback" not in output
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("run.lock"))
+
+
+def test_a_spot_notice_ends_a_run_whose_images_are_still_being_fetched(image_tree, tmp_path, metadata_service):
+    server = SilentServer()
+    arguments = tiny_run(image_tree, tmp_path / "run", data_dir=SILENT["data_dir"], local_data_dir=tmp_path / "local")
+    arguments += ["--spot-notice=true", f"--spot-notice-url=http://127.0.0.1:{metadata_service.server_port}"]
+    process = start_program("train.py", arguments, environment=server.environment)
+    server.wait_for_client()
+    metadata_service.notice = NOTICE
+    status, output = finish(process, timeout=30)
+    server.close()
+    assert status == 143, output
+    assert "stopped by spot termination notice" in output and ", before the training began" in output
 
 
 def test_damaged_and_missing_files_are_refused(store, tmp_path):

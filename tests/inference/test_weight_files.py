@@ -1,10 +1,11 @@
 """A checkpoint of this program is never taken for plain weights, and what another program's checkpoint has besides is told."""
 
+import os
 import resource
 
 import pytest
 import torch
-from conftest import run_here, tiny_run
+from conftest import run_here, tiny_run, within_seconds
 from test_evaluate import evaluated, figures
 
 import evaluate
@@ -126,6 +127,24 @@ def test_an_export_that_the_disk_has_no_room_for_fails_as_any_file_does_and_leav
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_an_export_in_a_folder_whose_name_is_no_utf_8_is_written_and_known_again(suffix, checkpoint, tmp_path):
+    if suffix != "pt":
+        pytest.importorskip({"onnx": "onnxruntime"}.get(suffix, suffix))
+    path = tmp_path / os.fsdecode(b"caf\xe9") / f"model.{suffix}"
+    for _ in range(2):  # the second takes the place of the first
+        assert evaluate.main(evaluate.parse_arguments([str(checkpoint), "--device=cpu", f"--export={path}"])) == 0
+    if suffix != "onnx":
+        assert find_weights(str(path), "resnet18").classes
+
+
+@pytest.mark.parametrize("name", ["pipe.pt", "pipe.safetensors"])
+def test_a_pipe_in_place_of_weights_is_refused_and_not_waited_for(name, tmp_path):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name} is no regular file"), within_seconds(20):
+        find_weights(str(tmp_path / name), "resnet18")
 
 
 def test_a_folder_or_a_file_of_something_else_is_called_what_it_is(checkpoint, tmp_path):

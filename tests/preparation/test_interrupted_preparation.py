@@ -126,6 +126,17 @@ def test_what_was_prepared_before_is_kept_unless_told_otherwise(long_work, tmp_p
     assert len(PackedSplit(destination / "train.arrow")) == 15
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "SHA256SUMS"])
+def test_a_file_of_ones_own_under_a_name_of_the_preparations_is_not_replaced(name, tmp_path):
+    image_folder(tmp_path / "images", ORIGINALS)
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / name).write_text("mine\n")
+    for flags in ([], ["--overwrite"]):
+        with pytest.raises(DataError, match=f"{name} is there, is none of prepare_data.py's, and would be replaced"):
+            prepare(tmp_path / "images", tmp_path / "packed", *flags)
+    assert [path.read_text() for path in (tmp_path / "packed").iterdir()] == ["mine\n"]
+
+
 def test_an_unfinished_preparation_of_other_images_is_not_mixed_with_this_one(long_work, tmp_path):
     destination = tmp_path / "packed"
     process = start_program("prepare_data.py", arguments_for(long_work, destination), start_new_session=True)
@@ -339,7 +350,7 @@ def test_a_file_that_a_finished_preparation_has_lost_is_packed_anew(tmp_path, ca
 def test_overwrite_keeps_what_this_very_job_has_begun_and_no_other(half_done, capsys):
     tree, whole, packed = half_done
     (packed / "val.arrow").write_bytes(b"of another job")
-    (packed / "manifest.json").write_text("{}")
+    (packed / "manifest.json").write_text('{"job": "another", "splits": {}}')
     assert prepare(tree, packed, "--overwrite") == 0
     assert "train: going on after 4 images" in capsys.readouterr().out
     assert_same_files(packed, (tree, whole))

@@ -105,9 +105,11 @@ def test_a_folder_that_holds_another_run_is_refused_and_its_other_files_are_neve
 
 
 def test_the_remains_of_a_kill_in_the_middle_of_a_save_are_cleared_away(tmp_path):
-    (tmp_path / ".last.pt.tmp").write_bytes(b"half a checkpoint")
+    for name in (".last.pt.tmp", *(f".4321-{name}.tmp" for name in ("best.pt", "metrics.jsonl", "curves.png", "report.html"))):
+        (tmp_path / name).write_bytes(b"half of it")
+    (tmp_path / ".4321-mine.tmp").write_text("mine")
     folder_for(tmp_path)
-    assert names(tmp_path) == []
+    assert names(tmp_path) == [".4321-mine.tmp"]
 
 
 FULL_DISK = """

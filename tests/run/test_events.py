@@ -8,6 +8,7 @@ import pytest
 from conftest import run_here, tiny_run
 
 from engine.run.events import EVENTS, EventLog, read_events
+from engine.run.tensorboard import open_tensorboard
 
 
 def events_of(folder, *kinds):
@@ -25,6 +26,25 @@ def stopped_after(function, calls, number):
         return function(*arguments, **options)
 
     return wrapped
+
+
+def test_what_tensorboard_could_not_be_told_on_a_full_disk_it_is_told_with_the_next_epoch(tmp_path, capfd):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = open_tensorboard(tmp_path, 0)
+    board.add({"epoch": 1, "val_loss": 3.0})
+    (file,) = tmp_path.glob("tensorboard/*")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 10, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            board.add({"epoch": 2, "val_loss": 2.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    board.add({"epoch": 3, "val_loss": 1.0})
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("val_loss")] == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_runs_events_tell_its_start_stop_resumption_and_end(image_tree, tmp_path, monkeypatch):

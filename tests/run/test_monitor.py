@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import REPOSITORY, narrow, tiny_run
+from conftest import REPOSITORY, narrow, tiny_run, within_seconds
 
 from config import CONFIG
 from engine.run.ledger import Ledger
@@ -155,6 +155,20 @@ def test_curves_are_drawn_at_first_at_last_and_now_and_then(tmp_path, monkeypatc
                 monkeypatch.setattr("engine.run.epoch_records.time.monotonic", lambda: 1e9)  # much later
             monitor.show_epoch(monitor.write_record({"epoch": epoch} | figures))
     assert drawn == [1, 4, 6]
+
+
+def test_a_log_in_a_pipe_waits_for_no_reader(tmp_path, capfd):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="log_file = .*pipe' cannot be written to: nobody reads it"), within_seconds(20):
+        Monitor(str(tmp_path / "pipe"), CPU)
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with within_seconds(20), Monitor(str(tmp_path / "pipe"), CPU) as monitor:
+        monitor.log_to_file("heard")
+        assert os.read(reader, 100).endswith(b" heard\n")
+        for _ in range(100):
+            monitor.log_to_file("nobody reads on" * 100)
+    os.close(reader)
+    assert "WARNING: not logged" in capfd.readouterr().err
 
 
 def test_a_log_is_never_written_behind_a_file_that_is_no_text(tmp_path):

@@ -236,10 +236,12 @@ def test_ten_kills_of_a_random_process_lose_nothing(image_tree, tmp_path):
 
 @pytest.mark.slow
 def test_a_spot_notice_ends_the_machines_torchrun_instead_of_using_up_its_restarts(metadata_service, image_tree, tmp_path):
-    arguments = tiny_run(image_tree, tmp_path / "run", epochs=50, spot_notice="true", **SETTINGS)
+    arguments = tiny_run(image_tree, tmp_path / "run", epochs=1000, spot_notice="true", **SETTINGS)
     arguments += [f"--spot-notice-url=http://127.0.0.1:{metadata_service.server_port}"]
+    process = start_torchrun(2, arguments, restarts=3)
+    wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists())
     metadata_service.notice = NOTICE
-    status, output = run_torchrun(2, arguments, restarts=3)
+    status, output = finish(process)
     assert status != 0
     assert re.search(
         r"stopped by spot termination notice .*terminate.* \(process 0\) in epoch \d+ after \d batches; saved", output
@@ -249,14 +251,26 @@ def test_a_spot_notice_ends_the_machines_torchrun_instead_of_using_up_its_restar
 
 
 @pytest.mark.slow
+def test_a_spot_notice_before_the_training_ends_the_machines_torchrun_too(metadata_service, image_tree, tmp_path):
+    arguments = tiny_run(image_tree, tmp_path / "run", epochs=1000, spot_notice="true", **SETTINGS)
+    arguments += [f"--spot-notice-url=http://127.0.0.1:{metadata_service.server_port}"]
+    metadata_service.notice = NOTICE
+    status, output = run_torchrun(2, arguments, restarts=3)
+    assert status != 0 and output.count("stopped by spot termination notice") == 1, output
+
+
+@pytest.mark.slow
 def test_no_process_of_a_job_leaves_before_its_last_save_is_in_the_mirror(metadata_service, image_tree, tmp_path):
     pytest.importorskip("moto.server", reason="moto is not installed: pip install 'moto[server]'")
-    arguments = tiny_run(image_tree, tmp_path / "run", epochs=50, spot_notice="true", mirror="s3://bucket/run", **SETTINGS)
+    arguments = tiny_run(image_tree, tmp_path / "run", epochs=1000, spot_notice="true", mirror="s3://bucket/run", **SETTINGS)
     arguments += [f"--spot-notice-url=http://127.0.0.1:{metadata_service.server_port}"]
-    metadata_service.notice, server = NOTICE, S3Server()
+    server = S3Server()
     try:
         server.mode = "slow"
-        status, output = run_torchrun(2, arguments, environment=server.environment)
+        process = start_torchrun(2, arguments, environment=server.environment)
+        wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists())
+        metadata_service.notice = NOTICE
+        status, output = finish(process)
     finally:
         server.close()
     assert status != 0

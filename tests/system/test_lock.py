@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import threading
@@ -251,13 +252,32 @@ def test_a_lock_file_without_sense_is_taken_over_once_it_is_old(tmp_path, monkey
 
 def test_a_folder_that_cannot_be_written_to_is_refused_in_words(tmp_path):
     (tmp_path / "file").write_text("")
-    for place in (tmp_path / "file", tmp_path / "file/run", "/proc/run"):
-        with pytest.raises(CheckpointError, match="cannot be written to"), hold(place):
+    (tmp_path / "astray").symlink_to(tmp_path / "nowhere")
+    for place, reason in (
+        (tmp_path / "file", "file is no folder"),
+        (tmp_path / "file/run", "file is no folder"),
+        (tmp_path / "astray", "astray is a link that leads nowhere"),
+        (tmp_path / "astray/run", "astray is a link that leads nowhere"),
+        ("/proc/run", "No such file"),
+    ):
+        with pytest.raises(CheckpointError, match=f"cannot be written to: .*{reason}"), hold(place):
             pass
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / lock.LOCK).symlink_to(tmp_path / "nowhere/at/all")
     with pytest.raises(CheckpointError, match="leads nowhere"), hold(tmp_path / "linked"):
         pass
+
+
+def test_a_copy_of_the_folder_of_a_run_that_goes_on_is_a_folder_of_its_own_once_it_is_seen_that_nobody_is_there(
+    tmp_path, monkeypatch
+):
+    with hold(tmp_path / "run"):
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        monkeypatch.setattr(lock, "SILENCE_SECONDS", 0.3)
+        with hold(tmp_path / "copy") as copy:
+            assert f"taken over from process {os.getpid()} on " in copy.note and "no sign of life" in copy.note
+            with pytest.raises(CheckpointError, match="run is in use by"), hold(tmp_path / "run"):
+                pass
 
 
 def test_a_folder_made_for_a_run_that_is_refused_does_not_stay(tmp_path):

@@ -54,7 +54,7 @@ def test_what_would_stop_a_run_is_named_and_ends_in_status_1(image_tree, tmp_pat
     assert status == 1
     assert table["val images"][0] == "FAILS" and broken.name in table["val images"][1]
     assert table["train images"][0] == "note"  # another one takes its place
-    assert table["checkpoint_dir"][0] == "FAILS" and "Not a directory" in table["checkpoint_dir"][1]
+    assert table["checkpoint_dir"][0] == "FAILS" and "file is no folder" in table["checkpoint_dir"][1]
     assert table["disk speed"][0] == "note" and "the disk and decoding will hold the run up" in table["disk speed"][1]
     status, table = checked(capsys, tiny_run(tmp_path / "nowhere", tmp_path / "run"))
     assert status == 1 and "does not exist" in table["images"][1]
@@ -189,6 +189,8 @@ def test_an_instance_store_and_main_memory_are_told_from_a_disk_that_stays(tmp_p
     assert why_it_goes_away(ebs, root) is None and why_it_goes_away("/", root) is None
     assert mount_of(own, tmp_path / "nothing") is None
     assert why_not_writable(f"{own}/new/run") is None
+    (tmp_path / "astray").symlink_to(tmp_path / "nowhere")
+    assert why_not_writable(tmp_path / "astray/run") == f"{tmp_path}/astray is a link that leads nowhere"
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs /dev/shm")
