@@ -104,13 +104,6 @@ def test_a_foreign_file_is_refused(tmp_path):
         checkpoint_files.read(tmp_path / "last.pt")
 
 
-def test_a_checkpoint_in_a_folder_whose_name_is_no_utf_8_tells_its_position(tmp_path):
-    folder = tmp_path / os.fsdecode(b"caf\xe9")
-    folder.mkdir()
-    folder_for(folder).save(State(2))
-    assert checkpoint_files.position(folder / "last.pt") == (2, 0)
-
-
 def test_another_programs_checkpoint_is_not_called_damaged(tmp_path):
     torch.save({"model": {"conv1.weight": torch.zeros(3)}, "epoch": 3}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match="other.pt was saved by another program, or saved again: .*--initial-weights"):

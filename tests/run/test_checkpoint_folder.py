@@ -56,6 +56,13 @@ def test_no_epoch_file_is_written_in_the_middle_of_an_epoch(tmp_path):
     assert names(tmp_path) == ["last.pt"]
 
 
+def test_a_checkpoint_in_a_folder_whose_name_is_no_utf_8_tells_its_position(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    folder_for(folder).save(State(2))
+    assert checkpoint_files.position(folder / "last.pt") == (2, 0)
+
+
 def test_keep_checkpoints_keeps_the_newest(tmp_path):
     folder = folder_for(tmp_path, keep_checkpoints=2, checkpoint_every_epochs=1)
     for epoch in range(1, 6):
