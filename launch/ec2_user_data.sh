@@ -68,7 +68,6 @@ patiently "$DISK/venv/bin/pip" install --quiet -r "$DISK/code/requirements.txt" 
 cd "$DISK/code"
 failures=0
 while true; do
-    began=$SECONDS
     # shellcheck disable=SC2086 # FLAGS are words
     if "$DISK/venv/bin/python" train.py $FLAGS --data-dir "$DISK/imagenet" --checkpoint-dir "$DISK/run" \
         --log-file "$DISK/training.log" --mirror "$MIRROR" --resume auto --spot-notice true; then status=0; else status=$?; fi
@@ -77,7 +76,6 @@ while true; do
     75) ;;                      # another machine still holds the run, or the mirror has not got the end of it
     0 | 2 | 129 | 130 | 143) break ;; # at its end, no such command line, asked to stop
     *)                          # a storage that does not answer, out of memory: what fails now may go well in a minute
-        if [ $((SECONDS - began)) -ge 3600 ]; then failures=0; fi
         failures=$((failures + 1))
         [ "$failures" -lt 5 ] || break
         ;;
