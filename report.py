@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from config import CONFIG
+from engine.cli.command_line import FlagsParser
 from engine.cli.keys import positive_number
 from engine.inference.outputs import claim, named_prefix, user_error_on_failure
 from engine.report.figures import read_run
@@ -53,9 +54,7 @@ def report_of(arguments):
 
 def parse_arguments(arguments=None):
     """Return what the command line asks for; ends the program with status 2 where that is impossible."""
-    parser = argparse.ArgumentParser(
-        "report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = FlagsParser("report.py", description=__doc__)
     folders = {"nargs": "*", "type": path_argument, "default": [Path("checkpoints")], "metavar": "FOLDER"}
     parser.add_argument("folders", help="a run's checkpoint_dir; default checkpoints", **folders)
     where = "a log to read in place of events.jsonl; default without events: training.log in the folder, above it or here"
