@@ -181,6 +181,23 @@ def test_a_run_that_still_goes_on_and_damaged_lines_are_reported_as_far_as_they_
     assert "No epoch has been validated yet." in markdown
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("config", None), ("config", "none"), ("environment", 3), ("images", "many"), ("classes", []), ("time", 1e300)],
+)
+def test_an_event_that_is_none_costs_itself_and_no_traceback(key, value, run_folder, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_bytes((run_folder / "metrics.jsonl").read_bytes())
+    events = [json.loads(line) for line in (run_folder / "events.jsonl").read_text().splitlines()]
+    number = next(n for n, event in reversed(list(enumerate(events))) if event["event"] == "start")
+    events[number] |= {key: value}
+    events.append({"event": "save", "time": float("nan")})
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    markdown, _ = reported(folder, folder=tmp_path)
+    assert "Sessions: 2;" in markdown and "Finished after 12 epochs" in markdown
+
+
 @pytest.mark.parametrize("top1", [None, 0.0])
 def test_a_run_without_a_validated_epoch_or_without_a_hit_is_reported(top1, run_folder, tmp_path):
     folder = tmp_path / "run"
