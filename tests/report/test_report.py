@@ -11,6 +11,7 @@ from datetime import datetime
 
 import pytest
 import torch
+from browser import CHROMIUM, browser
 from conftest import finish, run_here, run_program, start_program, tiny_run
 
 import evaluate
@@ -398,6 +399,17 @@ def test_a_price_is_a_number_above_0_as_for_training(price, capsys):
             parse([f"--price-per-hour={price}"])
         assert ended.value.code == 2
         assert f"argument --price-per-hour: {price}: must be a number above 0" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_long_name_pushes_no_column_out_of_sight(tmp_path):
+    name = "n" * 200
+    blocks = [table(("class", "top-1"), [(name, "1 %"), ("short", "2 %")]), table(("", name, name), [("top-1", 1, 2)])]
+    (tmp_path / "page.html").write_text(as_html("Report", blocks))
+    with browser(tmp_path / "profile") as page:
+        page.open((tmp_path / "page.html").as_uri(), width=1100)
+        assert page.value("[...document.querySelectorAll('.scroll')].every(e => e.scrollWidth <= e.clientWidth)")
+        assert name in page.value("document.body.innerText")
 
 
 def test_both_writers_show_every_block():
