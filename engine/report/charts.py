@@ -38,7 +38,7 @@ def chart(title, series, unit, x_label="epoch", steps=False):
     axis.set_xlabel(x_label)
     axis.set_ylabel(unit)
     if x_label == "epoch":
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     return chart_block(title, _svg(figure, axis), [(name, colour, css) for name, _, colour, _, css in lines])
 
 

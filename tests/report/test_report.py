@@ -223,6 +223,12 @@ def test_each_of_many_lines_can_be_told_from_the_others():
     assert some["names"][0][1:] == drawn["names"][1][1:]  # a run has one colour in all charts
 
 
+def test_a_single_epoch_is_drawn_at_a_whole_number():
+    drawn = chart("Accuracy", [("validation", {7: 12.5})], "%")
+    of_axis = re.search(r'<g id="matplotlib.axis_1">.*<g id="matplotlib.axis_2">', drawn["svg"], re.DOTALL)[0]
+    assert re.findall(r"<text [^>]*>([^<]*)</text>", of_axis) == ["7", "epoch"]
+
+
 def test_without_a_log_the_records_alone_are_reported_and_without_records_it_is_said(run_folder, tmp_path):
     (tmp_path / "alone").mkdir()
     (tmp_path / "alone/metrics.jsonl").write_bytes((run_folder / "metrics.jsonl").read_bytes())
@@ -404,11 +410,12 @@ def test_a_price_is_a_number_above_0_as_for_training(price, capsys):
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_a_long_name_pushes_no_column_out_of_sight(tmp_path):
     name = "n" * 200
-    blocks = [table(("class", "top-1"), [(name, "1 %"), ("short", "2 %")]), table(("", name, name), [("top-1", 1, 2)])]
+    blocks = [table(("class", "top-1"), [(name, "10.00 %"), ("short", "20.00 %")]), table(("", name, name), [("top-1", 1, 2)])]
     (tmp_path / "page.html").write_text(as_html("Report", blocks))
     with browser(tmp_path / "profile") as page:
         page.open((tmp_path / "page.html").as_uri(), width=1100)
         assert page.value("[...document.querySelectorAll('.scroll')].every(e => e.scrollWidth <= e.clientWidth)")
+        assert page.value("document.querySelectorAll('td:last-child')[1].clientHeight") < 45  # a line
         assert name in page.value("document.body.innerText")
 
 
