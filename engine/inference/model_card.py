@@ -132,7 +132,10 @@ def model_card(path, facts, price_per_hour=None):
             f"plain `torchvision.models.{facts['architecture']}()` the weights load without an error and score worse.",
         ]
     if facts["differs"]:
-        lines += ["", f"**The weights are those of a changed `model.py`, with which to build it: {facts['differs']}.**"]
+        lines += [
+            "",
+            f"**The weights are those of a changed `model.py`: build it so, or use the ONNX export: {facts['differs']}.**",
+        ]
     lines += ["", "Classes: " + ", ".join(class_in_short(name, facts["class_names"]) for name in facts["classes"][:12])]
     lines[-1] += f" and {len(facts['classes']) - 12} more." if len(facts["classes"]) > 12 else "."
     return "\n".join(lines) + "\n"

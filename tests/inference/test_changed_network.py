@@ -54,7 +54,7 @@ def test_a_network_with_another_head_is_trained_scored_and_exported_with_a_warni
     assert evaluated(tmp_path / "run/last.pt", "--export", tmp_path / "net.pt") == 0
     assert "WARNING: torchvision's resnet18 does not take them: model.py builds another network" in capsys.readouterr().out
     card = (tmp_path / "net.md").read_text()
-    assert "a changed `model.py`, with which to build it: torchvision's resnet18 does not take them.**" in card
+    assert "build it so, or use the ONNX export: torchvision's resnet18 does not take them.**" in card
     with pytest.raises(UserError, match="timm has no network with this last layer; export ONNX"):
         evaluated(tmp_path / "run/last.pt", "--export", f"{tmp_path}/hub/")
     capsys.readouterr()
@@ -71,4 +71,4 @@ def test_an_export_that_torchvisions_network_reads_otherwise_says_so(tmp_path, w
     assert "WARNING: with them torchvision's resnet18 gives other logits: model.py builds" in capsys.readouterr().out
     assert evaluated(*arguments[:-1], f"{tmp_path}/hub/") == 0
     for card in ("net.md", "hub/README.md"):
-        assert "with which to build it: with them torchvision's resnet18 gives other logits.**" in (tmp_path / card).read_text()
+        assert "the ONNX export: with them torchvision's resnet18 gives other logits.**" in (tmp_path / card).read_text()
