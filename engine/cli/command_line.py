@@ -161,7 +161,9 @@ class Parser(argparse.ArgumentParser):
 
 class _LastValue(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
-        if option_string and parser.values.setdefault(self.dest, values) != values and launched_rank() == 0:
+        repeated = self.dest in parser.values and parser.values[self.dest] != values
+        parser.values[self.dest] = values
+        if option_string and repeated and launched_rank() == 0:
             shown = " ".join(map(str, values)) if isinstance(values, list) else values
             print(f"{parser.prog}: note: {option_string} is given more than once: {shown} counts", file=sys.stderr)
         setattr(namespace, self.dest, values)

@@ -13,7 +13,7 @@ import evaluate
 import prepare_data
 import report
 from config import CONFIG, RECIPES, SETTINGS
-from engine.cli.command_line import averaging_rate_in_words, key_comments, parse_command_line
+from engine.cli.command_line import FlagsParser, averaging_rate_in_words, key_comments, parse_command_line
 from engine.cli.keys import ALLOWED, OTHER_RUN, ConfigError, config_problems
 from engine.cli.resume_rule import RULED_ON_RESUME, resumed_config
 from engine.run.published import POINTS
@@ -188,6 +188,12 @@ def test_a_mistyped_flag_of_the_other_programs_is_answered_with_the_nearest(pars
     assert capsys.readouterr().err.endswith(f"error: {said}\n")
 
 
+def gives_nan(words):
+    parser = FlagsParser("program")
+    parser.add_argument("--number", type=float)
+    parser.parse_args(words)
+
+
 @pytest.mark.parametrize(
     ("parse", "words", "said"),
     [
@@ -199,7 +205,8 @@ def test_a_mistyped_flag_of_the_other_programs_is_answered_with_the_nearest(pars
         ),
         (benchmark.parse_arguments, "step --rounds 1 --rounds 2", "note: --rounds is given more than once: 2 counts\n"),
         (parse_command_line, "--epochs 3 --epochs=3", ""),
-        (evaluate.parse_arguments, "a.pt b.pt --flip --flip", ""),
+        (evaluate.parse_arguments, "a.pt b.pt --flip --flip --crop-ratio 0.5", ""),
+        (gives_nan, "--number nan", ""),
     ],
 )
 def test_of_a_flag_that_is_given_twice_the_value_that_counts_is_said(parse, words, said, capsys):
