@@ -421,9 +421,10 @@ def test_a_long_name_pushes_no_column_out_of_sight(tmp_path):
 
 def test_both_writers_show_every_block():
     drawn = chart("Accuracy", [("a", {1: 10.0, 2: None, 3: 20.0}), ("b", {}), ("c", {1: 1.0}, "dotted")], "%")
-    blocks = [heading("Head"), paragraph("Text"), table(("k", "v"), [("x", 1), ("gone", None), ("pipe", "a|b")]), drawn, None]
+    rows = [("x", 1), ("gone", None), ("pipe", "a|b"), ("tag", "train/<class>")]
+    blocks = [heading("Head"), paragraph("Text <i>"), table(("k", "v"), rows), drawn, None]
     markdown, page = as_markdown("Title", blocks), as_html("Title", blocks)
-    for text in ("Title", "Head", "Text", "| x | 1 |", "a\\|b"):
+    for text in ("Title", "Head", "Text \\<i>", "| x | 1 |", "a\\|b", "train/\\<class>"):
         assert text in markdown
     for text in (
         "Title",
