@@ -136,11 +136,8 @@ def model_card(path, facts, price_per_hour=None):
             "",
             f"**The weights are those of a changed `model.py`: build it so, or use the ONNX export: {facts['differs']}.**",
         ]
-    lines += [
-        "",
-        "Classes: "
-        + ", ".join(class_in_short(name, facts["class_names"]) for name in facts["classes"][:12]).replace("<", "\\<"),
-    ]
+    shown = ", ".join(class_in_short(name, facts["class_names"]) for name in facts["classes"][:12])
+    lines += ["", "Classes: " + shown.replace("<", "\\<")]  # else it may be a tag
     lines[-1] += f" and {len(facts['classes']) - 12} more." if len(facts["classes"]) > 12 else "."
     return "\n".join(lines) + "\n"
 
