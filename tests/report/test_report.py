@@ -223,10 +223,14 @@ def test_each_of_many_lines_can_be_told_from_the_others():
     assert some["names"][0][1:] == drawn["names"][1][1:]  # a run has one colour in all charts
 
 
-def test_a_single_epoch_is_drawn_at_a_whole_number():
-    drawn = chart("Accuracy", [("validation", {7: 12.5})], "%")
+@pytest.mark.parametrize(
+    ("points", "counted", "numbers"),
+    [({7: 12.5}, "epoch", ["7"]), ({1: 0.0, 2: 50.0}, "classes", ["1", "2"])],
+)
+def test_what_is_counted_is_drawn_at_whole_numbers(points, counted, numbers):
+    drawn = chart("Accuracy", [("validation", points)], "%", x_label=counted)
     of_axis = re.search(r'<g id="matplotlib.axis_1">.*<g id="matplotlib.axis_2">', drawn["svg"], re.DOTALL)[0]
-    assert re.findall(r"<text [^>]*>([^<]*)</text>", of_axis) == ["7", "epoch"]
+    assert re.findall(r"<text [^>]*>([^<]*)</text>", of_axis) == [*numbers, counted]
 
 
 def test_without_a_log_the_records_alone_are_reported_and_without_records_it_is_said(run_folder, tmp_path):
