@@ -65,7 +65,10 @@ def parse_arguments(arguments=None):
     parser.add_argument("--output", type=path_text, help=where)
     how = "show the report in a browser while the run goes on, on this machine's PORT (8000)"
     parser.add_argument("--serve", type=int, nargs="?", const=8000, metavar="PORT", help=how)
-    return parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
+    if parsed.serve is not None and parsed.output is not None:
+        parser.error("--output: --serve writes no file")
+    return parsed
 
 
 if __name__ == "__main__":

@@ -423,6 +423,12 @@ def test_a_long_name_pushes_no_column_out_of_sight(tmp_path):
         assert name in page.value("document.body.innerText")
 
 
+def test_a_report_that_is_served_has_no_output(capsys):
+    with pytest.raises(SystemExit) as ended:
+        report.parse_arguments(["--serve", "--output=page"])
+    assert ended.value.code == 2 and "--output: --serve writes no file" in capsys.readouterr().err
+
+
 def test_both_writers_show_every_block():
     drawn = chart("Accuracy", [("a", {1: 10.0, 2: None, 3: 20.0}), ("b", {}), ("c", {1: 1.0}, "dotted")], "%")
     rows = [("x", 1), ("gone", None), ("pipe", "a|b"), ("tag", "train/<class>")]
