@@ -15,7 +15,6 @@ Contenders take turns in rounds, so that a busy machine slows all alike; the fig
 ratios are what to compare between machines. Results are appended to benchmarks/*.jsonl.
 """
 
-import argparse
 import signal
 import sys
 from pathlib import Path
@@ -34,6 +33,7 @@ from benchmarks.scaling import scaling_tables
 from benchmarks.step_speed import step_benchmark, step_tables
 from benchmarks.train_speed import train_benchmark, train_tables
 from benchmarks.transfer import transfer_benchmark, transfer_tables
+from engine.cli.command_line import FlagsParser
 from engine.system.console import protect_output
 from engine.system.environment import environment
 from engine.system.errors import run_program
@@ -81,13 +81,11 @@ def main(arguments):
 
 def parse_arguments(arguments=None):
     """Return what the command line asks for; ends the program with status 2 where that is impossible."""
-    parser = argparse.ArgumentParser(
-        "benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = FlagsParser("benchmark.py", description=__doc__)
     parser.set_defaults(what="all")
     commands = parser.add_subparsers(title="what to measure; each has its own --help")
     for what, add_flags in FLAGS.items():
-        command = commands.add_parser(what, allow_abbrev=False)
+        command = commands.add_parser(what)
         command.set_defaults(what=what)
         if what != "gpu":
             command.add_argument("--no-record", action="store_true", help="print only; append nothing to benchmarks/")

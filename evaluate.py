@@ -13,10 +13,10 @@ python evaluate.py best.pt --export model.onnx              or model.pt, .safete
 Besides a run's checkpoints, weights with torchvision's keys in a .pt or .safetensors file.
 """
 
-import argparse
 import sys
 
 from config import CONFIG
+from engine.cli.command_line import FlagsParser
 from engine.cli.keys import positive_number
 from engine.data.fetching import images_folder
 from engine.inference.averaging import average_networks, refuse_to_average
@@ -105,9 +105,7 @@ def open_networks(arguments, device):
 
 def parse_arguments(arguments=None):
     """Return what the command line asks for; ends the program with status 2 where that is impossible."""
-    parser = argparse.ArgumentParser(
-        "evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = FlagsParser("evaluate.py", description=__doc__)
     flag = parser.add_argument
     flag("checkpoints", nargs="*", type=path_text, metavar="CHECKPOINT", help="default checkpoints/best.pt")
     flag("--data-dir", type=path_text, help="folder with val.arrow, val/<class>/* or <class>/*; default: the run's")

@@ -8,11 +8,11 @@ and val/<class>/*; docs/data_forms.md has the list. Training images are re-encod
 them faster to read; validation images are kept byte for byte. Killed at any instant, the same command goes on where it was.
 """
 
-import argparse
 import sys
 
 import torch
 
+from engine.cli.command_line import FlagsParser
 from engine.data.images import PACKED_SHORTER_SIDE, packed_jpeg
 from engine.preparation.archives import delete_uncompressed
 from engine.preparation.forms import open_source
@@ -90,9 +90,7 @@ def find_source(arguments):
 
 def parse_arguments(arguments=None):
     """Return what the command line asks for; ends the program with status 2 where that is impossible."""
-    parser = argparse.ArgumentParser(
-        "prepare_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = FlagsParser("prepare_data.py", description=__doc__)
     parser.add_argument("source", metavar="SOURCE", type=path_argument, help="folder or archive that holds the images")
     parser.add_argument("destination", metavar="DESTINATION", type=path_argument, help="folder for train.arrow and val.arrow")
     parser.add_argument(

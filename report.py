@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from config import CONFIG
+from engine.cli.command_line import FlagsParser
 from engine.cli.keys import positive_number
 from engine.inference.outputs import claim, named_prefix, user_error_on_failure
 from engine.report.figures import read_run
@@ -53,9 +54,7 @@ def report_of(arguments):
 
 def parse_arguments(arguments=None):
     """Return what the command line asks for; ends the program with status 2 where that is impossible."""
-    parser = argparse.ArgumentParser(
-        "report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = FlagsParser("report.py", description=__doc__)
     folders = {"nargs": "*", "type": path_argument, "default": [Path("checkpoints")], "metavar": "FOLDER"}
     parser.add_argument("folders", help="a run's checkpoint_dir; default checkpoints", **folders)
     where = "a log to read in place of events.jsonl; default without events: training.log in the folder, above it or here"
@@ -66,7 +65,10 @@ def parse_arguments(arguments=None):
     parser.add_argument("--output", type=path_text, help=where)
     how = "show the report in a browser while the run goes on, on this machine's PORT (8000)"
     parser.add_argument("--serve", type=int, nargs="?", const=8000, metavar="PORT", help=how)
-    return parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
+    if parsed.serve is not None and parsed.output is not None:
+        parser.error("--output: --serve writes no file")
+    return parsed
 
 
 if __name__ == "__main__":

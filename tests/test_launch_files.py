@@ -13,6 +13,7 @@ import pytest
 from conftest import REPOSITORY, children_of, narrow, tiny_run, wait_for
 
 from engine.cli.command_line import parse_command_line
+from engine.run import checkpoint_files
 from train import OWN_FLAGS
 
 LAUNCH = REPOSITORY / "launch"
@@ -222,7 +223,8 @@ def test_a_slurm_job_ends_in_time_and_asks_for_the_next_until_the_run_has_ended(
     stand_in(tmp_path / "bin", "srun", SRUN)
     words = " ".join([*narrow("train.py"), *tiny_run(image_tree, tmp_path / "run")])
     script = (LAUNCH / "slurm.sh").read_text().replace("train.py --recipe mild --data-dir", f"{words} --data-dir")
-    for hours, epochs, next_one in (("0.003", 4000, True), ("1", 60, False)):
+    for hours, next_one in (("0.003", True), ("1", False)):
+        epochs = 4000 if next_one else checkpoint_files.position(tmp_path / "run/last.pt")[0] + 2
         (tmp_path / "slurm.sh").write_text(script.replace("7.8", hours).replace("--epochs=3 ", f"--epochs={epochs} "))
         (tmp_path / "asked").unlink(missing_ok=True)
         environment = {"PYTHON": sys.executable, "RUN": str(tmp_path / "run"), "DATA": str(image_tree)}
@@ -243,7 +245,9 @@ def run_cells(numbers, **environment):
 @pytest.mark.slow
 def test_the_notebooks_run_goes_on_in_the_next_session(image_tree, tmp_path):
     (tmp_path / "input").mkdir()
-    for run, hours, epochs, said in (("first", 0.003, 4000, "stopped by --stop-after-hours"), ("second", 1, 60, "finished ")):
+    for run, hours, said in (("first", 0.003, "stopped by --stop-after-hours"), ("second", 1, "finished ")):
+        done = checkpoint_files.position(tmp_path / "input/first/last.pt")
+        epochs = done[0] + 2 if done else 4000
         flags = tiny_run(image_tree, tmp_path / run, epochs=epochs)
         flags = " ".join(flag for flag in flags if not flag.startswith("--log_file"))
         environment = {"RUN": tmp_path / run, "FLAGS": flags, "HOURS": hours, "KEPT": tmp_path / "input"}

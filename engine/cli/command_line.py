@@ -151,10 +151,43 @@ def require_one_task(command):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, which raises ConfigError where argparse ends the program at the first problem."""
+    """argparse's parser, which says which value counts of a flag that is given more than once."""
+
+    def __init__(self, prog, **options):
+        super().__init__(prog, **{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | options)
+        self.register("action", None, _LastValue)
+        self.values = {}  # of the flags so far
+
+
+class _LastValue(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        repeated = self.dest in parser.values and parser.values[self.dest] != values
+        parser.values[self.dest] = values
+        if option_string and repeated and launched_rank() == 0:
+            shown = " ".join(map(str, values)) if isinstance(values, list) else values
+            print(f"{parser.prog}: note: {option_string} is given more than once: {shown} counts", file=sys.stderr)
+        setattr(namespace, self.dest, values)
+
+
+class KeysParser(Parser):
+    """A Parser that raises ConfigError where argparse ends the program at the first problem."""
 
     def error(self, message):
         raise ConfigError([message])
+
+
+class FlagsParser(Parser):
+    """A Parser of a program whose flags are not the configuration's keys; a mistyped one is answered with the nearest."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Return (namespace, []), or end the program where a word is left over."""
+        parsed, left_over = super().parse_known_args(args, namespace)
+        if left_over and not left_over[0].startswith("-"):
+            self.error(f"unrecognized arguments: {' '.join(left_over)}")
+        if left_over:
+            known = [flag[2:].replace("-", "_") for flag in self._option_string_actions if flag.startswith("--")]
+            self.error("; ".join(unknown_flags(left_over, known, {})))
+        return parsed, left_over
 
 
 def flag_of(key):
@@ -179,8 +212,8 @@ def build_parser(program, usage, own_flags, for_help=False):
     if usage is None:
         usage = ast.get_docstring(ast.parse((TOP / program).read_text(encoding="utf-8")))
     formatter = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=31, width=1000)  # noqa: E731
-    options = {"add_help": False, "allow_abbrev": False, "argument_default": argparse.SUPPRESS, "usage": argparse.SUPPRESS}
-    parser = Parser(program, description=usage.strip(), formatter_class=formatter, **options)
+    options = {"add_help": False, "argument_default": argparse.SUPPRESS, "usage": argparse.SUPPRESS}
+    parser = KeysParser(program, description=usage.strip(), formatter_class=formatter, **options)
     optional = {} if for_help else {"nargs": "?", "const": MISSING}
     group = parser.add_argument_group("options")
     for flag, text in (own_flags | {"recipe NAME": f"{', '.join(RECIPES)}; named overrides of the defaults below"}).items():
@@ -248,7 +281,7 @@ def problems_of_keys():
     ] + [f"config.py: {key} is missing" for key in ALLOWED if key not in CONFIG]
 
 
-def unknown_flags(words, known):
+def unknown_flags(words, known, others_names=OTHERS_NAMES):
     """Return the problems of the words that no flag has taken, each with the nearest flag."""
     problems, words = [], list(words)
     while words:
@@ -257,7 +290,7 @@ def unknown_flags(words, known):
             problems.append(f"{word}: not a flag; flags look like --learning-rate 0.001")
             continue
         name, equals, _ = word.partition("=")
-        hint = OTHERS_NAMES.get(name) or nearest(name[2:].replace("-", "_"), known, "; did you mean --{}?", cutoff=0.5)
+        hint = others_names.get(name) or nearest(name[2:].replace("-", "_"), known, "; did you mean --{}?", cutoff=0.5)
         hint = hint or "; --help lists them all"
         problems.append(f"{name}: no such flag{hint}")
         if words and not equals and not words[0].startswith("--"):

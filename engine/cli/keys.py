@@ -361,8 +361,8 @@ def _resolutions(start_resolution, train_resolution, resolution_step, resolution
         ),
         (
             not grows or 32 <= start_resolution <= train_resolution,
-            f"start_resolution = {start_resolution}: must be from 32 to train_resolution = {train_resolution}, or 0 for "
-            "train_resolution throughout",
+            f"start_resolution = {start_resolution}: must be from 32 to train_resolution = {train_resolution}; "
+            "--start-resolution 0 trains at that throughout",
         ),
         (
             resolution_ramp_start <= resolution_ramp_end,

@@ -96,14 +96,16 @@ def image_files(paths, skip, log):
     What is no image is found out when it is read.
 
     Args:
-        skip: called with (text of the path, reason) for each path that is no file and no folder.
+        skip: called with (text of the path, reason) for each path that is no file and no folder, or an empty one.
         log: called with a line for each kind of things in the folders that were left out.
     """
     for path in paths:
         if os.path.isdir(path):
             tree, left_out = FolderTree(path), LeftOut()
-            for folder, files in files_below(tree, "", left_out):
-                yield from (tree.path(join_path(folder, name)) for name in files)
+            found = [tree.path(join_path(folder, name)) for folder, files in files_below(tree, "", left_out) for name in files]
+            yield from found
+            if not found:
+                skip(shown(os.fsencode(path)), "no files in this folder")
             for line in left_out.lines(shown(os.fsencode(path))):
                 log(line)
         elif os.path.exists(path) and not os.path.isfile(path):
@@ -148,7 +150,7 @@ def classify(paths, probabilities, classes, config, device, dtype, skip, k=5):
         try:
             views.append(validation_view(read(path), config["val_resolution"], config["val_crop_ratio"]))
         except Exception as error:  # decoders fail in their own ways
-            skip(shown(path), f"{type(error).__name__}: {error}")
+            skip(shown(path), getattr(error, "strerror", None) or f"{type(error).__name__}: {error}")
             continue
         files.append(path)
         if len(files) == IMAGES_AT_ONCE:

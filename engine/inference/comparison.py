@@ -189,11 +189,11 @@ def delete_details(folder):
 
 
 def scores_in_words(scores, classes, view=""):
-    """Return top-1, top-5 and loss of evaluate()'s result in words; of the mean with the mirror image for view 'flip_'."""
-    top1, top5, loss = (scores[f"{view}{name}"] for name in ("top1", "top5", "loss"))
+    """Return top-1, any top-5 and loss of evaluate()'s result in words; of the mean with the mirror image for view 'flip_'."""
+    top5 = f", top-5 {scores[f'{view}top5']:.2f} %" if f"{view}top5" in scores else ""
     mean = f", mean of the classes {scores['balanced_top1']:.2f} %" if "balanced_top1" in scores and not view else ""
     images = f"{scores['images']:,} images of {classes:,} classes{mean}"
-    return f"top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f} on {images}"
+    return f"top-1 {scores[f'{view}top1']:.2f} %{top5}, loss {scores[f'{view}loss']:.4f} on {images}"
 
 
 def note_shared_images(networks):

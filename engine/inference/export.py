@@ -41,9 +41,11 @@ def export_network(network, members, path, price_per_hour=None):
     share = next((member.share for member in members if member.share), {})
     names, accuracy = network.class_names, accuracy_in_words(network)
     facts = model_facts(network.config, class_labels(network), names, accuracy, run, share)
+    model = network.model.cpu().float().eval()
+    facts["differs"] = None if facts["blurs"] else _difference_from_torchvision(model, facts)
     folder, (*_, card) = is_folder(path), export_files(path)
     with user_error_on_failure("export", path):
-        print(export(network.model.cpu().float(), path, facts))
+        print(export(model, path, facts))
         with replacing(card, "w") as file:
             file.write(hub_card(facts, price_per_hour) if folder else model_card(path, facts, price_per_hour))
     print(f"wrote {card}")
@@ -56,7 +58,7 @@ def export(model, path, facts):
         model: the network on the CPU, in float32.
         path: ends in .pt or .safetensors (a state dict with torchvision's keys, with the facts as metadata) or .onnx; or a
             folder, for timm and the Hugging Face Hub.
-        facts: dict of plain values about the network, of model_facts.
+        facts: dict of plain values about the network, of model_facts, and how it 'differs' from torchvision's.
     Raises:
         UserError: another suffix, a package that is needed is not installed, or a folder for a network that timm does not have.
     """
@@ -85,17 +87,17 @@ def export(model, path, facts):
     keys = " with the keys of torchvision's resnet"
     if facts["blurs"]:
         keys += "; mind the blur (see the model card)"
-    elif other := _difference_from_torchvision(model, weights, facts):
-        keys = f"; WARNING: {other}: model.py builds another network"
+    elif facts["differs"]:
+        keys = f"; WARNING: {facts['differs']}: model.py builds another network"
     return f"wrote {path}: {sum(t.numel() for t in weights.values()):,} numbers{keys}"
 
 
-def _difference_from_torchvision(model, weights, facts):
+def _difference_from_torchvision(model, facts):
     """Return in words why torchvision's network of this name is another one, by weights or logits; None if it is not."""
     with torch.device("meta"):
         network = torchvision.models.get_model(facts["architecture"], num_classes=len(facts["classes"])).eval()
     try:
-        network.load_state_dict(weights, assign=True)
+        network.load_state_dict(model.state_dict(), assign=True)
     except RuntimeError:
         return f"torchvision's {facts['architecture']} does not take them"
     images = torch.randn(2, 3, facts["resolution"], facts["resolution"], generator=torch.Generator().manual_seed(0))

@@ -131,7 +131,13 @@ def model_card(path, facts, price_per_hour=None):
             "but the network must blur where it strides: build it with this project's `model.py`, or use the ONNX export. In a "
             f"plain `torchvision.models.{facts['architecture']}()` the weights load without an error and score worse.",
         ]
-    lines += ["", "Classes: " + ", ".join(class_in_short(name, facts["class_names"]) for name in facts["classes"][:12])]
+    if facts["differs"]:
+        lines += [
+            "",
+            f"**The weights are those of a changed `model.py`: build it so, or use the ONNX export: {facts['differs']}.**",
+        ]
+    shown = ", ".join(class_in_short(name, facts["class_names"]) for name in facts["classes"][:12])
+    lines += ["", "Classes: " + shown.replace("<", "\\<")]  # else it may be a tag
     lines[-1] += f" and {len(facts['classes']) - 12} more." if len(facts["classes"]) > 12 else "."
     return "\n".join(lines) + "\n"
 

@@ -15,6 +15,7 @@ from engine.system.gpu_memory import retry_in_parts_on_oom
 ENSEMBLE = "ensemble"
 UNEVEN = 2  # the largest class has more than so many times the images of the smallest; on ImageNet-1K 1.8
 SEEN_CLASSES = 5
+TOP = (1, 5)
 
 
 class Seen(NamedTuple):
@@ -58,7 +59,7 @@ def evaluate(
         by_class: also give 'balanced_top1', the mean of the classes' accuracies, and 'class_top1', those, None without images.
         logits_of: names whose results get this process's 'logits', float32 [N, C] on the CPU in the order of the images.
     Returns:
-        loss: mean cross-entropy without label smoothing; top1 and top5: percent.
+        loss: mean cross-entropy without label smoothing; top1 and, of more than five classes, top5: percent.
     Raises:
         DataError: another number of images came.
         TrainingStopped: the GPU's memory does not suffice for a single image; batches that do not fit are scored in parts.
@@ -84,9 +85,9 @@ def evaluate(
     confusions, results = totals.pop((confusions_of, "confusions"), None), {}
     of_classes = {name: _class_accuracies(totals.pop((name, "classes"))) for name, what in list(totals) if what == "classes"}
     for (name, view), total in totals.items():
-        loss, top1, top5 = (all_reduce_sum(total) / count).tolist()
+        loss, *hits = (all_reduce_sum(total) / count).tolist()
         results.setdefault(name, {"images": count})
-        results[name] |= {f"{view}loss": loss, f"{view}top1": 100 * top1, f"{view}top5": 100 * top5}
+        results[name] |= {f"{view}loss": loss} | {f"{view}top{k}": 100 * share for k, share in zip(TOP, hits, strict=False)}
     for name, figures in of_classes.items():
         results[name] |= figures
     for name, kept in logits.items():
@@ -97,12 +98,19 @@ def evaluate(
     return results
 
 
-def scores_of_logits(logits, labels):
-    """Return evaluate()'s figures of logits [N, C] that are there already."""
+def scores_of_logits(logits, labels, classes=None):
+    """Return evaluate()'s figures of logits [N, C] that are there already, of which so many count; default all."""
     count = len(labels)
+    hits = zip(TOP, _hits(logits, labels, classes or logits.shape[1]), strict=False)
+    return {"images": count, "loss": F.cross_entropy(logits, labels).item()} | {
+        f"top{k}": 100 * n.item() / count for k, n in hits
+    }
+
+
+def _hits(logits, labels, classes):
+    """Return the numbers of images hit for each k of TOP that tells anything: among so many every label is."""
     known = labels_to_hit(logits, labels)
-    hits = {f"top{k}": 100 * topk_correct(logits, known, k).item() / count for k in (1, 5)}
-    return {"images": count, "loss": F.cross_entropy(logits, labels).item()} | hits
+    return [topk_correct(logits, known, k) for k in TOP if k < classes or k == 1]
 
 
 def _logits_by_view(models, images, context, flip, ensemble):
@@ -134,7 +142,7 @@ def _class_accuracies(hits):
 
 
 def _sums(logits_by_view, labels, confusions_of, by_class, kept):
-    """Return (sums, seen) of some images: {(name, view): float64 [3] of the loss, the top-1 and the top-5 hits}, and [].
+    """Return (sums, seen) of some images: {(name, view): float64 [K] of the loss and the _hits}, and [].
 
     With confusions_of also {(confusions_of, 'confusions'): int64 [C, C]} and a list with the Seen of the images, by_class
     {(name, 'classes'): int64 [C, 2]}, and of the names in kept {(name, 'logits'): float32 [B, C] on the CPU}.
@@ -143,13 +151,11 @@ def _sums(logits_by_view, labels, confusions_of, by_class, kept):
     for view, logits_of in logits_by_view:
         for name, logits in logits_of.items():
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            known = labels_to_hit(logits, labels)
-            hits = [topk_correct(logits, known, k) for k in (1, 5)]
-            sums[name, view] = torch.stack([loss, *hits]).double()
+            sums[name, view] = torch.stack([loss, *_hits(logits, labels, logits.shape[1])]).double()
             if view == "" and name in kept:
                 sums[name, "logits"] = on_its_way(logits)
             if view == "" and by_class:
-                right, classes = (logits.argmax(dim=1) == known).long(), logits.shape[1]
+                right, classes = (logits.argmax(dim=1) == labels_to_hit(logits, labels)).long(), logits.shape[1]
                 sums[name, "classes"] = count_each(2 * labels + right, 2 * classes).view(classes, 2)
         if view == "" and confusions_of is not None:
             sums[confusions_of, "confusions"] = count_confusions(logits_of[confusions_of], labels)
@@ -180,7 +186,7 @@ def topk_correct(logits, labels, k):
     Args:
         logits: float [B, C].
         labels: int64 [B], each in [0, C), or -1 for none.
-        k: at most C counts; with fewer classes every image is correct.
+        k: at most C counts.
     Returns:
         int64 scalar on the device of logits; a sum, so that batches add exactly.
     """

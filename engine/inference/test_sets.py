@@ -32,7 +32,7 @@ def subset_logits(logits, present):
 
 def subset_scores(logits, labels, present):
     """Return evaluate()'s figures among the present classes alone."""
-    return scores_of_logits(subset_logits(logits, present), labels)
+    return scores_of_logits(subset_logits(logits, present), labels, len(present))
 
 
 # ReaL ----------------------------------------------------------------------------------------------------------------

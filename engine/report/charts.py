@@ -37,8 +37,8 @@ def chart(title, series, unit, x_label="epoch", steps=False):
         axis.plot(*zip(*sorted(points.items()), strict=True), style, color=SERIES[colour], **look)
     axis.set_xlabel(x_label)
     axis.set_ylabel(unit)
-    if x_label == "epoch":
-        axis.xaxis.get_major_locator().set_params(integer=True)
+    if all(isinstance(x, int) for _, points, *_ in lines for x in points):
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     return chart_block(title, _svg(figure, axis), [(name, colour, css) for name, _, colour, _, css in lines])
 
 

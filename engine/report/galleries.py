@@ -70,7 +70,7 @@ def blocks_of_gallery(content, folder):
     worst = [(name, images, percent(top1)) for name, images, top1 in rows[:WORST_CLASSES]]
     by_class = {place: top1 for place, (_, _, top1) in enumerate(rows, start=1)}
     text = (
-        f"{content['title']}. A click on an image shows its file and the five most probable classes. Expected calibration "
+        f"{content['title']}. A click on an image shows its file and the most probable classes. Expected calibration "
         f"error {100 * content['calibration_error']:.1f} points (15 bins)."
     )
     found = [

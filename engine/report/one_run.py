@@ -29,10 +29,10 @@ def _state_in_words(run):
     if not run.sessions:
         return f"{done} epochs are recorded; there is no log of the run, so sessions and configuration are unknown."
     last = run.sessions[-1]
-    data = f"{last.images:,} images of {last.classes} classes"
+    data = f"{last.images:,} images of {last.classes:,} classes"
     what = f"Recipe {run.recipe}: {run.config['architecture']} on {data}, {last.hardware}."
     if last.ended == FINISHED_END:
-        return f"{what} Finished after {done} epochs."
+        return f"{what} Finished after {done} epoch{'s' * (done != 1)}."
     ended = f"{last.ended}, last heard of at {last.last_word:%Y-%m-%d %H:%M:%S}" if last.ended == SILENT_END else last.ended
     return f"{what} Not finished: {done} of {planned} epochs are done ({ended})."
 

@@ -300,7 +300,7 @@ def newest_good(folder):
 def what_is_there(folder):
     """Return in words which checkpoints a folder holds."""
     names = [p.name for p in checkpoints_in(folder)]
-    return f"found {', '.join(names)} there" if names else f"there is none in {folder}"
+    return f"found {', '.join(names)} there" if names else f"there is no checkpoint in {folder}"
 
 
 def refuse_to_overwrite(folder):

@@ -84,7 +84,7 @@ def draw_curves(records, path):
     for axis, title in zip((loss, top1, rate, speed), titles, strict=True):
         axis.set_title(title, loc="left")
         axis.set_xlabel("epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     save_figure(figure, path)
     return True
 

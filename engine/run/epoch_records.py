@@ -78,7 +78,8 @@ def epoch_line(record, epochs):
     if record["train_loss"] is not None:
         text += f"train loss {record['train_loss']:.3f}, top-1 {record['train_top1']:.2f} %; "
     if "val_loss" in record:
-        text += f"val loss {record['val_loss']:.3f}, top-1 {record['val_top1']:.2f} %, top-5 {record['val_top5']:.2f} %"
+        text += f"val loss {record['val_loss']:.3f}, top-1 {record['val_top1']:.2f} %"
+        text += f", top-5 {record['val_top5']:.2f} %" if "val_top5" in record else ""
     else:
         text += "not validated"
     if "val_balanced_top1" in record:

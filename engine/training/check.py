@@ -20,6 +20,7 @@ from engine.data.batches import resolution_of_epoch
 from engine.data.fetching import images_folder
 from engine.data.images import decode_rgb, training_view
 from engine.data.loader import worker_count
+from engine.inference.test_sets import classes_present
 from engine.inference.weight_files import load_weights
 from engine.preparation.trees import IMAGENET_COUNTS
 from engine.run.checkpoint_files import refuse_to_overwrite
@@ -160,7 +161,9 @@ def _versions():
 
 def _counts(splits):
     train, val = splits["train"], splits["val"]
-    text = f"{len(train):,} for training, {len(val):,} for validation, {len(train.classes):,} classes, the same in both"
+    text = f"{len(train):,} for training, {len(val):,} for validation, {len(train.classes):,} classes"
+    if all(len(classes_present(split)) == len(split.classes) for split in (train, val)):
+        text += ", the same in both"
     if len(train.classes) == 1000 and len(train) > 1_000_000 and (len(train), len(val)) != IMAGENET_COUNTS:
         return Finding(NOTE, "images", text + "; ImageNet-1K has {:,} and {:,}".format(*IMAGENET_COUNTS))
     return Finding(OK, "images", text)

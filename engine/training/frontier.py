@@ -65,7 +65,8 @@ def commands_with_recipes(command):
     commands = {recipe: command.with_recipe(recipe) for recipe in CANDIDATES}
     problems = {recipe: config_problems(of_recipe.config) for recipe, of_recipe in commands.items()}
     if all(problems.values()):
-        raise ConfigError([f"recipe {recipe}: {problem}" for recipe, found in problems.items() for problem in found])
+        reason = f"without --recipe one is chosen of {', '.join(CANDIDATES)}, and none goes with the flags:"
+        raise ConfigError([reason, *(f"recipe {recipe}: {text}" for recipe, found in problems.items() for text in found)])
     lines = [f"  {recipe} does not go with the flags: {found[0]}" for recipe, found in problems.items() if found]
     return {recipe: of_recipe for recipe, of_recipe in commands.items() if not problems[recipe]}, lines
 

@@ -9,7 +9,7 @@ from engine.preparation.trees import IMAGENET_COUNTS
 from engine.run.monitor import Monitor
 from engine.system import distributed
 from engine.system.device import choose_device, choose_precision, set_up_arithmetic
-from engine.system.errors import DataError, TrainingStopped
+from engine.system.errors import DataError, TrainingStopped, first_line
 from engine.system.host_memory import keep_freed_memory
 from engine.system.plain_json import to_json
 from engine.training import frontier
@@ -210,8 +210,8 @@ def stated_plan(command, monitor):
         splits = open_images(config, None, monitor.log)
         counts, images = counts_of(splits), splits["train"]
         config, sized = adapted(command, config, images)
-    except DataError:
-        monitor.log(f"no images in {config['data_dir']}: planned for ImageNet-1K")
+    except DataError as error:
+        monitor.log(f"planned for ImageNet-1K, as a run could not begin: {first_line(error)}")
     if not frontier.leaves_recipe_open(command):
         config, lines = plan_for(command, config, counts, None)
         return of_length(sized, command, config, images) + lines

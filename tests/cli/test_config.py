@@ -8,8 +8,12 @@ from conftest import REPOSITORY, run_program
 from hypothesis import given
 from hypothesis import strategies as st
 
+import benchmark
+import evaluate
+import prepare_data
+import report
 from config import CONFIG, RECIPES, SETTINGS
-from engine.cli.command_line import averaging_rate_in_words, key_comments, parse_command_line
+from engine.cli.command_line import FlagsParser, averaging_rate_in_words, key_comments, parse_command_line
 from engine.cli.keys import ALLOWED, OTHER_RUN, ConfigError, config_problems
 from engine.cli.resume_rule import RULED_ON_RESUME, resumed_config
 from engine.run.published import POINTS
@@ -164,6 +168,51 @@ def test_a_wrong_command_line_exits_with_2_and_no_traceback(program):
     assert "epochs = 'none'" in output
     assert "--optimizer?" in output
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("parse", "words", "said"),
+    [
+        (evaluate.parse_arguments, "--resolutoin 96", "--resolutoin: no such flag; did you mean --resolution?"),
+        (evaluate.parse_arguments, "best.pt --lr=3", "--lr: no such flag; --help lists them all"),
+        (report.parse_arguments, "run --price 1", "--price: no such flag; did you mean --price-per-hour?"),
+        (prepare_data.parse_arguments, "a b --qualty 80", "--qualty: no such flag; did you mean --quality?"),
+        (prepare_data.parse_arguments, "a b c", "unrecognized arguments: c"),
+        (benchmark.parse_arguments, "step --bach-size 8", "--bach-size: no such flag; did you mean --batch-size?"),
+    ],
+)
+def test_a_mistyped_flag_of_the_other_programs_is_answered_with_the_nearest(parse, words, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(words.split())
+    assert end.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: {said}\n")
+
+
+def gives_nan(words):
+    parser = FlagsParser("program")
+    parser.add_argument("--number", type=float)
+    parser.parse_args(words)
+
+
+@pytest.mark.parametrize(
+    ("parse", "words", "said"),
+    [
+        (parse_command_line, "--epochs 3 --epochs=5", "train.py: note: --epochs is given more than once: 5 counts\n"),
+        (
+            evaluate.parse_arguments,
+            "--resolution 96 --resolution 64 72",
+            "--resolution is given more than once: 64 72 counts\n",
+        ),
+        (benchmark.parse_arguments, "step --rounds 1 --rounds 2", "note: --rounds is given more than once: 2 counts\n"),
+        (parse_command_line, "--epochs 3 --epochs=3", ""),
+        (evaluate.parse_arguments, "a.pt b.pt --flip --flip --crop-ratio 0.5", ""),
+        (gives_nan, "--number nan", ""),
+    ],
+)
+def test_of_a_flag_that_is_given_twice_the_value_that_counts_is_said(parse, words, said, capsys):
+    parse(words.split())
+    errors = capsys.readouterr().err
+    assert errors.endswith(said) and bool(errors) == bool(said)
 
 
 @pytest.mark.parametrize("program", ["train.py", "lr_finder.py"])

@@ -53,6 +53,8 @@ def test_a_network_with_another_head_is_trained_scored_and_exported_with_a_warni
     assert run_here(tiny_run(image_tree, tmp_path / "run", **ONE_EPOCH)) == 0
     assert evaluated(tmp_path / "run/last.pt", "--export", tmp_path / "net.pt") == 0
     assert "WARNING: torchvision's resnet18 does not take them: model.py builds another network" in capsys.readouterr().out
+    card = (tmp_path / "net.md").read_text()
+    assert "build it so, or use the ONNX export: torchvision's resnet18 does not take them.**" in card
     assert evaluated(tmp_path / "run/last.pt") == 0
     assert "on 20 images of 10 classes" in capsys.readouterr().out
     pytest.importorskip("safetensors", reason="safetensors is not installed: pip install safetensors")
@@ -67,3 +69,6 @@ def test_an_export_that_torchvisions_network_reads_otherwise_says_so(tmp_path, w
     changed(with_gelu)
     assert evaluated(*arguments) == 0
     assert "WARNING: with them torchvision's resnet18 gives other logits: model.py builds" in capsys.readouterr().out
+    assert evaluated(*arguments[:-1], f"{tmp_path}/hub/") == 0
+    for card in ("net.md", "hub/README.md"):
+        assert "the ONNX export: with them torchvision's resnet18 gives other logits.**" in (tmp_path / card).read_text()

@@ -15,6 +15,7 @@ from PIL import Image
 import evaluate
 from config import CONFIG
 from engine.data.batches import validation_requests
+from engine.data.demo import CLASSES, make_demo_data
 from engine.data.images import validation_view
 from engine.data.loader import build_normalise
 from engine.data.splits import open_splits
@@ -22,7 +23,9 @@ from engine.inference.confusion import class_rows, count_confusions, pair_rows
 from engine.inference.networks import load_networks
 from engine.inference.scoring import evaluate as evaluate_networks
 from engine.inference.scoring import log_mean_probabilities, scores_of_logits
+from engine.inference.test_sets import subset_scores
 from engine.run import checkpoint_files
+from engine.run.records import read_records
 from engine.system.errors import DataError, UserError
 
 CPU = torch.device("cpu")
@@ -60,7 +63,8 @@ def network_of(path, kind="raw"):
 
 
 def figures(line):
-    return [float(number) for number in re.search(r"top-1 ([\d.]+) %, top-5 ([\d.]+) %, loss ([\d.]+)", line).groups()]
+    found = re.search(r"top-1 ([\d.]+) %(?:, top-5 ([\d.]+) %)?, loss ([\d.]+)", line)
+    return [float(number) for number in found.groups("nan")]
 
 
 # Scores --------------------------------------------------------------------------------------------------------------
@@ -72,9 +76,20 @@ def test_a_network_whose_outputs_are_nan_hits_no_image(classes):
     torch.nn.init.constant_(network[1].bias, math.nan)
     images, labels = torch.ones(10, 3, 4, 4), torch.tensor([0] * 6 + [1, 1, 2, 2])
     scores = evaluate_networks({"raw": network}, [(images, labels)], 10, contextlib.nullcontext(), by_class=True)["raw"]
-    assert (scores["top1"], scores["top5"], scores["balanced_top1"]) == (0, 0, 0) and math.isnan(scores["loss"])
+    assert (scores["top1"], scores.get("top5", 0), scores["balanced_top1"]) == (0, 0, 0) and math.isnan(scores["loss"])
     again = scores_of_logits(network(images), labels)
-    assert (again["top1"], again["top5"]) == (0, 0)
+    assert (again["top1"], again.get("top5", 0)) == (0, 0)
+
+
+def test_of_five_classes_and_fewer_there_is_no_top5(tmp_path, capsys):
+    make_demo_data(tmp_path / "tree", 12, 8, classes=CLASSES[:4])
+    assert run_here(tiny_run(tmp_path / "tree", tmp_path / "run", epochs=1, swa_start_epoch=0, val_flip=True)) == 0
+    assert evaluated(tmp_path / "run/last.pt", "--flip") == 0
+    output = capsys.readouterr().out
+    assert output.count(": top-1") == 2 and "top-5" not in output
+    assert not [key for record in read_records(tmp_path / "run/metrics.jsonl") for key in record if "top5" in key]
+    few = subset_scores(torch.eye(10), torch.arange(2).repeat(5), torch.arange(5))
+    assert "top5" not in few and "top5" in subset_scores(torch.eye(10), torch.arange(10), torch.arange(6))
 
 
 def test_an_ensemble_scores_the_mean_of_the_probabilities_and_each_member_is_beside_it(runs, image_tree, capsys):
@@ -302,6 +317,16 @@ def test_files_and_folders_are_classified_and_a_bad_file_is_named_and_skipped(ru
     assert sum(shares) <= 100.3
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 500
+
+
+def test_what_is_not_there_or_holds_nothing_is_said_in_words(runs, tmp_path, capsys):
+    (tmp_path / "empty/inside").mkdir(parents=True)
+    (tmp_path / "small.png").write_bytes(encoded(photo(40, 40), "PNG"))
+    names = "nowhere.jpg", "empty", "small.png"
+    assert evaluated(runs / "a/last.pt", "--weights=raw", "--classify", *(tmp_path / name for name in names)) == 1
+    said = [f"evaluate.py: skipped {tmp_path / 'empty'} (no files in this folder)"]
+    said += [f"evaluate.py: skipped {tmp_path / 'nowhere.jpg'} (No such file or directory)"]
+    assert sorted(capsys.readouterr().err.splitlines()) == said
 
 
 def test_classify_says_what_the_network_says(runs, image_tree, capsys):

@@ -73,6 +73,12 @@ def test_the_card_says_in_which_order_the_outputs_are(run, tmp_path):
         assert said == f"logits, one a class, in the order {order}"
 
 
+def test_a_class_that_looks_like_a_tag_is_shown_in_the_card(run, tmp_path):
+    (tmp_path / "classes.txt").write_text("\n".join(f"<b>{number}" for number in range(10)))
+    assert evaluated(run / "last.pt", f"--classes={tmp_path / 'classes.txt'}", "--export", tmp_path / "net.pt") == 0
+    assert "Classes: \\<b>0, \\<b>1, " in (tmp_path / "net.md").read_text()
+
+
 def test_each_of_two_exports_of_one_stem_has_a_card_of_its_own(run, tmp_path):
     pytest.importorskip("safetensors")
     first, second = tmp_path / "model.pt", tmp_path / "model.safetensors"

@@ -11,6 +11,7 @@ from datetime import datetime
 
 import pytest
 import torch
+from browser import CHROMIUM, browser
 from conftest import finish, run_here, run_program, start_program, tiny_run
 
 import evaluate
@@ -181,6 +182,23 @@ def test_a_run_that_still_goes_on_and_damaged_lines_are_reported_as_far_as_they_
     assert "No epoch has been validated yet." in markdown
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("config", None), ("config", "none"), ("environment", 3), ("images", "many"), ("classes", []), ("time", 1e300)],
+)
+def test_an_event_that_is_none_costs_itself_and_no_traceback(key, value, run_folder, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_bytes((run_folder / "metrics.jsonl").read_bytes())
+    events = [json.loads(line) for line in (run_folder / "events.jsonl").read_text().splitlines()]
+    number = next(n for n, event in reversed(list(enumerate(events))) if event["event"] == "start")
+    events[number] |= {key: value}
+    events.append({"event": "save", "time": float("nan")})
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    markdown, _ = reported(folder, folder=tmp_path)
+    assert "Sessions: 2;" in markdown and "Finished after 12 epochs" in markdown
+
+
 @pytest.mark.parametrize("top1", [None, 0.0])
 def test_a_run_without_a_validated_epoch_or_without_a_hit_is_reported(top1, run_folder, tmp_path):
     folder = tmp_path / "run"
@@ -203,6 +221,16 @@ def test_each_of_many_lines_can_be_told_from_the_others():
     assert len(re.findall(r"<path d=[^>]*stroke: var\(--series-\d\)[^>]*stroke-width: 1.8", drawn["svg"])) == 16
     some = chart("Accuracy", [("nothing yet", {}), ("another", {1: 1.0, 2: 2.0})], "%")
     assert some["names"][0][1:] == drawn["names"][1][1:]  # a run has one colour in all charts
+
+
+@pytest.mark.parametrize(
+    ("points", "counted", "numbers"),
+    [({7: 12.5}, "epoch", ["7"]), ({1: 0.0, 2: 50.0}, "classes", ["1", "2"])],
+)
+def test_what_is_counted_is_drawn_at_whole_numbers(points, counted, numbers):
+    drawn = chart("Accuracy", [("validation", points)], "%", x_label=counted)
+    of_axis = re.search(r'<g id="matplotlib.axis_1">.*<g id="matplotlib.axis_2">', drawn["svg"], re.DOTALL)[0]
+    assert re.findall(r"<text [^>]*>([^<]*)</text>", of_axis) == [*numbers, counted]
 
 
 def test_without_a_log_the_records_alone_are_reported_and_without_records_it_is_said(run_folder, tmp_path):
@@ -383,11 +411,30 @@ def test_a_price_is_a_number_above_0_as_for_training(price, capsys):
         assert f"argument --price-per-hour: {price}: must be a number above 0" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_long_name_pushes_no_column_out_of_sight(tmp_path):
+    name = "n" * 200
+    blocks = [table(("class", "top-1"), [(name, "10.00 %"), ("short", "20.00 %")]), table(("", name, name), [("top-1", 1, 2)])]
+    (tmp_path / "page.html").write_text(as_html("Report", blocks))
+    with browser(tmp_path / "profile") as page:
+        page.open((tmp_path / "page.html").as_uri(), width=1100)
+        assert page.value("[...document.querySelectorAll('.scroll')].every(e => e.scrollWidth <= e.clientWidth)")
+        assert page.value("document.querySelectorAll('td:last-child')[1].clientHeight") < 45  # a line
+        assert name in page.value("document.body.innerText")
+
+
+def test_a_report_that_is_served_has_no_output(capsys):
+    with pytest.raises(SystemExit) as ended:
+        report.parse_arguments(["--serve", "--output=page"])
+    assert ended.value.code == 2 and "--output: --serve writes no file" in capsys.readouterr().err
+
+
 def test_both_writers_show_every_block():
     drawn = chart("Accuracy", [("a", {1: 10.0, 2: None, 3: 20.0}), ("b", {}), ("c", {1: 1.0}, "dotted")], "%")
-    blocks = [heading("Head"), paragraph("Text"), table(("k", "v"), [("x", 1), ("gone", None), ("pipe", "a|b")]), drawn, None]
+    rows = [("x", 1), ("gone", None), ("pipe", "a|b"), ("tag", "train/<class>")]
+    blocks = [heading("Head"), paragraph("Text <i>"), table(("k", "v"), rows), drawn, None]
     markdown, page = as_markdown("Title", blocks), as_html("Title", blocks)
-    for text in ("Title", "Head", "Text", "| x | 1 |", "a\\|b"):
+    for text in ("Title", "Head", "Text \\<i>", "| x | 1 |", "a\\|b", "train/\\<class>"):
         assert text in markdown
     for text in (
         "Title",

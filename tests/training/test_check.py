@@ -42,6 +42,15 @@ def test_a_run_that_can_begin_is_told_so_line_by_line(image_tree, tmp_path, caps
     assert not (tmp_path / "run").exists()  # nothing is written
 
 
+def test_classes_without_validation_images_are_not_called_the_same_in_both(image_tree, tmp_path, capsys):
+    shutil.copytree(image_tree, tmp_path / "tree")
+    shutil.rmtree(tmp_path / "tree/val/waves_ring")
+    assert run_here([*tiny_run(tmp_path / "tree", tmp_path / "run"), "--check"]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"^ok +images +60 for training, 18 for validation, 10 classes$", output, re.MULTILINE)
+    assert "val has no images of 1 of the 10 classes: waves_ring" in output
+
+
 def test_what_would_stop_a_run_is_named_and_ends_in_status_1(image_tree, tmp_path, capsys):
     tree = tmp_path / "tree"
     shutil.copytree(image_tree, tree)

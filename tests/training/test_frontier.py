@@ -82,8 +82,12 @@ def test_recipes_that_do_not_go_with_the_flags_are_left_out_and_it_is_said():
     chosen, text = chosen_by("--hours=40", "--train-resolution=128")
     assert chosen.recipe == "medium"
     assert "fast does not go with the flags: start_resolution = 160" in text
-    with pytest.raises(ConfigError, match="recipe mild: start_resolution = 88"):
+    with pytest.raises(ConfigError) as refused:
         chosen_by("--hours=12", "--train-resolution=64")
+    reason, *of_recipes = refused.value.problems
+    assert reason.startswith("without --recipe one is chosen of fast, mild, medium, hot, and none goes with the flags")
+    assert "recipe mild: start_resolution = 88" in of_recipes[1] and "--start-resolution 0" in of_recipes[1]
+    assert chosen_by("--hours=12", "--train-resolution=64", "--start-resolution=0")[0].recipe == "medium"
 
 
 def test_what_the_figures_are_not_about_is_said():
@@ -141,6 +145,12 @@ def test_a_plan_of_a_named_recipe_or_of_given_epochs_is_no_menu(flag, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_plan_for_other_images_than_those_that_are_there_says_why(image_tree, tmp_path, capsys):
+    for folder, reason in ((image_tree, "60 training images make no batch"), (tmp_path / "nowhere", "does not exist")):
+        assert run_here([f"--data-dir={folder}", "--recipe=mild", "--plan", "--images-per-s=100"]) == 0
+        assert re.search(f"planned for ImageNet-1K, as a run could not begin: .*{reason}", capsys.readouterr().out)
+
+
 def test_a_run_is_of_the_recipe_that_was_chosen(image_tree, tmp_path):
     """60 images: 56 in batches; 0.02 s are an epoch of mild at 10,000 images/s at 224 px."""
     folder = tmp_path / "run"
