@@ -69,6 +69,8 @@ def test_an_export_that_torchvisions_network_reads_otherwise_says_so(tmp_path, w
     changed(with_gelu)
     assert evaluated(*arguments) == 0
     assert "WARNING: with them torchvision's resnet18 gives other logits: model.py builds" in capsys.readouterr().out
+    said = "the ONNX export: with them torchvision's resnet18 gives other logits.**"
+    assert said in (tmp_path / "net.md").read_text()
+    pytest.importorskip("safetensors", reason="safetensors is not installed: pip install safetensors")
     assert evaluated(*arguments[:-1], f"{tmp_path}/hub/") == 0
-    for card in ("net.md", "hub/README.md"):
-        assert "the ONNX export: with them torchvision's resnet18 gives other logits.**" in (tmp_path / card).read_text()
+    assert said in (tmp_path / "hub/README.md").read_text()
