@@ -101,15 +101,14 @@ def evaluate(
 def scores_of_logits(logits, labels, classes=None):
     """Return evaluate()'s figures of logits [N, C] that are there already, of which so many count; default all."""
     count = len(labels)
-    hits = zip(TOP, _hits(logits, labels, classes or logits.shape[1]), strict=False)
+    hits = zip(TOP, _hits(logits, labels_to_hit(logits, labels), classes or logits.shape[1]), strict=False)
     return {"images": count, "loss": F.cross_entropy(logits, labels).item()} | {
         f"top{k}": 100 * n.item() / count for k, n in hits
     }
 
 
-def _hits(logits, labels, classes):
-    """Return the numbers of images hit for each k of TOP that tells anything: among so many every label is."""
-    known = labels_to_hit(logits, labels)
+def _hits(logits, known, classes):
+    """Return the numbers of images hit, of labels_to_hit(), for each k of TOP that tells anything: among so many all are."""
     return [topk_correct(logits, known, k) for k in TOP if k < classes or k == 1]
 
 
@@ -151,11 +150,12 @@ def _sums(logits_by_view, labels, confusions_of, by_class, kept):
     for view, logits_of in logits_by_view:
         for name, logits in logits_of.items():
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            sums[name, view] = torch.stack([loss, *_hits(logits, labels, logits.shape[1])]).double()
+            known = labels_to_hit(logits, labels)
+            sums[name, view] = torch.stack([loss, *_hits(logits, known, logits.shape[1])]).double()
             if view == "" and name in kept:
                 sums[name, "logits"] = on_its_way(logits)
             if view == "" and by_class:
-                right, classes = (logits.argmax(dim=1) == labels_to_hit(logits, labels)).long(), logits.shape[1]
+                right, classes = (logits.argmax(dim=1) == known).long(), logits.shape[1]
                 sums[name, "classes"] = count_each(2 * labels + right, 2 * classes).view(classes, 2)
         if view == "" and confusions_of is not None:
             sums[confusions_of, "confusions"] = count_confusions(logits_of[confusions_of], labels)
