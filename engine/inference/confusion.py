@@ -7,7 +7,7 @@ import torch
 
 from engine.inference.class_names import class_in_short
 from engine.inference.outputs import DETAILS_SOURCE
-from engine.run.curves import AVERAGED, RAW, as_written, new_figure, save_figure
+from engine.run.curves import AVERAGED, RAW, as_written, new_figure, save_figure, tick_whole_numbers
 from engine.system.files import replacing
 
 PAIRS_DRAWN = 20
@@ -122,7 +122,7 @@ def _draw(path, of_classes, of_pairs, class_names, title):
     accuracies.set_ylim(0, 101)
     accuracies.set_title("Top-1 of each class in %, the worst first", loc="left")
     accuracies.set_xlabel("classes")
-    accuracies.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    tick_whole_numbers(accuracies)
     worst = [f"{short(row['class'])} {row['top1']:.0f} %" for row in of_classes[:8] if row["top1"] is not None]
     accuracies.text(0.98, 0.03, "worst:\n" + "\n".join(worst), transform=accuracies.transAxes, ha="right", fontsize=8)
     names = [f"{short(row['class'])} → {short(row['taken_for'])}" for row in of_pairs][::-1]

@@ -3,7 +3,7 @@
 import io
 
 from engine.report.page import chart_block
-from engine.run.curves import new_figure
+from engine.run.curves import new_figure, tick_whole_numbers
 
 # Colours that stand in the drawings for those of the page, which has a light and a dark set of them.
 INK, FAINT, LINE = "#010203", "#010204", "#010205"
@@ -38,7 +38,7 @@ def chart(title, series, unit, x_label="epoch", steps=False):
     axis.set_xlabel(x_label)
     axis.set_ylabel(unit)
     if all(isinstance(x, int) for _, points, *_ in lines for x in points):
-        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        tick_whole_numbers(axis)
     return chart_block(title, _svg(figure, axis), [(name, colour, css) for name, _, colour, _, css in lines])
 
 

@@ -36,6 +36,11 @@ def as_written(text):
     return text.replace("$", r"\$").encode("utf-8", "backslashreplace").decode()
 
 
+def tick_whole_numbers(axis):
+    """Let the ticks along an axis be whole numbers: of what is counted, such as epochs; where there is one, one tick."""
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+
+
 def save_figure(figure, path, source=None):
     """Write the figure as a PNG, whole or not at all.
 
@@ -84,7 +89,7 @@ def draw_curves(records, path):
     for axis, title in zip((loss, top1, rate, speed), titles, strict=True):
         axis.set_title(title, loc="left")
         axis.set_xlabel("epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        tick_whole_numbers(axis)
     save_figure(figure, path)
     return True
 
