@@ -101,9 +101,10 @@ def image_files(paths, skip, log):
     """
     for path in paths:
         if os.path.isdir(path):
-            tree, left_out = FolderTree(path), LeftOut()
-            found = [tree.path(join_path(folder, name)) for folder, files in files_below(tree, "", left_out) for name in files]
-            yield from found
+            tree, left_out, found = FolderTree(path), LeftOut(), 0
+            for folder, files in files_below(tree, "", left_out):
+                yield from (tree.path(join_path(folder, name)) for name in files)
+                found += len(files)
             if not found:
                 skip(shown(os.fsencode(path)), "no files in this folder")
             for line in left_out.lines(shown(os.fsencode(path))):
