@@ -9,7 +9,8 @@ from engine.data.batches import REPLACE_IT
 from engine.data.demo import make_demo_data
 from engine.data.fetching import fetch_images, images_folder
 from engine.data.splits import label_digests, log_packing_gain, open_splits
-from engine.preparation.finding import FolderTree, some
+from engine.preparation.finding import FolderTree
+from engine.preparation.names import some
 from engine.preparation.val_share import folders_of_classes, name_digests, share_digests
 from engine.system import distributed
 from engine.system.errors import DataError
@@ -90,12 +91,12 @@ def _require_same_images(splits, checkpoint, config, log):
         share = (
             "; with val_share a removed image moves others between the splits: put one there, under its name" if then else ""
         )
-        new, lost = (set(images.classes) - set(checkpoint["classes"]), set(checkpoint["classes"]) - set(images.classes))
-        named = f", with {some(sorted(new), 3)}" if new else ""
+        ours, theirs = images.classes, checkpoint["classes"]
+        differing = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
+        new, lost = (f", with {some(names, 3)}" if names else "" for names in differing)
         raise DataError(
-            f"{config['data_dir']} holds {len(images):,} training images of {len(images.classes)} classes{named}; the run to "
-            f"resume saw {checkpoint['train_images']:,} of {len(checkpoint['classes'])}"
-            f"{f', with {some(sorted(lost), 3)}' if lost else ''}. Name its images with --data-dir{share}"
+            f"{config['data_dir']} holds {len(images):,} training images of {len(ours)} classes{new}; the run to resume saw "
+            f"{checkpoint['train_images']:,} of {len(theirs)}{lost}. Name its images with --data-dir{share}"
         )
     labels = label_digests(splits)
     labels_then = checkpoint.get("label_digests", labels)  # not in older runs
