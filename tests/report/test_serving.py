@@ -90,9 +90,7 @@ def test_a_browser_shows_each_epoch_as_it_ends_and_runs_no_name_as_a_script(serv
     port, folder = served
     with browser(tmp_path / "profile") as page:
         page.open(f"http://127.0.0.1:{port}/", width=400)
-        assert "1 epochs are done" in page.value("document.body.innerText") or "Finished after 1 epochs" in page.value(
-            "document.body.innerText"
-        )
+        assert "Finished after 1 epoch." in page.value("document.body.innerText")
         assert page.value("document.title").startswith("Training report")
         page.click(".shots summary")
         assert HOSTILE in page.value("document.querySelector('.shots details[open]').innerText")
